@@ -1,0 +1,1 @@
+"""From documents to a student: stage one (dump), stage two (train), evaluation."""

@@ -1,0 +1,42 @@
+"""Compressed top-k next-token distributions on disk. FORMAT.md is the specification.
+
+Needs numpy, pyarrow, zstandard and fsspec; never torch.
+"""
+
+from storage.codec import Ranks, decode, encode
+from storage.dataset import LogitDataset
+from storage.errors import (
+    CorruptPayload,
+    CorruptShard,
+    FormatVersionError,
+    IncompleteDump,
+    InvalidRecord,
+    PlanMismatch,
+    StorageError,
+)
+from storage.manifest import Dump, Manifest, Partition, create_dump
+from storage.shard import ShardWriter
+from storage.topk import Record, TopK
+from storage.verify import verify
+
+__all__ = [
+    "CorruptPayload",
+    "CorruptShard",
+    "Dump",
+    "FormatVersionError",
+    "IncompleteDump",
+    "InvalidRecord",
+    "LogitDataset",
+    "Manifest",
+    "Partition",
+    "PlanMismatch",
+    "Ranks",
+    "Record",
+    "ShardWriter",
+    "StorageError",
+    "TopK",
+    "create_dump",
+    "decode",
+    "encode",
+    "verify",
+]

@@ -1,0 +1,102 @@
+"""What a person wants to see of a dump, as lines of text."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from storage.dataset import LogitDataset
+from storage.manifest import Json
+from storage.shard import MASS_BINS
+from storage.topk import Record
+
+BAR = 40
+
+
+def describe(dataset: LogitDataset) -> Iterator[str]:
+    """The plan, the totals, bytes per token, and how much mass the kept entries hold."""
+    yield f"dump       {dataset.dump.store.path}"
+    for name, value in flatten(dataset.plan):
+        yield f"  {name:<22} {value}"
+    markers = [shard.marker for shard in dataset.shards]
+    tokens = sum(marker["tokens"] for marker in markers)
+    positions = sum(marker["positions"] for marker in markers)
+    size = sum(marker["bytes"] for marker in markers)
+    yield ""
+    yield f"shards     {len(markers):,}" + ("  (not finished)" if dataset.partial else "")
+    yield f"rows       {len(dataset):,}"
+    yield f"tokens     {tokens:,}"
+    if not positions:
+        return
+    entries = sum(marker["entries"] for marker in markers)
+    yield f"bytes      {size:,}  ({size / tokens:.1f} per token)"
+    yield f"entries    {entries / positions:.1f} per position"
+    yield f"kept mass  {sum(marker['mass'] for marker in markers) / positions:.4f} on average"
+    yield ""
+    histogram = np.sum([marker["mass_histogram"] for marker in markers], axis=0)
+    for number, count in enumerate(histogram):
+        share = count / positions
+        low, high = number / MASS_BINS, (number + 1) / MASS_BINS
+        yield f"  mass {low:.2f}-{high:.2f} {share:7.2%} {'█' * round(BAR * share)}"
+
+
+def flatten(value: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from flatten(inner, f"{prefix}{key}.")
+        elif isinstance(inner, list) and len(inner) > 3:
+            yield f"{prefix}{key}", f"{len(inner)} entries"
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def describe_row(
+    record: Record, decode: Callable[[int], str], top: int = 4, positions: int = 40
+) -> Iterator[str]:
+    """A row's text and, for each position, the next token and the teacher's first candidates.
+
+    A star marks the candidate that is the next token.
+    """
+    tokens = [decode(int(token)) for token in record.input_ids]
+    yield f"document {record.doc_id}, chunk {record.chunk}, {len(record.input_ids)} tokens"
+    yield "".join(tokens[:200]) + (" …" if len(tokens) > 200 else "")
+    yield ""
+    yield f"{'at':>4} {'token':<14} {'next':<14} {'tail':>6}  the teacher's candidates for next"
+    ids, logprobs = record.topk.dense()
+    for at in range(min(positions, len(record.topk))):
+        following = int(record.input_ids[at + 1])
+        candidates = [
+            f"{'*' if token == following else ''}{show(decode(int(token)))} {np.exp(logprob):.2f}"
+            for token, logprob in zip(ids[at, :top], logprobs[at, :top], strict=True)
+            if np.isfinite(logprob)
+        ]
+        tail = np.exp(record.topk.tail_logprob[at])
+        yield (
+            f"{at:>4} {show(tokens[at]):<14} {show(tokens[at + 1]):<14} {tail:6.3f}  "
+            + "  ".join(candidates)
+        )
+    if len(record.topk) > positions:
+        yield f"  … {len(record.topk) - positions} more positions; --positions N shows more"
+
+
+def show(token: str, width: int = 14) -> str:
+    """A token on one line: spaces and line ends visible."""
+    text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def token_decoder(dataset: LogitDataset) -> tuple[Callable[[int], str], str | None]:
+    """A function from token id to text, and a note where only ids can be shown."""
+    data = dataset.dump.store.read("tokenizer/tokenizer.json")
+    if data is None:
+        return (lambda token: f"<{token}>"), "The dump carries no tokenizer.json: showing ids."
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return (lambda token: f"<{token}>"), "pip install tokenizers to see text: showing ids."
+    tokenizer = Tokenizer.from_str(data.decode())
+
+    def text_of(token: int) -> str:
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return text or str(tokenizer.id_to_token(token) or f"<{token}>")
+
+    return text_of, None

@@ -1,0 +1,221 @@
+"""Who may trust what: plan -> shard markers -> partition markers -> manifest.
+
+Every one of these files is written once, whole, and only where there is none yet, so the first
+writer wins and any process may die at any instant. Readers trust nothing that no marker names.
+
+    plan.json             what the dump is made of and with; written first
+    tokenizer/...         the tokenizer's files
+    00003/00007.json      marker of shard 7 of partition 3: data file, sha256, rows, tokens, cursor
+    00003/00007-*.parquet data files; the marker says which one counts
+    00003/complete.json   partition 3 has all its shards
+    manifest.json         all partitions are complete
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from storage.errors import CorruptShard, FormatVersionError, IncompleteDump, PlanMismatch
+from storage.store import Store
+
+FORMAT_VERSION = 1
+Json = dict[str, Any]
+
+
+def to_json(value: Json) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def from_json(data: bytes, name: str) -> Json:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise CorruptShard(f"{name}: not JSON ({error}): the file is damaged") from None
+    if not isinstance(value, dict):
+        raise CorruptShard(f"{name}: a JSON object expected, found {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed shard: its name ("00003/00007") and its marker."""
+
+    name: str
+    marker: Json
+
+    @property
+    def file(self) -> str:
+        return f"{self.name.split('/')[0]}/{self.marker['file']}"
+
+    @property
+    def rows(self) -> int:
+        return int(self.marker["rows"])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.marker["tokens"])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished dump: its plan, all shards in order, totals, and a fingerprint (sha256)."""
+
+    plan: Json
+    shards: tuple[Shard, ...]
+    partitions: tuple[Json, ...]
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(shard.marker["bytes"]) for shard in self.shards)
+
+
+class Partition:
+    """One retry unit of a dump: the shards that one run of stage one writes in order."""
+
+    def __init__(self, dump: "Dump", index: int) -> None:
+        self.dump, self.index, self.name = dump, index, f"{index:05d}"
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Committed shards, in order, as they are on disk now."""
+        found: list[Shard] = []
+        while data := self.dump.store.read(f"{self.name}/{len(found):05d}.json"):
+            name = f"{self.name}/{len(found):05d}"
+            found.append(Shard(name, from_json(data, f"{name}.json")))
+        return found
+
+    @property
+    def summary(self) -> Json | None:
+        """What `finish` wrote, or None while the partition is not complete."""
+        data = self.dump.store.read(f"{self.name}/complete.json")
+        return None if data is None else from_json(data, f"{self.name}/complete.json")
+
+    def finish(self, summary: Json) -> None:
+        """Commit that the shards so far are all there are."""
+        shards = self.shards
+        marker = {
+            **summary,
+            "shards": len(shards),
+            "rows": sum(shard.rows for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+        }
+        self.dump.store.create(f"{self.name}/complete.json", to_json(marker))
+
+
+class Dump:
+    """A dump directory, finished or not."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.store = Store(path)
+        data = self.store.read("plan.json")
+        if data is None:
+            raise IncompleteDump(
+                f"{self.store.path}: no plan.json, so this is no dump; make one with "
+                "scripts/dump_logits.py, or check the path"
+            )
+        self.plan = from_json(data, "plan.json")
+        if self.plan.get("format_version") != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{self.store.path}: format version {self.plan.get('format_version')}; this "
+                f"release reads version {FORMAT_VERSION}: use the release that wrote it"
+            )
+
+    def partition(self, index: int) -> Partition:
+        if not 0 <= index < self.plan["partitions"]:
+            raise IncompleteDump(
+                f"partition {index}: the plan has {self.plan['partitions']}, numbered from 0"
+            )
+        return Partition(self, index)
+
+    @property
+    def partitions(self) -> list[Partition]:
+        return [self.partition(index) for index in range(self.plan["partitions"])]
+
+    def shards(self) -> list[Shard]:
+        """Everything that is committed now."""
+        return [shard for partition in self.partitions for shard in partition.shards]
+
+    def finish(self) -> Manifest:
+        """Write manifest.json, or raise IncompleteDump that names the missing partitions."""
+        summaries = [partition.summary for partition in self.partitions]
+        missing = [str(index) for index, summary in enumerate(summaries) if summary is None]
+        if missing:
+            raise IncompleteDump(
+                f"{self.store.path}: {len(missing)} of {len(summaries)} partitions are not "
+                f"complete: {', '.join(missing[:20])}; run scripts/dump_logits.py for them"
+            )
+        shards = self.shards()
+        body = {
+            "format_version": FORMAT_VERSION,
+            "plan_sha256": hashlib.sha256(to_json(self.plan)).hexdigest(),
+            "partitions": summaries,
+            "shards": [{"name": shard.name, **shard.marker} for shard in shards],
+            "rows": sum(shard.rows for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+        }
+        self.store.create("manifest.json", to_json(body))
+        return self.manifest()
+
+    def manifest(self) -> Manifest:
+        """The finished dump; IncompleteDump while there is no manifest.json."""
+        data = self.store.read("manifest.json")
+        if data is None:
+            raise IncompleteDump(
+                f"{self.store.path}: no manifest.json, so the dump is not finished; run "
+                "scripts/dump_logits.py with its config again, it goes on where it stopped"
+            )
+        body = from_json(data, "manifest.json")
+        if body["plan_sha256"] != hashlib.sha256(to_json(self.plan)).hexdigest():
+            raise PlanMismatch(f"{self.store.path}: manifest.json belongs to another plan.json")
+        shards = tuple(
+            Shard(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+            for entry in body["shards"]
+        )
+        fingerprint = hashlib.sha256(data).hexdigest()
+        return Manifest(self.plan, shards, tuple(body["partitions"]), fingerprint)
+
+
+def create_dump(
+    path: str | os.PathLike[str], plan: Json, tokenizer_files: dict[str, bytes] | None = None
+) -> Dump:
+    """Start a dump, or open the one that is there when its plan is the same.
+
+    Raises PlanMismatch, with every difference, when the directory holds a dump of another plan.
+    """
+    plan = {"format_version": FORMAT_VERSION, **plan}
+    store = Store(path)
+    for name, data in (tokenizer_files or {}).items():
+        if store.read("plan.json") is None:
+            store.create(f"tokenizer/{name}", data)
+    store.create("plan.json", to_json(plan))
+    dump = Dump(path)
+    lines = differences(dump.plan, json.loads(to_json(plan)))
+    if lines:
+        raise PlanMismatch(
+            f"{dump.store.path} holds a dump made from another plan:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nGo on with the old settings, or choose another output directory."
+        )
+    return dump
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Readable lines, one for each value in which two JSON values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            line
+            for key in sorted({*there, *here})
+            for line in differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if there == here else [f"{name}: {there!r} in the dump, {here!r} asked for"]

@@ -1,0 +1,286 @@
+"""One Parquet data file: its schema, ShardWriter, and access to its rows."""
+
+import hashlib
+import struct
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from storage.codec import Ranks, decode, encode
+from storage.errors import CorruptPayload, CorruptShard, InvalidRecord, StorageError
+from storage.manifest import Json, Partition, Shard, to_json
+from storage.store import Store
+from storage.topk import Record, TopK
+
+SCHEMA = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("chunk", pa.int32(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False))),
+        pa.field("payload", pa.binary(), nullable=False),
+    ]
+)
+# A row group is what one random read costs, and the rank table is learned from the first one.
+ROW_GROUP_TOKENS = 16_384
+MASS_BINS = 20  # of the histogram of kept mass, over [0, 1]
+
+
+class ShardWriter:
+    """Writes the next shard of a partition under a name of its own, then commits it.
+
+        writer = ShardWriter(partition)
+        writer.write(record)
+        marker = writer.commit(cursor={"document": 17})
+
+    Nothing is visible to readers before `commit`, and a writer that dies leaves at most one file
+    that no marker names. When another writer has committed the same shard first, `commit` removes
+    its own file and returns the other's marker.
+    """
+
+    def __init__(self, partition: Partition, index: int | None = None) -> None:
+        self.partition = partition
+        self.index = len(partition.shards) if index is None else index
+        self.name = f"{partition.name}/{self.index:05d}"
+        plan = partition.dump.plan
+        self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
+        self.rows = self.tokens = self.positions = self.entries = 0
+        self.mass = 0.0
+        self.histogram = np.zeros(MASS_BINS, np.int64)
+        self.pending: list[Record] = []
+        self.pending_tokens = 0
+        self.ranks: Ranks | None = None
+        self.file: pq.ParquetWriter | None = None
+        self.local: Path | None = None
+
+    def write(self, record: Record) -> None:
+        """Add a row. Raises InvalidRecord, naming the document, for what must not be stored."""
+        where = f"document {record.doc_id!r}, chunk {record.chunk}"
+        if len(record.topk) != len(record.input_ids) - 1:
+            raise InvalidRecord(
+                f"{where}: {len(record.input_ids)} tokens need {len(record.input_ids) - 1} "
+                f"distributions, found {len(record.topk)}"
+            )
+        mass = record.topk.kept_mass()
+        if not np.isfinite(mass).all():
+            at = int(np.flatnonzero(~np.isfinite(mass))[0])
+            raise InvalidRecord(
+                f"{where}: the teacher gave NaN or Inf at position {at}; nothing of this shard "
+                "is committed. Check the model's weights, or load it in float32"
+            )
+        ids = np.asarray(record.input_ids)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InvalidRecord(f"{where}: input ids outside the vocabulary of {self.vocab_size}")
+        if self.ranks is None:  # the row group from which the ranks will be learned
+            try:
+                encode(record.topk, vocab_size=self.vocab_size, step=self.step)
+            except InvalidRecord as error:
+                raise InvalidRecord(f"{where}: {error}") from None
+        self.pending.append(record)
+        self.pending_tokens += len(ids)
+        self.rows += 1
+        self.tokens += len(ids)
+        self.positions += len(record.topk)
+        self.entries += len(record.topk.ids)
+        self.mass += float(mass.sum())
+        self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
+        if self.pending_tokens >= ROW_GROUP_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encode the pending rows into one row group."""
+        if self.ranks is None or self.file is None:
+            self.ranks = Ranks.learn([record.topk for record in self.pending], self.vocab_size)
+            metadata = {
+                "format": b"mol-topk/1",
+                "shard": self.name.encode(),
+                "ranks": pack_ranks(self.ranks),
+                "plan_sha256": hashlib.sha256(to_json(self.partition.dump.plan)).digest().hex(),
+            }
+            folder = self.partition.dump.store.staging_folder(self.partition.name)
+            self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
+            self.file = pq.ParquetWriter(
+                self.local,
+                SCHEMA.with_metadata(metadata),
+                compression={"payload": "none", "input_ids": "zstd"}
+                | dict.fromkeys(("doc_id", "chunk", "tokens"), "zstd"),
+                compression_level={"input_ids": 9},
+                use_dictionary=["input_ids"],
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+        payloads = []
+        for record in self.pending:
+            try:
+                payloads.append(
+                    encode(
+                        record.topk, vocab_size=self.vocab_size, step=self.step, ranks=self.ranks
+                    )
+                )
+            except InvalidRecord as error:
+                raise InvalidRecord(
+                    f"document {record.doc_id!r}, chunk {record.chunk}: {error}"
+                ) from None
+        columns = [
+            pa.array([record.doc_id for record in self.pending], pa.string()),
+            pa.array([record.chunk for record in self.pending], pa.int32()),
+            pa.array([len(record.input_ids) for record in self.pending], pa.int32()),
+            pa.array([record.input_ids for record in self.pending], SCHEMA.field("input_ids").type),
+            pa.array(payloads, pa.binary()),
+        ]
+        self.file.write_table(pa.table(columns, schema=SCHEMA))
+        self.pending, self.pending_tokens = [], 0
+
+    def commit(self, cursor: Json, stats: Json | None = None) -> Json:
+        """Close, check, hash and publish the file, then create its marker; returns the marker.
+
+        `cursor` says where the next shard starts; it comes back in `Shard.marker["cursor"]`.
+        """
+        store = self.partition.dump.store
+        try:
+            if self.pending or self.file is None:
+                self.flush()
+            assert self.file is not None
+            assert self.local is not None
+            self.file.close()
+            marker = {
+                "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
+                "sha256": sha256_of(self.local),
+                "bytes": self.local.stat().st_size,
+                "rows": self.rows,
+                "tokens": self.tokens,
+                "positions": self.positions,
+                "entries": self.entries,
+                "mass": self.mass,
+                "mass_histogram": self.histogram.tolist(),
+                "cursor": cursor,
+                **(stats or {}),
+            }
+            check_rows(self.local, marker)
+            target = f"{self.partition.name}/{marker['file']}"
+            store.publish(self.local, target)
+        except BaseException:
+            self.abort()
+            raise
+        if store.create(f"{self.name}.json", to_json(marker)):
+            return marker
+        store.remove(target)
+        return self.partition.shards[self.index].marker
+
+    def abort(self) -> None:
+        """Drop the open file; what is committed stays."""
+        if self.file is not None:
+            self.file.close()
+        if self.local is not None:
+            self.local.unlink(missing_ok=True)
+        self.pending, self.file, self.local = [], None, None
+
+
+def check_rows(local: Path, marker: Json) -> None:
+    """Read a file back before it is published: an unclosed or full-disk file must not pass."""
+    with pq.ParquetFile(local, page_checksum_verification=True) as file:
+        tokens = file.read(columns=["tokens"]).column(0).to_numpy()
+    if (len(tokens), int(tokens.sum())) != (marker["rows"], marker["tokens"]):
+        raise CorruptShard(
+            f"{local.name}: {len(tokens)} rows and {int(tokens.sum())} tokens read back, "
+            f"{marker['rows']} and {marker['tokens']} written: is the disk full?"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pack_ranks(ranks: Ranks) -> bytes:
+    """Hexadecimal, because Parquet's key-value metadata is text for most readers."""
+    packed = zstandard.ZstdCompressor(level=19).compress(ranks.frequent.astype("<i4").tobytes())
+    return (struct.pack("<I", ranks.vocab_size) + packed).hex().encode()
+
+
+def unpack_ranks(value: bytes) -> Ranks:
+    try:
+        raw = bytes.fromhex(value.decode())
+        (vocab_size,) = struct.unpack("<I", raw[:4])
+        size = zstandard.frame_content_size(raw[4:])
+        if not 0 <= size <= 4 * vocab_size <= 1 << 26:
+            raise CorruptPayload(f"rank table of {size} bytes for a vocabulary of {vocab_size}")
+        frequent = zstandard.ZstdDecompressor().decompress(raw[4:], max_output_size=size)
+        return Ranks(np.frombuffer(frequent, "<i4"), vocab_size)
+    except (ValueError, struct.error, zstandard.ZstdError) as error:
+        raise CorruptPayload(f"rank table in the footer is damaged: {error}") from None
+
+
+class ShardReader:
+    """Rows of one committed data file."""
+
+    def __init__(self, store: Store, shard: Shard) -> None:
+        self.shard, self.name = shard, shard.file
+        path = store / shard.file
+        try:
+            # A local file is mapped: row groups are read without copying the file.
+            source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
+            self.file = pq.ParquetFile(source, page_checksum_verification=True)
+            metadata = self.file.schema_arrow.metadata or {}
+            if metadata.get(b"format") != b"mol-topk/1":
+                raise CorruptShard(f"{self.name}: format {metadata.get(b'format')!r} is not ours")
+            self.ranks = unpack_ranks(metadata[b"ranks"])
+        except FileNotFoundError:
+            raise CorruptShard(
+                f"{self.name}: the data file is missing, its marker is there; restore it, or "
+                "remove the marker and run the dump again"
+            ) from None
+        except (pa.ArrowException, OSError, KeyError, CorruptPayload) as error:
+            raise CorruptShard(f"{self.name}: not a readable shard ({error})") from None
+        groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
+        self.starts = np.cumsum([0, *groups])
+        if self.starts[-1] != shard.rows:
+            raise CorruptShard(
+                f"{self.name}: {self.starts[-1]} rows, the marker says {shard.rows}: not the file "
+                "that was committed"
+            )
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Tokens of each row, without reading the payloads."""
+        return np.asarray(self.read(columns=["tokens"]).column(0).to_numpy(), np.int32)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        try:
+            return self.file.read(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptShard(f"{self.name}: {error}") from None
+
+    def group_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def read_group(self, group: int) -> pa.Table:
+        try:
+            return self.file.read_row_group(group)
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptShard(f"{self.name}, row group {group}: {error}") from None
+
+    def record(self, table: pa.Table, group: int, row: int) -> Record:
+        """Decode row `row` of the file from its row group's table."""
+        at = row - int(self.starts[group])
+        doc_id, chunk = table.column("doc_id")[at].as_py(), table.column("chunk")[at].as_py()
+        where = f"{self.name}, row {row} (document {doc_id!r}, chunk {chunk})"
+        input_ids = table.column("input_ids")[at].values.to_numpy()
+        try:
+            topk: TopK = decode(table.column("payload")[at].as_buffer().to_pybytes(), self.ranks)
+        except StorageError as error:
+            raise CorruptShard(f"{where}: {error}") from None
+        if len(topk) != len(input_ids) - 1 or table.column("tokens")[at].as_py() != len(input_ids):
+            raise CorruptShard(f"{where}: {len(input_ids)} tokens, but {len(topk)} distributions")
+        return Record(doc_id, chunk, input_ids, topk)
+
+    def __iter__(self) -> Iterator[Record]:
+        for group in range(self.file.num_row_groups):
+            table = self.read_group(group)
+            for row in range(int(self.starts[group]), int(self.starts[group + 1])):
+                yield self.record(table, group, row)

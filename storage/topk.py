@@ -1,0 +1,122 @@
+"""TopK, the one record that is passed between the teacher, the codec and the loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import InvalidRecord
+
+UInt16s = npt.NDArray[np.uint16]
+Int32s = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """Sparse next-token distributions of one sequence, ragged over positions.
+
+    counts        uint16  [P]  entries kept at each position, P = len(input_ids) - 1
+    ids           int32   [E]  token ids, E = counts.sum(); within a position by descending logprob
+    logprobs      float32 [E]  full-vocabulary log-probabilities in nats, temperature 1
+    tail_logprob  float32 [P]  log of the probability mass outside the kept ids; -inf where none
+
+    Entry t is the distribution over `input_ids[t + 1]`.
+    """
+
+    counts: UInt16s
+    ids: Int32s
+    logprobs: Floats
+    tail_logprob: Floats
+
+    def __len__(self) -> int:
+        """Positions P."""
+        return len(self.counts)
+
+    @classmethod
+    def from_dense(cls, ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike) -> "TopK":
+        """From ids [P, k], logprobs [P, k] (descending) and tail [P]: k entries everywhere."""
+        ids, logprobs = np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
+        counts = np.full(ids.shape[0], ids.shape[1], np.uint16)
+        return cls(counts, ids.reshape(-1), logprobs.reshape(-1), np.asarray(tail, np.float32))
+
+    def dense(self, k: int | None = None) -> tuple[Int32s, Floats]:
+        """(ids [P, k], logprobs [P, k]); entries that are not there have id 0 and logprob -inf.
+
+        k defaults to the largest count; a smaller k than that raises ValueError.
+        """
+        width = int(self.counts.max(initial=0))
+        k = width if k is None else k
+        if k < width:
+            raise ValueError(f"k={k} would cut positions that hold {width} entries")
+        if len(self.ids) == len(self) * k:  # every position is full: no copy
+            return self.ids.reshape(-1, k), self.logprobs.reshape(-1, k)
+        ids = np.zeros((len(self), k), np.int32)
+        logprobs = np.full((len(self), k), -np.inf, np.float32)
+        kept = np.arange(k) < self.counts[:, None]
+        ids[kept], logprobs[kept] = self.ids, self.logprobs
+        return ids, logprobs
+
+    def kept_mass(self) -> npt.NDArray[np.float64]:
+        """[P] probability that the kept ids hold at each position."""
+        return position_sums(np.exp(self.logprobs.astype(np.float64)), self.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One row of a dump: a document, or one chunk of a long one, with the teacher's answers."""
+
+    doc_id: str
+    chunk: int
+    input_ids: Int32s
+    topk: TopK
+
+
+def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDArray[np.float64]:
+    """Sum ragged values [E] over the entries of each position -> [P]; empty positions give 0."""
+    if len(values) and (counts == counts[0]).all():
+        rows = values.reshape(len(counts), -1)
+        return np.asarray(rows.sum(axis=1, dtype=np.float64))
+    position = np.repeat(np.arange(len(counts)), counts)
+    sums = np.bincount(position, weights=values, minlength=len(counts))
+    return np.asarray(sums, np.float64)
+
+
+def check_topk(topk: TopK, vocab_size: int) -> None:
+    """Raise InvalidRecord with the first position that cannot be stored."""
+
+    def fail(position: int, found: str) -> None:
+        raise InvalidRecord(f"position {position}: {found}")
+
+    counts, entries = topk.counts, len(topk.ids)
+    if not entries == len(topk.logprobs) == int(counts.sum(dtype=np.int64)):
+        raise InvalidRecord(
+            f"{int(counts.sum(dtype=np.int64))} entries counted, but {entries} ids and "
+            f"{len(topk.logprobs)} logprobs"
+        )
+    if len(topk.tail_logprob) != len(topk):
+        raise InvalidRecord(f"{len(topk)} positions, but {len(topk.tail_logprob)} tails")
+    position = np.repeat(np.arange(len(topk)), counts)
+    wrong = np.flatnonzero(~np.isfinite(topk.logprobs) | (topk.logprobs > 1e-3))
+    if len(wrong):
+        at = wrong[0]
+        fail(int(position[at]), f"logprob {topk.logprobs[at]} of id {topk.ids[at]} is none")
+    tail = topk.tail_logprob
+    wrong = np.flatnonzero(np.isnan(tail) | (tail > 1e-3))
+    if len(wrong):
+        fail(int(wrong[0]), f"tail logprob {tail[wrong[0]]} is none")
+    wrong = np.flatnonzero((topk.ids < 0) | (topk.ids >= vocab_size))
+    if len(wrong):
+        at = wrong[0]
+        fail(int(position[at]), f"id {topk.ids[at]} is outside the vocabulary of {vocab_size}")
+    keys = np.sort(position * vocab_size + topk.ids)
+    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(twice):
+        where, token = divmod(int(keys[twice[0]]), vocab_size)
+        fail(where, f"id {token} stands twice")
+    rises = np.flatnonzero((np.diff(topk.logprobs) > 0) & (np.diff(position) == 0))
+    if len(rises):
+        fail(int(position[rises[0]]), "entries are not by descending logprob")
+    empty = np.flatnonzero((counts == 0) & np.isneginf(tail))
+    if len(empty):
+        fail(int(empty[0]), "neither an entry nor a tail: no mass at all")

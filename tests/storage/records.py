@@ -1,0 +1,67 @@
+"""Records for the tests of storage: random distributions of any shape."""
+
+from pathlib import Path
+
+import numpy as np
+
+from storage import Dump, Record, ShardWriter, TopK, create_dump
+
+VOCAB = 300
+
+
+def random_topk(
+    positions: int, counts: list[int] | int, vocab_size: int = VOCAB, seed: int = 0
+) -> TopK:
+    """True top-k of random full distributions; where a position keeps all, the tail is -inf."""
+    rng = np.random.default_rng(seed)
+    counts = np.broadcast_to(np.asarray(counts, np.uint16), positions).copy()
+    ids, logprobs, tails = [], [], []
+    for count in counts:
+        logits = rng.normal(0, 3, vocab_size)
+        full = logits - np.log(np.exp(logits).sum())
+        order = np.argsort(-full)
+        ids.append(order[:count])
+        logprobs.append(full[order[:count]])
+        with np.errstate(divide="ignore"):
+            tails.append(np.log(np.exp(full[order[count:]]).sum()))
+    return TopK(
+        counts,
+        np.concatenate([np.zeros(0), *ids]).astype(np.int32),
+        np.concatenate([np.zeros(0), *logprobs]).astype(np.float32),
+        np.minimum(tails, 0).astype(np.float32).reshape(positions),
+    )
+
+
+def random_record(number: int, tokens: int = 20, k: int = 8, chunk: int = 0) -> Record:
+    rng = np.random.default_rng(number)
+    ids = rng.integers(0, VOCAB, tokens).astype(np.int32)
+    return Record(f"doc-{number}", chunk, ids, random_topk(tokens - 1, k, seed=number))
+
+
+def plan(**changes: object) -> dict:
+    return {"vocab_size": VOCAB, "k": 8, "step": 0.0625, "partitions": 1, **changes}
+
+
+def make_dump(path: Path, shards: int = 2, rows: int = 5, partitions: int = 1) -> Dump:
+    """A finished dump of `shards` shards of `rows` rows in each partition."""
+    dump = create_dump(path, plan(partitions=partitions))
+    number = 0
+    for partition in dump.partitions:
+        for _ in range(shards):
+            writer = ShardWriter(partition)
+            for _ in range(rows):
+                writer.write(random_record(number))
+                number += 1
+            writer.commit(cursor={"document": number})
+        partition.finish({})
+    dump.finish()
+    return dump
+
+
+def assert_same(left: Record, right: Record, tolerance: float = 0.0626) -> None:
+    assert (left.doc_id, left.chunk) == (right.doc_id, right.chunk)
+    np.testing.assert_array_equal(left.input_ids, right.input_ids)
+    np.testing.assert_array_equal(left.topk.counts, right.topk.counts)
+    np.testing.assert_array_equal(left.topk.ids, right.topk.ids)
+    np.testing.assert_allclose(left.topk.logprobs, right.topk.logprobs, atol=tolerance)
+    np.testing.assert_allclose(left.topk.tail_logprob, right.topk.tail_logprob, atol=tolerance)

@@ -1,0 +1,129 @@
+"""encode and decode: round trips, bounds against fp64, damage."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
+from storage.codec import HEADER
+from tests.storage.records import VOCAB, random_topk
+
+
+@st.composite
+def topks(draw: st.DrawFn) -> tuple[TopK, int]:
+    vocab_size = draw(st.sampled_from([2, 3, 50, 257, 70_000]))
+    positions = draw(st.integers(0, 12))
+    count = st.integers(0, min(vocab_size, 300))
+    counts = draw(st.lists(count, min_size=positions, max_size=positions) | count)
+    return random_topk(positions, counts, vocab_size, draw(st.integers(0, 99))), vocab_size
+
+
+@given(topks(), st.sampled_from([1 / 64, 1 / 16, 1 / 4, 1.0]), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_round_trip(made: tuple[TopK, int], step: float, ranked: bool) -> None:
+    topk, vocab_size = made
+    ranks = Ranks.learn([topk], vocab_size) if ranked else None
+    found = decode(encode(topk, vocab_size=vocab_size, step=step, ranks=ranks), ranks)
+    np.testing.assert_array_equal(found.counts, topk.counts)
+    np.testing.assert_array_equal(found.ids, topk.ids)
+    # step / 2 from the grid, and as much again from renormalising
+    np.testing.assert_allclose(found.logprobs, topk.logprobs, atol=step + 1e-4)
+    np.testing.assert_allclose(found.tail_logprob, topk.tail_logprob, atol=step + 1e-4)
+    total = found.kept_mass() + np.exp(found.tail_logprob.astype(np.float64))
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_distortion_is_what_the_grid_allows() -> None:
+    topk = random_topk(400, 64, 5000)
+    found = decode(encode(topk, vocab_size=5000, step=1 / 16))
+    p = np.exp(topk.logprobs.astype(np.float64)).reshape(400, 64)
+    tail = np.exp(topk.tail_logprob.astype(np.float64))
+    gap = (topk.logprobs - found.logprobs).astype(np.float64).reshape(400, 64)
+    kl = (p * gap).sum(axis=1) + tail * (topk.tail_logprob - found.tail_logprob)
+    assert 0 < kl.mean() < 2 * (1 / 16) ** 2 / 24  # half the variance of a uniform grid error
+    assert kl.min() > -1e-6
+
+
+def test_extreme_tails_survive() -> None:
+    tails = np.array([-np.inf, -1e-7, -30, -700], np.float32)
+    logprobs = np.array([0, -17, -1e-6, -1e-6], np.float32)
+    topk = TopK(np.ones(4, np.uint16), np.arange(4, dtype=np.int32), logprobs, tails)
+    found = decode(encode(topk, vocab_size=4))
+    assert np.isneginf(found.tail_logprob[0])
+    np.testing.assert_allclose(found.tail_logprob[1:], tails[1:], atol=0.04)
+    np.testing.assert_allclose(found.logprobs, logprobs, atol=0.04)
+
+
+def test_same_bytes_every_time() -> None:
+    topk = random_topk(30, 16)
+    assert encode(topk, vocab_size=VOCAB) == encode(topk, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": np.array([np.nan, -1], np.float32)}, "position 0: logprob nan"),
+        ({"logprobs": np.array([-0.5, np.inf], np.float32)}, "logprob inf"),
+        ({"logprobs": np.array([-2, -1], np.float32)}, "not by descending"),
+        ({"tail_logprob": np.array([np.nan], np.float32)}, "tail logprob nan"),
+        ({"tail_logprob": np.zeros(2, np.float32)}, "1 positions, but 2 tails"),
+        ({"ids": np.array([1, VOCAB], np.int32)}, f"id {VOCAB} is outside"),
+        ({"ids": np.array([7, 7], np.int32)}, "id 7 stands twice"),
+        ({"ids": np.array([7], np.int32)}, "2 entries counted, but 1 ids"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(change: dict, message: str) -> None:
+    whole = {
+        "counts": np.array([2], np.uint16),
+        "ids": np.array([1, 2], np.int32),
+        "logprobs": np.array([-1, -2], np.float32),
+        "tail_logprob": np.array([-1], np.float32),
+    }
+    with pytest.raises(InvalidRecord, match=message):
+        encode(TopK(**{**whole, **change}), vocab_size=VOCAB)
+
+
+def test_every_flipped_byte_is_detected() -> None:
+    data = encode(random_topk(20, [3, 0, 8, 300] * 5), vocab_size=VOCAB)
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x41
+        with pytest.raises((CorruptPayload, FormatVersionError)):
+            decode(bytes(damaged))
+
+
+@given(st.integers(0, 400), st.binary(max_size=400))
+@settings(deadline=None)
+def test_cut_or_foreign_bytes_are_errors(length: int, foreign: bytes) -> None:
+    data = encode(random_topk(20, 8), vocab_size=VOCAB)
+    for bad in (data[: min(length, len(data) - 1)], foreign, data + b"\0"):
+        with pytest.raises((CorruptPayload, FormatVersionError)):
+            decode(bad)
+
+
+def test_another_version_says_so() -> None:
+    data = bytearray(encode(random_topk(3, 2), vocab_size=VOCAB))
+    data[4] = 9
+    with pytest.raises(FormatVersionError, match="version 9"):
+        decode(bytes(data))
+
+
+def test_a_payload_wants_its_own_ranks() -> None:
+    topk, other = random_topk(20, 8), random_topk(20, 8, seed=1)
+    ranks, foreign = Ranks.learn([topk], VOCAB), Ranks.learn([other], VOCAB)
+    data = encode(topk, vocab_size=VOCAB, ranks=ranks)
+    for wrong in (None, foreign):
+        with pytest.raises(CorruptPayload, match="rank table"):
+            decode(data, wrong)
+
+
+def test_a_lying_header_allocates_nothing() -> None:
+    data = encode(random_topk(1, 1), vocab_size=VOCAB)
+    fields = list(HEADER.unpack(data[: HEADER.size]))
+    import zlib
+
+    fields[9:11] = [1 << 24, (1 << 24) * 65535]  # positions, entries: 10^12
+    header = HEADER.pack(*fields[:-1], zlib.crc32(HEADER.pack(*fields)[:-4]))
+    with pytest.raises(CorruptPayload):
+        decode(header + data[HEADER.size :])

@@ -1,0 +1,46 @@
+"""What the package promises: its names, what it imports, its specification."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import storage
+from tests.storage.records import make_dump
+
+ROOT = Path(storage.__file__).parent
+
+
+def test_public_names() -> None:
+    promised = {"TopK", "Record", "encode", "decode", "ShardWriter", "LogitDataset", "Manifest"}
+    assert {*promised, "verify", "StorageError"} <= set(storage.__all__)
+    assert all(hasattr(storage, name) for name in storage.__all__)
+    errors = [
+        value for name in storage.__all__ if isinstance(value := getattr(storage, name), type)
+    ]
+    assert all(issubclass(e, storage.StorageError) for e in errors if issubclass(e, Exception))
+
+
+def test_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'vllm', 'transformers', 'pipeline'): sys.modules[name] = None\n"
+        "import storage.__main__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reader_in_the_specification_works(tmp_path: Path) -> None:
+    dump = make_dump(tmp_path, shards=1)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "FORMAT.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 18
+    scope: dict = {}
+    exec(code, scope)
+    found = list(scope["read"](tmp_path / dump.shards()[0].file))
+    expected = list(storage.LogitDataset(tmp_path))
+    assert len(found) == len(expected)
+    for (input_ids, ids, logprobs), record in zip(found, expected, strict=True):
+        assert input_ids == record.input_ids.tolist()
+        wanted_ids, wanted = record.topk.dense()
+        assert (ids == wanted_ids).all()
+        assert abs(logprobs - wanted).max() < 1e-5
