@@ -1,0 +1,261 @@
+"""Divergences between stored top-k distributions and a student, on the outcomes {K, tail}.
+
+A stored distribution gives probabilities p_j to k kept ids K and the rest, a, to the tail. With
+q = softmax(z) and b = 1 - Σ_K q_j the student's mass outside K, all terms live on k + 1 outcomes:
+
+    forward  L = Σ p_j (log p_j - log q_j) + a (log a - log b)
+             ∂L/∂z_j = q_j - p_j                     on K,   q_j (1 - a/b)          outside
+    reverse  L = Σ q_j (log q_j - log p_j) + b (log b - log a)
+             ∂L/∂z_j = q_j (log (q_j / p_j) - L)     on K,   q_j (log (b / a) - L)  outside
+
+Cross-entropy on y is the forward form with K = {y}, p_y = 1, a = 0. So every row's gradient is one
+scalar times softmax(z) with k entries overwritten, whatever the loss, and one fused linear loss
+serves both corpora. By the log-sum inequality both lie between 0 and the KL over the full
+vocabulary; they equal it when K is the vocabulary.
+
+`sparse_divergence` is the reference, `linear_sparse_divergence` the one to train with.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "reverse"]
+
+# The reverse divergence is infinite where the student has mass outside K and the teacher has none
+# (a = 0). It is taken as e^-30 there: less than a float32 softmax resolves, and a finite loss that
+# still pushes the student's tail towards zero.
+MIN_TAIL_LOGPROB = -30.0
+# Logits held at a time. More rows make the weight gradient's GEMM less memory-bound on a GPU; on a
+# CPU the buffer should stay near the caches.
+BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+
+
+def sparse_divergence(
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logprob: Tensor,
+    direction: Direction = "forward",
+) -> Tensor:
+    """KL of each row in nats, [N]: the reference, in plain autograd, in the logits' own precision.
+
+    logits        [N, V]
+    ids           [N, K]  kept ids, different within a row; any id where the logprob is -inf
+    logprobs      [N, K]  the teacher's log-probabilities, -inf for padding entries
+    tail_logprob  [N]     log of the teacher's mass outside the kept ids, -inf where there is none
+
+    Each row of the teacher must sum to one, tail included. Raises ValueError on another direction.
+    """
+    _check_direction(direction)
+    log_q_full = logits.log_softmax(-1)
+    valid = logprobs > -torch.inf
+    kept = torch.zeros_like(log_q_full).scatter_add(1, ids, valid.to(log_q_full.dtype)) > 0
+    no_tail = kept.all(1)  # K is the vocabulary: b = 0, and logsumexp of nothing has no gradient
+    log_b = log_q_full.masked_fill(kept & ~no_tail[:, None], -torch.inf).logsumexp(1)
+    log_q = log_q_full.gather(1, ids)
+    if direction == "forward":
+        a = tail_logprob.exp()
+        rows = torch.where(valid, logprobs.exp() * (logprobs - log_q), 0).sum(1)
+        return rows + torch.where((a > 0) & ~no_tail, a * (tail_logprob - log_b), 0)
+    log_a = tail_logprob.clamp(min=MIN_TAIL_LOGPROB)
+    rows = torch.where(valid, log_q.exp() * (log_q - logprobs.where(valid, 0)), 0).sum(1)
+    return rows + torch.where(no_tail, 0, log_b.exp() * (log_b - log_a))
+
+
+def linear_sparse_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logprob: Tensor,
+    direction: Direction = "forward",
+    *,
+    labels: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same on logits = hidden @ weight.T + bias, which never exist as a whole.
+
+    hidden       [C + N, D]  the first C rows are scored by cross-entropy, the others by the
+                             divergence; C = len(labels), 0 without labels
+    weight       [V, D]      the model's head; `bias` [V] or None
+    ids, logprobs [N, K], tail_logprob [N], direction: as in `sparse_divergence`
+    labels       [C]         token ids
+    row_weights  [C + N]     of the sum, 1 by default
+
+    Returns (Σ weight · loss, a scalar with gradients to hidden, weight and bias; the losses [C + N]
+    in nats, without gradients). The gradients are computed here, chunk by chunk of `chunk_rows`
+    rows, and held until backward, which only scales them. Logits and softmax are float32 (float64
+    for float64 inputs), the GEMMs take the autocast dtype where autocast is on, and the gradient of
+    the weight is accumulated in float32. float16 is refused: row weights would underflow in it.
+    """
+    _check_direction(direction)
+    labels = ids.new_zeros(0) if labels is None else labels
+    rows = len(labels) + len(ids)
+    if hidden.shape[0] != rows or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} for {len(labels)} "
+            f"labels and {len(ids)} distributions: expected hidden [{rows}, {weight.shape[1]}]"
+        )
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    if compute_dtype == torch.float16:
+        raise ValueError("float16 logit gradients underflow; use bfloat16 (training.bf16: true)")
+    if chunk_rows is None:
+        chunk_rows = max(16, BUFFER_BYTES.get(device, 1 << 28) // (4 * weight.shape[0]))
+    if row_weights is None:
+        row_weights = torch.ones(rows, device=hidden.device)
+    with torch.autocast(device, enabled=False):
+        total, losses = _FusedLinear.apply(
+            hidden,
+            weight,
+            bias,
+            row_weights,
+            (labels, ids, logprobs, tail_logprob, direction),
+            (chunk_rows, compute_dtype, torch.is_grad_enabled()),
+        )
+    return total, losses
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_weights: Tensor,
+        targets: tuple[Tensor, Tensor, Tensor, Tensor, Direction],
+        settings: tuple[int, torch.dtype, bool],
+    ) -> tuple[Tensor, Tensor]:
+        chunk_rows, compute_dtype, grad_enabled = settings
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        head = weight.to(compute_dtype)
+        grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
+        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        for rows, ids, logprobs, tail, direction in _chunks(*targets, chunk_rows):
+            h = hidden[rows].to(compute_dtype)
+            z = _matmul(h, head.t(), exact)
+            if bias is not None:
+                z += bias
+            loss, scale, entries = _divergence_(
+                z, ids, logprobs.to(exact), tail.to(exact), direction
+            )
+            losses[rows] = loss
+            if not any(needs):
+                continue
+            # z holds the student's distribution outside K, with zeros at K: its gradient is there
+            # after one scaling and one scatter.
+            w = row_weights[rows].to(exact)
+            z.mul_((w * scale)[:, None]).scatter_add_(1, ids, w[:, None] * entries)
+            if grad_bias is not None:
+                grad_bias += z.sum(0)
+            grad = z.to(compute_dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ head
+            if grad_weight is not None:
+                _add_matmul_(grad_weight, z, grad, h)
+            del z, grad  # the next chunk's logits take their place
+        ctx.grads = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(losses)
+        return (row_weights.to(exact) * losses).sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("linear_sparse_divergence: its gradients can be taken only once")
+        for grad in grads:
+            if grad is not None:  # in place: another [V, D] would be the peak of the whole step
+                grad.mul_(grad_total.to(grad.dtype))
+        return (*grads, None, None, None)
+
+
+def _chunks(
+    labels: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail: Tensor,
+    direction: Direction,
+    size: int,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Direction]]:
+    """Row ranges of one kind with their targets; a label is a distribution of one entry."""
+    for start in range(0, len(labels), size):
+        ys = labels[start : start + size, None].long()
+        certain = torch.zeros(len(ys), 1, device=ys.device)
+        none = torch.full_like(certain[:, 0], -torch.inf)
+        yield slice(start, start + len(ys)), ys, certain, none, "forward"
+    for start in range(0, len(ids), size):
+        stop = min(start + size, len(ids))
+        rows = slice(len(labels) + start, len(labels) + stop)
+        yield rows, ids[start:stop].long(), logprobs[start:stop], tail[start:stop], direction
+
+
+def _divergence_(
+    z: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, direction: Direction
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [N], scale [N], entries [N, K]) of logits z [N, V], which is overwritten.
+
+    z becomes exp(z - max) outside K and 0 at K; the gradient is scale · z, plus entries at the ids.
+    Taking the tail's sum by itself gives log b without the cancellation of 1 - Σ q.
+    """
+    valid = logprobs > -torch.inf
+    z_kept = z.gather(1, ids).masked_fill(~valid, -torch.inf)
+    # Adding 0 at padding entries leaves alone an id that a valid entry of the row may have, too.
+    z.scatter_add_(1, ids, torch.zeros_like(z_kept).masked_fill(valid, -torch.inf))
+    top = z.amax(1)
+    top = top.where(top > -torch.inf, 0)  # K is the vocabulary
+    tail_sum = z.sub_(top[:, None]).exp_().sum(1)
+    lse_tail = top + tail_sum.log()
+    lse = torch.logaddexp(lse_tail, z_kept.logsumexp(1))
+    log_q, log_b = z_kept - lse[:, None], lse_tail - lse
+    q, b = log_q.exp(), log_b.exp()
+    if direction == "forward":
+        p, a = logprobs.exp(), tail.exp()
+        loss = torch.where(valid, p * (logprobs - log_q), 0).sum(1)
+        loss += torch.where(a > 0, a * (tail - log_b), 0)
+        entries, outside = q - p, b - a
+    else:
+        ratio = torch.where(valid, log_q - logprobs, 0)
+        tail_ratio = torch.where(b > 0, log_b - tail.clamp(min=MIN_TAIL_LOGPROB), 0)
+        loss = (q * ratio).sum(1) + b * tail_ratio
+        entries, outside = q * (ratio - loss[:, None]), b * (tail_ratio - loss)
+    scale = torch.where(tail_sum > 0, outside / tail_sum, 0)
+    return loss, scale, entries.masked_fill(~valid, 0)
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`. On a GPU the product of bfloat16 factors is not rounded to bfloat16."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _add_matmul_(total: Tensor, grad: Tensor, rounded: Tensor, h: Tensor) -> None:
+    """total += grad.T @ h, accumulated in total's float32."""
+    if h.dtype == total.dtype:
+        total.addmm_(grad.t(), h)
+    elif h.is_cuda:
+        torch.addmm(total, rounded.t(), h, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(grad.t(), h.to(total.dtype))
+
+
+def _check_direction(direction: str) -> None:
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse', found {direction!r}")
