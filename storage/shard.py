@@ -58,6 +58,7 @@ class ShardWriter:
         self.ranks: Ranks | None = None
         self.file: pq.ParquetWriter | None = None
         self.local: Path | None = None
+        self.flushed_tokens = self.flushed_bytes = 0
 
     def write(self, record: Record) -> None:
         """Add a row. Raises InvalidRecord, naming the document, for what must not be stored."""
@@ -135,7 +136,14 @@ class ShardWriter:
             pa.array(payloads, pa.binary()),
         ]
         self.file.write_table(pa.table(columns, schema=SCHEMA))
+        self.flushed_tokens += self.pending_tokens
+        self.flushed_bytes = self.local.stat().st_size if self.local else 0
         self.pending, self.pending_tokens = [], 0
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of what is on disk so far; None before the first row group."""
+        return self.flushed_bytes / self.flushed_tokens if self.flushed_tokens else None
 
     def commit(self, cursor: Json, stats: Json | None = None) -> Json:
         """Close, check, hash and publish the file, then create its marker; returns the marker.

@@ -1,0 +1,134 @@
+"""The settings of each script, and the one way to read them: YAML, then dotted overrides."""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+
+# The docstring under a field is its help text.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Exit codes of every script. Schedulers act on them: refusals must not be retried, interruptions
+# should be. Any other failure is 1.
+DONE, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 2, 3, 4, 75
+
+
+class ConfigError(Exception):
+    """A setting or an input that cannot work; says what to do. Exit code 2."""
+
+
+class RefusedError(Exception):
+    """Parts that do not fit together, such as a student and another model's dump. Exit code 3."""
+
+
+class Interrupted(Exception):
+    """Stopped by a signal with everything committed; the same command goes on. Exit code 75."""
+
+
+@dataclass
+class CorpusConfig:
+    """Where documents come from and how they become token sequences."""
+
+    path: str
+    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name."""
+    text_column: str = "text"
+    """The column that holds each document's text."""
+    messages_column: str | None = None
+    """A column of chat messages instead, rendered through the tokenizer's chat template."""
+    split: str = "train"
+    """The split of a hub dataset; files have only one."""
+    skip: int = 0
+    """Leave out that many documents at the start."""
+    limit: int | None = None
+    """Use at most that many documents."""
+
+
+@dataclass
+class DumpConfig:
+    """Stage one: the base model reads a general corpus once; its top-k go to disk."""
+
+    model: str
+    """The base model: a Hugging Face directory or hub name."""
+    corpus: CorpusConfig
+    """The general corpus."""
+    output: str
+    """The dump's directory, local or s3://… An unfinished dump there is gone on with."""
+    revision: str | None = None
+    """The hub revision of the model."""
+    k: int = 64
+    """Entries kept at each position."""
+    step: float = 1 / 16
+    """Grid of the stored log-probabilities in nats; 1/16 costs about 7e-5 nats of KL."""
+    max_length: int = 2048
+    """Longest sequence in tokens; longer documents are cut into chunks."""
+    add_eos: bool = True
+    """End each document with the tokenizer's end-of-text token, where it has one."""
+    temperature: float = 1.0
+    """Only 1 is possible: a top-k cache taken at 1 does not determine another temperature."""
+    partitions: int = 1
+    """Retry units that can run on different machines."""
+    shard_tokens: int = 1_000_000
+    """A shard is committed at the first document end after that many tokens."""
+    dtype: str = "auto"
+    """Weights' dtype: auto (the model's own), bfloat16, float16, float32."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """vllm, or transformers as the slow reference."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's engine as they are, e.g. {tensor_parallel_size: 2}."""
+    in_flight: int = 256
+    """Sequences handed to the engine at a time."""
+
+    def __post_init__(self) -> None:
+        require_temperature_one(self.temperature)
+        require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
+        for name in ("k", "partitions", "shard_tokens", "in_flight"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: at least 1, found {value}")
+        require(self.k <= 65535, f"k: at most 65535, found {self.k}")
+        require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_temperature_one(temperature: float) -> None:
+    require(
+        math.isclose(temperature, 1.0),
+        f"temperature {temperature}: only 1 is possible. Top-k probabilities taken at 1 do not "
+        "determine the distribution at another: most of its mass would lie outside the "
+        "stored ids. Set temperature to 1, or leave it out.",
+    )
+
+
+Config = TypeVar("Config")
+
+
+def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
+    """A parser with --config and every field of the dataclass as a dotted option."""
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
+    parser.add_class_arguments(config, None)
+    parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
+    return parser
+
+
+def parse(
+    parser: jsonargparse.ArgumentParser, config: type[Config], arguments: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
+    found = parser.parse_args(arguments)
+    own = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
+    made = parser.instantiate_classes(found)
+    try:
+        settings = config(**{name: made[name] for name in own})
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    return settings, argparse.Namespace(
+        **{name: value for name, value in vars(made).items() if name not in own}
+    )

@@ -1,0 +1,229 @@
+"""Documents -> token sequences. Reads through `datasets`; every corpus comes in here.
+
+One sequence is one document, or one chunk of a long one: no sequence sees another document.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import ConfigError, CorpusConfig
+
+COMPRESSED = (".gz", ".zst")
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+DOCUMENTS_AT_ONCE = 64  # handed to the tokenizer, which runs them on all cores
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens of one document, or of one chunk of a long one."""
+
+    doc_id: str
+    document: int
+    """Number of the document in the corpus, counted from 0."""
+    chunk: int
+    input_ids: npt.NDArray[np.int32]
+    ends_document: bool
+
+
+class Corpus:
+    """The documents of one CorpusConfig, tokenized on demand.
+
+    Raises ConfigError for a path, column or file that cannot be read, naming it.
+    """
+
+    def __init__(
+        self,
+        config: CorpusConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        add_eos: bool = True,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.max_length, self.add_eos = max_length, add_eos
+        self.files = find_files(config.path)
+        documents = load(config, self.files)
+        stop = len(documents) if config.limit is None else config.skip + config.limit
+        self.documents = documents.select(range(config.skip, min(stop, len(documents))))
+        if not len(self.documents):
+            raise ConfigError(
+                f"corpus {config.path}: no documents"
+                + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
+            )
+        self.column = config.messages_column or config.text_column
+        if self.column not in self.documents.column_names:
+            option = "messages_column" if config.messages_column else "text_column"
+            raise ConfigError(
+                f"corpus {config.path}: no column {self.column!r}; it has "
+                f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
+            )
+        if config.messages_column and not tokenizer.chat_template:
+            raise ConfigError(
+                f"corpus {config.path}: messages_column needs a chat template, and the tokenizer "
+                "has none; use the chat model's tokenizer, or a text column"
+            )
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.documents)
+
+    def fingerprint(self) -> str:
+        """sha256 over the content of every file (or the hub's own fingerprint) and the selection.
+
+        Reads all files once; raises ConfigError for text that is not UTF-8, with file and line.
+        """
+        config = self.config
+        found: list[Any] = [self.column, config.skip, config.limit]
+        if self.files:
+            root = os.path.commonpath([Path(file).parent for file in self.files])
+            found += [[os.path.relpath(file, root), scan(file)] for file in self.files]
+        else:
+            found += [config.path, config.split, self.documents._fingerprint]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
+        """The sequences of documents start to stop, in order.
+
+        A document of which fewer than two tokens come predicts nothing and has none.
+        """
+        stop = len(self) if stop is None else stop
+        for first in range(start, stop, DOCUMENTS_AT_ONCE):
+            batch = self.documents[first : min(first + DOCUMENTS_AT_ONCE, stop)]
+            texts = [self.render(value, first + i) for i, value in enumerate(batch[self.column])]
+            ids = batch.get("id") or [None] * len(texts)
+            for offset, tokens in enumerate(self.tokenize(texts)):
+                if len(tokens) < 2:
+                    continue
+                document = first + offset
+                doc_id = str(document if ids[offset] is None else ids[offset])
+                chunks = self.split(tokens)
+                for number, chunk in enumerate(chunks):
+                    ends = number == len(chunks) - 1
+                    yield Sequence(doc_id, document, number, chunk, ends)
+
+    def render(self, value: Any, document: int) -> str:
+        """A document's text; empty for null."""
+        if value is None:
+            return ""
+        if self.config.messages_column:
+            text = self.tokenizer.apply_chat_template(value, tokenize=False)
+            return str(text)
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"corpus {self.config.path}, document {document}: column {self.column!r} holds "
+                f"{type(value).__name__}, text expected"
+            )
+        return value
+
+    def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
+        """Token ids of each text; the chat template brings its own special tokens."""
+        plain = self.config.messages_column is None
+        encoded = self.tokenizer(texts, add_special_tokens=plain, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id if self.add_eos and plain else None
+        for text, ids in zip(texts, encoded, strict=True):
+            if not text:
+                ids = []
+            elif eos is not None and (not ids or ids[-1] != eos):
+                ids = [*ids, eos]
+            yield np.asarray(ids, np.int32)
+
+    def split(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        """Chunks of max_length; one left-over token predicts nothing and is dropped."""
+        chunks = [
+            tokens[at : at + self.max_length] for at in range(0, len(tokens), self.max_length)
+        ]
+        return chunks if len(chunks[-1]) > 1 else chunks[:-1]
+
+
+def find_files(path: str) -> list[str]:
+    """The files of a local file, directory or glob, sorted; empty for a hub name."""
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        below = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+        files = [file for file in below if format_of(file)]
+        if not files:
+            raise ConfigError(f"corpus {path}: no JSONL, Parquet or text file in this directory")
+    elif os.path.isfile(path):
+        files = [path]
+    else:
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        looks_local = path.startswith((".", "/")) or path.count("/") > 1 or format_of(path)
+        if not files and (looks_local or glob.has_magic(path)):
+            raise ConfigError(f"corpus {path}: no such file, directory or match")
+    formats = {format_of(file) for file in files}
+    if None in formats:
+        wrong = next(file for file in files if not format_of(file))
+        raise ConfigError(
+            f"corpus {wrong}: unknown kind of file; {', '.join(FORMATS)} (also with "
+            f"{' or '.join(COMPRESSED)}) can be read"
+        )
+    if len(formats) > 1:
+        raise ConfigError(f"corpus {path}: one format expected, found {sorted(map(str, formats))}")
+    return files
+
+
+def format_of(file: str) -> str | None:
+    stem = file
+    for suffix in COMPRESSED:
+        stem = stem.removesuffix(suffix)
+    return FORMATS.get(os.path.splitext(stem)[1].lower())
+
+
+def load(config: CorpusConfig, files: list[str]) -> datasets.Dataset:
+    """All documents, memory-mapped from the Arrow cache that `datasets` keeps."""
+    datasets.disable_progress_bars()
+    try:
+        if not files:
+            return datasets.load_dataset(config.path, split=config.split)
+        if all(os.path.getsize(file) == 0 for file in files):
+            raise ConfigError(f"corpus {config.path}: empty")
+        kind = format_of(files[0])
+        options = {"sample_by": "document"} if kind == "text" else {}
+        return datasets.load_dataset(kind, data_files=files, split="train", **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # `datasets` raises whatever its readers raise
+        for file in files:
+            scan(file)  # says which line is not UTF-8, when that is the reason
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason}"
+            + ("" if files else " (not a local path, so it was taken for a hub name)")
+        ) from error
+
+
+def scan(file: str) -> str:
+    """sha256 of the file's bytes; ConfigError where a text file is not UTF-8, with the line."""
+    with open(file, "rb") as raw:
+        digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    if format_of(file) != "parquet":
+        with fsspec.open(file, "rb", compression="infer") as lines:
+            for number, line in enumerate(io.BufferedReader(lines), 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise ConfigError(
+                        f"corpus {file}, line {number}: not UTF-8 (byte {line[error.start]:#x} at "
+                        f"{error.start}). Convert the file, e.g. with iconv, or drop the line"
+                    ) from None
+    return digest

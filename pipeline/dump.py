@@ -1,0 +1,258 @@
+"""Stage one: corpus -> teacher -> TopK -> shards.
+
+A shard is a deterministic function of the plan, the corpus and the place where it starts: rows in
+corpus order, cut at the first document end after `shard_tokens`. So two writers of one shard write
+the same rows, and whoever commits second goes on from where the first did.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Literal
+
+from pipeline import model_dir
+from pipeline.config import ConfigError, DumpConfig, Interrupted
+from pipeline.corpus import Corpus, Sequence
+from pipeline.progress import Progress
+from pipeline.teacher import Teacher, engine_version, make_teacher
+from storage import Dump, Partition, Record, ShardWriter, create_dump
+
+Summary = dict[str, Any]
+
+
+def run(
+    config: DumpConfig,
+    partition: int | None = None,
+    only: Literal["plan", "finalize"] | None = None,
+) -> Summary:
+    """Dump one partition, or all of them, and finish the dump when nothing is missing.
+
+    `only="plan"` writes plan.json and stops; `only="finalize"` writes manifest.json. Returns what
+    was done: rows, tokens, bytes_per_token, tokens_per_s and so on. Raises ConfigError,
+    PlanMismatch, InvalidRecord, Interrupted; what was committed before stays.
+    """
+    folder = model_dir.resolve(config.model, config.revision)
+    tokenizer = model_dir.load_tokenizer(folder)
+    corpus = Corpus(config.corpus, tokenizer, config.max_length, config.add_eos)
+    model_config = model_dir.load_config(folder)
+    plan = make_plan(config, corpus, model_config, folder)
+    if partition is not None and not 0 <= partition < config.partitions:
+        raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
+    dump = create_dump(config.output, plan, model_dir.tokenizer_files(folder))
+    if only == "plan":
+        say(f"{config.output}: plan for {len(corpus)} documents, {config.partitions} partitions")
+        return {"partitions": config.partitions, "documents": len(corpus)}
+    wanted = range(config.partitions) if partition is None else [partition]
+    todo = [dump.partition(i) for i in wanted if dump.partition(i).summary is None]
+    tokens_per_s = None
+    if only is None and todo:
+        architectures = list(model_config.architectures or [])
+        with stop_on_signals():
+            tokens_per_s = run_partitions(config, todo, corpus, folder, architectures)
+    elif only is None:
+        say(f"{config.output}: nothing left to do")
+    return finalize(dump, wanted, only, tokens_per_s)
+
+
+def make_plan(config: DumpConfig, corpus: Corpus, model_config: Any, folder: Any) -> dict[str, Any]:
+    """Everything that decides what the dump holds; two dumps of one plan hold the same rows."""
+    vocab_size = model_dir.vocab_size(model_config)
+    if config.k > vocab_size:
+        raise ConfigError(f"k {config.k}: the model's vocabulary has only {vocab_size} ids")
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.max_length > longest:
+        raise ConfigError(
+            f"max_length {config.max_length}: the model reads at most {longest} tokens; set "
+            f"max_length to {longest} or less"
+        )
+    if len(corpus.tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model {config.model}: its tokenizer has {len(corpus.tokenizer)} tokens, its head "
+            f"only {vocab_size}; they do not belong together"
+        )
+    tokenizer = corpus.tokenizer
+    return {
+        "teacher": {
+            "name": config.model,
+            "revision": config.revision,
+            "architectures": list(model_config.architectures or []),
+            "fingerprint": model_dir.weights_fingerprint(folder),
+            "dtype": config.dtype,
+        },
+        "tokenizer": {"fingerprint": model_dir.tokenizer_fingerprint(tokenizer)},
+        "vocab_size": vocab_size,
+        "k": config.k,
+        "step": config.step,
+        "temperature": 1.0,
+        "max_length": config.max_length,
+        "add_eos": config.add_eos,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "corpus": {
+            "path": config.corpus.path,
+            "column": corpus.column,
+            "documents": len(corpus),
+            "fingerprint": corpus.fingerprint(),
+        },
+        "partitions": config.partitions,
+        "shard_tokens": config.shard_tokens,
+        "engine": engine_version(config),
+    }
+
+
+def run_partitions(
+    config: DumpConfig, todo: list[Partition], corpus: Corpus, folder: Any, architectures: list[str]
+) -> float:
+    """Write what is missing of these partitions with one engine; returns tokens per second."""
+    spans = [span(partition, corpus) for partition in todo]
+    done = sum(start - first for first, start, _ in spans)
+    if done:
+        say(f"{config.output}: going on after {done} documents that are committed")
+    progress = Progress(sum(stop - first for first, _, stop in spans), "document", done)
+    progress.status = f"starting {config.engine}"
+    try:
+        with make_teacher(config, folder, architectures) as teacher:
+            progress.begin()
+            meter = Meter(progress)
+            for partition, (_, start, stop) in zip(todo, spans, strict=True):
+                run_partition(config, partition, corpus, teacher, start, stop, meter)
+    finally:
+        progress.close()
+    return meter.tokens / max(time.monotonic() - progress.started, 1e-9)
+
+
+def span(partition: Partition, corpus: Corpus) -> tuple[int, int, int]:
+    """(first, next, stop): the partition's documents, and the first one that is not committed."""
+    number = partition.dump.plan["partitions"]
+    first = len(corpus) * partition.index // number
+    stop = len(corpus) * (partition.index + 1) // number
+    shards = partition.shards
+    return first, int(shards[-1].marker["cursor"]["document"]) if shards else first, stop
+
+
+def run_partition(
+    config: DumpConfig,
+    partition: Partition,
+    corpus: Corpus,
+    teacher: Teacher,
+    start: int,
+    stop: int,
+    meter: "Meter",
+) -> None:
+    """Write the shards of documents start to stop, then the partition's marker."""
+    index = len(partition.shards)
+    writer: ShardWriter | None = None
+    documents = 0
+    last: Sequence | None = None
+    answers = teacher.topk(corpus.sequences(start, stop))
+    try:
+        for sequence, topk in answers:
+            if writer is None:
+                writer = ShardWriter(partition, index)
+            writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
+            documents += sequence.ends_document
+            last = sequence
+            meter.count(sequence, writer)
+            if sequence.ends_document and writer.tokens >= config.shard_tokens:
+                commit(writer, sequence, documents)
+                writer, index, documents = None, index + 1, 0
+        if writer is not None and last is not None:
+            commit(writer, last, documents)
+            writer = None
+    finally:
+        if writer is not None:
+            writer.abort()
+    kept = sum(shard.marker["documents"] for shard in partition.shards)
+    first, _, _ = span(partition, corpus)
+    partition.finish({"documents": kept, "skipped": stop - first - kept})
+
+
+def commit(writer: ShardWriter, last: Sequence, documents: int) -> None:
+    writer.commit(cursor={"document": last.document + 1}, stats={"documents": documents})
+
+
+def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | None) -> Summary:
+    """Write the manifest when every partition is there; the totals of what this run was asked."""
+    complete = all(partition.summary is not None for partition in dump.partitions)
+    if complete or only == "finalize":
+        if complete and not any(partition.shards for partition in dump.partitions):
+            raise ConfigError(
+                f"corpus {dump.plan['corpus']['path']}: no document has two tokens, so there is "
+                "nothing to store"
+            )
+        dump.finish()
+    parts = [dump.partition(index) for index in wanted]
+    markers = [shard.marker for part in parts for shard in part.shards]
+    tokens = sum(marker["tokens"] for marker in markers)
+    positions = sum(marker["positions"] for marker in markers)
+    skipped = sum((part.summary or {}).get("skipped", 0) for part in parts)
+    summary = {
+        "rows": sum(marker["rows"] for marker in markers),
+        "tokens": tokens,
+        "documents": sum(marker["documents"] for marker in markers),
+        "skipped": skipped,
+        "shards": len(markers),
+        "bytes": sum(marker["bytes"] for marker in markers),
+        "bytes_per_token": sum(marker["bytes"] for marker in markers) / tokens if tokens else None,
+        "kept_mass": sum(marker["mass"] for marker in markers) / positions if positions else None,
+        "tokens_per_s": tokens_per_s,
+        "finished": complete,
+    }
+    say(
+        f"{dump.store.path}: {summary['rows']:,} rows, {tokens:,} tokens in {len(markers)} shards"
+        + (f", {summary['bytes_per_token']:.1f} bytes per token" if tokens else "")
+        + (f", top-{dump.plan['k']} hold {summary['kept_mass']:.3f}" if positions else "")
+        + (f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else "")
+        + (
+            f", {summary['skipped']} documents skipped (under two tokens)"
+            * bool(summary["skipped"])
+        )
+        + ("" if complete else "; other partitions are still missing")
+    )
+    return summary
+
+
+class Meter:
+    """What the progress line shows."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tokens = self.positions = 0
+        self.mass = 0.0
+        self.documents = progress.done
+
+    def count(self, sequence: Sequence, writer: ShardWriter) -> None:
+        self.tokens += len(sequence.input_ids)
+        self.documents += sequence.ends_document
+        self.progress.update(self.documents, lambda: self.status(writer))
+
+    def status(self, writer: ShardWriter) -> str:
+        rate = self.tokens / max(time.monotonic() - self.progress.started, 1e-9)
+        per_token = writer.bytes_per_token
+        mass = writer.mass / max(writer.positions, 1)
+        size = f", {per_token:.0f} bytes/token" if per_token else ""
+        return f"{self.tokens:,} tokens, {rate:,.0f} tokens/s{size}, mass held {mass:.3f}"
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, once; the open shard is then dropped."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for known in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(known, signal.SIG_IGN)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

