@@ -21,9 +21,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 # Text whose encoding tells tokenizers with one vocabulary but other rules apart.
-PROBE = (
-    "The 12 cafés' naïve  test:\n\tdef f(x): return x**2  # 测试 🙂\r\n\n<s>[INST]<|im_end|>"
-)
+PROBE = "The 12 cafés' naïve  test:\n\tdef f(x): return x**2  # 测试 🙂\r\n\n<s>[INST]<|im_end|>"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
