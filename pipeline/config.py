@@ -91,6 +91,72 @@ class DumpConfig:
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
 
 
+@dataclass
+class LossConfig:
+    """CE on the domain + alpha · KL on the general corpus, each a mean over the step's tokens."""
+
+    direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(base ‖ student); reverse: KL(student ‖ base)."""
+    alpha: float = 1.0
+    """Weight of the KL."""
+    temperature: float = 1.0
+    """Only 1 is possible: a top-k cache taken at 1 does not determine another temperature."""
+
+
+@dataclass
+class NullTestConfig:
+    """Before the first step: the KL of a student that still is the teacher must be near zero."""
+
+    batches: int = 2
+    """General batches to measure; 0 leaves the test out."""
+    bound: float = 0.02
+    """Largest mean KL in nats. The two engines differ by up to 1e-4, the codec adds 6e-5."""
+
+
+@dataclass
+class TrainConfig:
+    """Stage two: train a student on a domain while a dump holds it to the base model."""
+
+    model: str
+    """The student to start from: a Hugging Face directory or hub name, usually the base model."""
+    domain: CorpusConfig
+    """The domain corpus."""
+    output: str
+    """Directory for checkpoints, metrics.jsonl and the final model (in model/). An unfinished run
+    there is gone on with."""
+    dump: str | None = None
+    """The dump of stage one, local or s3://… Only needed where mix is above 0."""
+    revision: str | None = None
+    """The hub revision of the model."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Trained weights. float32 with training.bf16 is the usual choice; the final model is saved in
+    the dtype that the student came in."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    mix: float = 1.0
+    """General sequences per domain sequence; 0 trains on the domain alone."""
+    max_length: int | None = None
+    """Longest domain sequence in tokens; the dump's max_length by default."""
+    lora: dict[str, Any] | None = None
+    """Passed to peft.LoraConfig as it is, e.g. {r: 64, target_modules: all-linear}."""
+    null_test: NullTestConfig = field(default_factory=NullTestConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+    """Passed to transformers.TrainingArguments as it is. A batch counts domain sequences; each
+    brings its general ones along."""
+
+    def __post_init__(self) -> None:
+        require_temperature_one(self.loss.temperature)
+        require(self.loss.alpha >= 0, f"loss.alpha: at least 0, found {self.loss.alpha}")
+        require(self.mix >= 0, f"mix: at least 0, found {self.mix}")
+        require(
+            self.dump is not None or self.mix == 0,
+            "dump: the directory that stage one wrote; only mix: 0 trains without one",
+        )
+        require(
+            self.dump is not None or self.max_length is not None,
+            "max_length: needed where there is no dump to take it from",
+        )
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -123,7 +189,7 @@ def parse(
     """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
     found = parser.parse_args(arguments)
     own = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
-    made = parser.instantiate_classes(found)
+    made = parser.instantiate(found)
     try:
         settings = config(**{name: made[name] for name in own})
     except ConfigError as error:

@@ -130,7 +130,7 @@ class VllmTeacher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.engine_core.shutdown()
+        self.engine.engine_core.shutdown(timeout=30)
 
     def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
         waiting: dict[int, Sequence] = {}  # handed over, not yet yielded

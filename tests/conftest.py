@@ -1,0 +1,28 @@
+"""Shared set-up: nothing leaves this machine, and no test takes all cores for itself."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`datasets` keeps its Arrow files in a folder of this run, not in the user's home."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3 with its tokenizer."""
+    from tests.models import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"))

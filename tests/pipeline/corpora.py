@@ -1,0 +1,21 @@
+"""Small corpora on disk for the tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.models import TEXTS
+
+
+def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    return write_jsonl(path, [{"text": text} for text in texts])
+
+
+def some_texts(number: int) -> list[str]:
+    """Beginnings of real documents, of lengths from a line to a page."""
+    return [TEXTS[i % len(TEXTS)][: 40 + 97 * (i % 11)] for i in range(number)]

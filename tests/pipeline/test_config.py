@@ -1,0 +1,60 @@
+"""Settings: YAML, overrides, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, CorpusConfig, DumpConfig, parse, script_parser
+
+MINIMAL = "model: m\noutput: o\ncorpus:\n  path: c\n"
+
+
+def read(tmp_path: Path, yaml: str, *arguments: str) -> DumpConfig:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml)
+    parser = script_parser(DumpConfig, "test")
+    return parse(parser, DumpConfig, ["--config", str(file), *arguments])[0]
+
+
+def test_yaml_then_dotted_overrides(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        MINIMAL + "k: 32\nengine_args: {tensor_parallel_size: 2}\n",
+        *["--corpus.limit", "7", "--k=16"],
+    )
+    assert (config.k, config.corpus.limit, config.corpus.path) == (16, 7, "c")
+    assert config.engine_args == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        (MINIMAL + "temprature: 1\n", "temprature"),
+        (MINIMAL + "  txt_column: a\n", "txt_column"),
+        (MINIMAL + "k: many\n", "many"),
+        (MINIMAL + "temperature: 2.0\n", "only 1 is possible"),
+        (MINIMAL + "k: 0\n", "k: at least 1"),
+        (MINIMAL + "engine: llama.cpp\n", "llama.cpp"),
+        ("output: o\ncorpus:\n  path: c\n", "model"),
+    ],
+)
+def test_what_cannot_work_exits_with_2_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read(tmp_path, yaml)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script_parser(DumpConfig, "test").parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Longest sequence in tokens" in text
+    assert "The column that holds each document's text" in text
+
+
+def test_temperature_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="do not determine the distribution"):
+        DumpConfig("m", CorpusConfig("c"), "o", temperature=0.5)

@@ -1,0 +1,180 @@
+"""Documents of every kind become token sequences, and bad ones say what is wrong."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pipeline.config import ConfigError, CorpusConfig
+from pipeline.corpus import Corpus
+from pipeline.model_dir import load_tokenizer
+from tests.pipeline.corpora import some_texts, write_jsonl, write_texts
+
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path: Path):  # type: ignore[no-untyped-def]
+    return load_tokenizer(model_path)
+
+
+@pytest.fixture
+def open_corpus(tokenizer):  # type: ignore[no-untyped-def]
+    def make(path: Path | str, max_length: int = 2048, **options: object) -> Corpus:
+        config = CorpusConfig(str(path), **options)  # type: ignore[arg-type]
+        return Corpus(config, tokenizer, max_length)
+
+    return make
+
+
+def decoded(corpus: Corpus) -> list[str]:
+    """Each document's text, put together again from its chunks."""
+    texts: dict[int, list[int]] = {}
+    for sequence in corpus.sequences():
+        texts.setdefault(sequence.document, []).extend(sequence.input_ids)
+    return [corpus.tokenizer.decode(ids[:-1]) for ids in texts.values()]
+
+
+TEXTS = some_texts(5)
+
+
+def as_jsonl(folder: Path) -> Path:
+    return write_texts(folder / "a.jsonl", TEXTS)
+
+
+def as_gzip(folder: Path) -> Path:
+    path = folder / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(as_jsonl(folder).read_bytes()))
+    return path
+
+
+def as_zstd(folder: Path) -> Path:
+    path = folder / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(as_jsonl(folder).read_bytes()))
+    return path
+
+
+def as_parquet(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": TEXTS, "other": [1] * len(TEXTS)}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def as_text_files(folder: Path) -> Path:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def as_glob(folder: Path) -> str:
+    write_texts(folder / "part-1.jsonl", TEXTS[:2])
+    write_texts(folder / "part-2.jsonl", TEXTS[2:])
+    return str(folder / "part-*.jsonl")
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_gzip, as_zstd, as_parquet, as_text_files, as_glob])
+def test_every_format_gives_the_same_documents(tmp_path: Path, open_corpus, write) -> None:  # type: ignore[no-untyped-def]
+    assert decoded(open_corpus(write(tmp_path))) == TEXTS
+
+
+def test_documents_end_with_eos_and_keep_their_ids(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"id": f"x{i}", "text": t} for i, t in enumerate(TEXTS)]
+    )
+    sequences = list(open_corpus(path).sequences())
+    assert [s.doc_id for s in sequences] == [f"x{i}" for i in range(5)]
+    assert all(s.input_ids[-1] == EOS and s.input_ids.dtype == np.int32 for s in sequences)
+
+
+def test_long_documents_are_chunked_without_loss(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    corpus = open_corpus(write_texts(tmp_path / "a.jsonl", TEXTS), max_length=16)
+    sequences = list(corpus.sequences())
+    assert max(len(s.input_ids) for s in sequences) == 16
+    assert decoded(corpus)[4] == TEXTS[4]
+    last = [s for s in sequences if s.document == 4]
+    assert [s.chunk for s in last] == list(range(len(last)))
+    assert [s.ends_document for s in last] == [False] * (len(last) - 1) + [True]
+
+
+def test_empty_documents_have_no_sequence(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ["", "one two", None, "x" * 9]])
+    assert [s.document for s in open_corpus(path).sequences()] == [1, 3]
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    corpus = open_corpus(path, messages_column="messages")
+    (sequence,) = corpus.sequences()
+    assert corpus.tokenizer.decode(sequence.input_ids) == "user: hi\nassistant: ho\n"
+
+
+def test_skip_limit_and_ranges_select_documents(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    corpus = open_corpus(path, skip=1, limit=3)
+    assert decoded(corpus) == TEXTS[1:4]
+    assert [s.document for s in corpus.sequences(1, 2)] == [1]
+
+
+def test_fingerprint_follows_content_and_selection(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    first = open_corpus(path).fingerprint()
+    assert open_corpus(path).fingerprint() == first
+    assert open_corpus(path, limit=4).fingerprint() != first
+    write_texts(path, [*TEXTS[:4], TEXTS[4] + "."])
+    assert open_corpus(path).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"body": "x y z"}\n', "no column 'text'; it has body"),
+        (b"", "empty"),
+        (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 (byte 0xe9"),
+        (b'{"text": "fine"}\n{"text": \n', "cannot be read"),
+        (b'{"text": 5}\n', "holds int, text expected"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(
+    tmp_path: Path,
+    open_corpus,  # type: ignore[no-untyped-def]
+    content: bytes,
+    words: str,
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+
+    def read() -> None:
+        corpus = open_corpus(path)
+        corpus.fingerprint()
+        list(corpus.sequences())
+
+    with pytest.raises(ConfigError) as error:
+        read()
+    assert words in str(error.value)
+    assert "bad.jsonl" in str(error.value)
+
+
+def test_bad_paths_say_what_is_wrong(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd.docx").write_text("x")
+    for path, words in [
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path / "*.nothing", "no such file"),
+        (tmp_path / "empty", "no JSONL, Parquet or text file"),
+        (tmp_path / "odd.docx", "unknown kind of file"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            open_corpus(path)
+    with pytest.raises(ConfigError, match="after skip=9"):
+        open_corpus(write_texts(tmp_path / "a.jsonl", TEXTS), skip=9)
+
+
+def test_json_rows_are_not_reordered(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(200)))
+    assert decoded(open_corpus(path)) == [f"number {i}" for i in range(200)]

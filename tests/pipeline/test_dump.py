@@ -1,0 +1,235 @@
+"""Stage one through the real code and the real script, with the reference teacher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import cli, dump
+from pipeline.config import ConfigError, CorpusConfig, DumpConfig
+from storage import IncompleteDump, InvalidRecord, LogitDataset, PlanMismatch, verify
+from tests.models import tiny_model
+from tests.pipeline.corpora import some_texts, write_texts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """30 documents, two of them without a token to predict."""
+    texts = some_texts(30)
+    texts[3] = texts[17] = ""
+    return write_texts(tmp_path / "corpus.jsonl", texts)
+
+
+def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) -> DumpConfig:
+    given = {
+        "model": str(model_path),
+        "corpus": CorpusConfig(str(corpus)),
+        "output": str(tmp_path / "dump"),
+        "k": 8,
+        "max_length": 100,
+        "engine": "transformers",
+        "shard_tokens": 500,
+        **changes,
+    }
+    return DumpConfig(**given)  # type: ignore[arg-type]
+
+
+def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
+    """Every row's content, by document and chunk."""
+    found = {}
+    for record in LogitDataset(path):
+        topk = record.topk
+        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        key = (record.doc_id, record.chunk)
+        assert key not in found
+        found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    return found
+
+
+def test_dump_holds_what_the_model_says(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+    summary = dump.run(settings(tmp_path, model_path, corpus))
+    assert (summary["documents"], summary["skipped"], summary["finished"]) == (28, 2, True)
+    assert verify(tmp_path / "dump").ok
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    dataset = LogitDataset(tmp_path / "dump")
+    assert max(dataset.lengths) == 100
+    for record in [dataset[0], dataset[len(dataset) - 1]]:
+        ids = torch.from_numpy(record.input_ids[None].astype(np.int64))
+        expected = model(ids).logits[0, :-1].log_softmax(-1).topk(8)
+        np.testing.assert_array_equal(record.topk.dense()[0], expected.indices)
+        gap = np.abs(record.topk.dense()[1] - expected.values.detach().numpy())
+        assert gap.max() < 1 / 16
+
+
+def test_plan_carries_the_tokenizer(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+    summary = dump.run(settings(tmp_path, model_path, corpus, partitions=3), only="plan")
+    assert summary == {"partitions": 3, "documents": 30}
+    carried = tmp_path / "dump" / "tokenizer" / "tokenizer.json"
+    assert carried.read_bytes() == (model_path / "tokenizer.json").read_bytes()
+    with pytest.raises(IncompleteDump, match="3 of 3 partitions"):
+        dump.run(settings(tmp_path, model_path, corpus, partitions=3), only="finalize")
+
+
+def test_partitions_hold_the_rows_of_one(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+    dump.run(settings(tmp_path, model_path, corpus))
+    for index in [2, 0, 3]:
+        config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "four"), partitions=4)
+        assert not dump.run(config, partition=index)["finished"]
+    assert dump.run(config, partition=1)["finished"]
+    assert rows(tmp_path / "four") == rows(tmp_path / "dump")
+
+
+def test_a_finished_dump_starts_no_engine(
+    tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path, model_path, corpus)
+    first = dump.run(config)
+    monkeypatch.setattr(dump, "make_teacher", None)
+    again = dump.run(config)
+    assert again["rows"] == first["rows"]
+
+
+def test_an_exception_keeps_what_is_committed(
+    tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that fails in mid-shard; the next run equals an undisturbed one."""
+    dump.run(settings(tmp_path, model_path, corpus))
+    config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "torn"))
+    make = dump.make_teacher
+
+    def failing(*arguments):  # type: ignore[no-untyped-def]
+        teacher = make(*arguments)
+        answer = teacher.topk
+
+        def topk(sequences):  # type: ignore[no-untyped-def]
+            for number, pair in enumerate(answer(sequences)):
+                if number == 20:
+                    raise RuntimeError("the engine died")
+                yield pair
+
+        teacher.topk = topk  # type: ignore[method-assign]
+        return teacher
+
+    monkeypatch.setattr(dump, "make_teacher", failing)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        dump.run(config)
+    committed = len(LogitDataset(config.output, partial=True))
+    assert 0 < committed < 20
+    assert not list(Path(config.output).rglob(".writing-*"))
+    monkeypatch.setattr(dump, "make_teacher", make)
+    dump.run(config)
+    assert rows(config.output) == rows(tmp_path / "dump")
+
+
+@pytest.mark.slow
+def test_a_killed_and_an_interrupted_script_go_on(
+    tmp_path: Path, model_path: Path, corpus: Path
+) -> None:
+    """SIGKILL and SIGTERM in mid-run, through the real script; the rows are the same."""
+    write_texts(corpus, some_texts(400))
+    dump.run(settings(tmp_path, model_path, corpus))
+    command = [
+        *[sys.executable, SCRIPT, "--model", model_path, "--corpus.path", corpus],
+        *["--output", tmp_path / "killed", "--k=8", "--max_length=100", "--shard_tokens=500"],
+        *["--engine=transformers", "--summary", tmp_path / "summary.json"],
+    ]
+    for number, code in [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)]:
+        before = len(list((tmp_path / "killed").glob("00000/*.json")))
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "killed").glob("00000/*.json"))) < before + 3:
+            assert time.monotonic() < deadline, "no shard was committed"
+            time.sleep(0.005)
+        os.kill(process.pid, number)
+        assert process.wait(60) == code
+    assert not (tmp_path / "summary.json").exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"]
+    assert verify(tmp_path / "killed").ok
+    assert rows(tmp_path / "killed") == rows(tmp_path / "dump")
+
+
+def test_another_plan_is_refused_with_the_difference(
+    tmp_path: Path, model_path: Path, corpus: Path
+) -> None:
+    dump.run(settings(tmp_path, model_path, corpus), only="plan")
+    with pytest.raises(PlanMismatch, match="k: 8 in the dump, 4 asked for"):
+        dump.run(settings(tmp_path, model_path, corpus, k=4))
+    write_texts(corpus, some_texts(31))
+    with pytest.raises(PlanMismatch, match=r"corpus\.documents: 30 in the dump, 31 asked for"):
+        dump.run(settings(tmp_path, model_path, corpus))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_from_the_teacher_names_the_document(
+    tmp_path: Path, corpus: Path, value: float
+) -> None:
+    model = tiny_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][5] = value
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidRecord, match="document '0', chunk 0"):
+        dump.run(settings(tmp_path, model, corpus))
+    assert len(LogitDataset(tmp_path / "dump", partial=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": 513}, "vocabulary has only 512"),
+        ({"max_length": 4096}, "reads at most 2048"),
+        ({"model": "./no/such/model"}, "no such directory"),
+    ],
+)
+def test_settings_that_cannot_work(
+    tmp_path: Path, model_path: Path, corpus: Path, changes: dict, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dump.run(settings(tmp_path, model_path, corpus, **changes))
+    assert not (tmp_path / "dump").exists()
+
+
+def test_a_model_without_tokenizer_or_config(tmp_path: Path, corpus: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    for name in ["tokenizer.json", "tokenizer_config.json"]:
+        (model / name).unlink()
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        dump.run(settings(tmp_path, model, corpus))
+    (model / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        dump.run(settings(tmp_path, model, corpus))
+
+
+def test_a_corpus_of_nothing_is_an_error(tmp_path: Path, model_path: Path) -> None:
+    corpus = write_texts(tmp_path / "corpus.jsonl", ["", ""])
+    with pytest.raises(ConfigError, match="no document has two tokens"):
+        dump.run(settings(tmp_path, model_path, corpus))
+
+
+def test_exit_codes(tmp_path: Path, model_path: Path, corpus: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    good = settings(tmp_path, model_path, corpus)
+    assert cli.main(lambda: dump.run(good, only="plan"), None) == 0
+    assert cli.main(lambda: dump.run(good, only="finalize"), None) == 2
+    other = settings(tmp_path, model_path, corpus, k=4)
+    assert cli.main(lambda: dump.run(other), None) == 3
+    assert "k: 8 in the dump" in capsys.readouterr().err
+
+
+def test_script_refuses_a_partition_that_is_none() -> None:
+    command = [sys.executable, SCRIPT, "--model=m", "--corpus.path=c", "--output=o"]
+    result = subprocess.run([*command, "--partition", "4/4"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "0 <= I < N" in result.stderr
