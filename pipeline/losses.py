@@ -30,7 +30,7 @@ Direction = Literal["forward", "reverse"]
 MIN_TAIL_LOGPROB = -30.0
 # Logits held at a time. More rows make the weight gradient's GEMM less memory-bound on a GPU; on a
 # CPU the buffer should stay near the caches.
-BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def sparse_divergence(
@@ -141,9 +141,12 @@ class _FusedLinear(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        # One buffer for all chunks: malloc would hand out fresh, zeroed pages for each of them.
+        size = (min(chunk_rows, len(hidden)), len(weight))
+        buffer = torch.empty(size, dtype=exact, device=hidden.device)
         for rows, ids, logprobs, tail, direction in _chunks(*targets, chunk_rows):
             h = hidden[rows].to(compute_dtype)
-            z = _matmul(h, head.t(), exact)
+            z = _matmul_into_(buffer[: len(h)], h, head.t())
             if bias is not None:
                 z += bias
             loss, scale, entries = _divergence_(
@@ -163,7 +166,6 @@ class _FusedLinear(torch.autograd.Function):
                 grad_hidden[rows] = grad @ head
             if grad_weight is not None:
                 _add_matmul_(grad_weight, z, grad, h)
-            del z, grad  # the next chunk's logits take their place
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -237,13 +239,13 @@ def _divergence_(
     return loss, scale, entries.masked_fill(~valid, 0)
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. On a GPU the product of bfloat16 factors is not rounded to bfloat16."""
-    if a.dtype == dtype:
-        return a @ b
+def _matmul_into_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out = a @ b. On a GPU the product of bfloat16 factors is not rounded to bfloat16."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
 
 
 def _add_matmul_(total: Tensor, grad: Tensor, rounded: Tensor, h: Tensor) -> None:
