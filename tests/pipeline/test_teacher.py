@@ -1,0 +1,124 @@
+"""The real engine against the reference: chunked prefill, preemption, both shapes of head."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.corpus import Sequence
+from pipeline.teacher import Teacher, TransformersTeacher, VllmTeacher
+from storage import TopK
+from tests.models import tiny_model
+
+K = 16
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def sequences(lengths: list[int], vocab_size: int = 512) -> list[Sequence]:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, vocab_size, length).astype(np.int32) for length in lengths]
+    return [Sequence(str(n), n, 0, tokens, True) for n, tokens in enumerate(ids)]
+
+
+def answers(teacher: Teacher, given: list[Sequence]) -> list[TopK]:
+    """The teacher's answers, having checked that they come in order."""
+    found = list(teacher.topk(iter(given)))
+    assert [sequence.doc_id for sequence, _ in found] == [sequence.doc_id for sequence in given]
+    return [topk for _, topk in found]
+
+
+def assert_agree(one: list[TopK], other: list[TopK], tolerance: float = 1e-4) -> None:
+    """Same rows, and equal log-probabilities of equal ids; near-ties may change places."""
+    assert [len(topk) for topk in one] == [len(topk) for topk in other]
+    for left, right in zip(one, other, strict=True):
+        for (ids, logprobs), (other_ids, other_logprobs) in zip(
+            positions(left), positions(right), strict=True
+        ):
+            np.testing.assert_allclose(logprobs, other_logprobs, atol=tolerance)
+            known = dict(zip(other_ids, other_logprobs, strict=True))
+            for token, logprob in zip(ids, logprobs, strict=True):
+                # an id that only one of them kept ties with the other's last
+                assert abs(known.get(token, other_logprobs[-1]) - logprob) < tolerance
+        np.testing.assert_allclose(left.tail_logprob, right.tail_logprob, atol=tolerance)
+
+
+def positions(topk: TopK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return zip(*topk.dense(), strict=True)
+
+
+def engine(model: Path, arch: str, in_flight: int = 64, **engine_args: Any) -> VllmTeacher:
+    architectures = {"qwen3": ["Qwen3ForCausalLM"], "llama": ["LlamaForCausalLM"]}[arch]
+    return VllmTeacher(model, architectures, K, 2048, "float32", in_flight, engine_args)
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tie=True)
+
+
+def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
+    """Documents of up to 900 tokens, 128 to a step, more of them than are in flight."""
+    given = sequences([2, 3, 127, 128, 129, 300, 900, 5, 640] + [50] * 20)
+    with engine(long_model, "qwen3", in_flight=7, max_num_batched_tokens=128) as teacher:
+        found = answers(teacher, given)
+    assert [len(topk) for topk in found] == [len(s.input_ids) - 1 for s in given]
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_preempted_sequences_keep_their_rows(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KV cache that holds fewer sequences than are scheduled: some start again from 0."""
+    restarts = count_restarts(monkeypatch)
+    given = sequences([700] * 12)
+    with engine(
+        long_model,
+        "qwen3",
+        max_num_batched_tokens=512,
+        long_prefill_token_threshold=64,  # many sequences at a time, each a piece further
+        max_num_seqs=12,
+        num_gpu_blocks_override=18,
+        block_size=128,
+    ) as teacher:
+        found = answers(teacher, given)
+    assert restarts.preemptions() > 0, "nothing was preempted, so the test shows nothing"
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+class count_restarts:
+    """Runs the engine in this process and counts the scheduler's preemptions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        self.number = 0
+        original = Scheduler._preempt_request
+
+        def counted(scheduler: Any, *arguments: Any, **named: Any) -> Any:
+            self.number += 1
+            return original(scheduler, *arguments, **named)
+
+        monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+
+    def preemptions(self) -> int:
+        return self.number
+
+
+@pytest.mark.parametrize(("arch", "tie"), [("qwen3", False), ("llama", True), ("llama", False)])
+def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bool) -> None:
+    model = tiny_model(tmp_path, arch, tie)
+    given = sequences([2, 40, 333])
+    with engine(model, arch) as teacher:
+        found = answers(teacher, given)
+    assert_agree(found, answers(TransformersTeacher(model, K, "float32"), given))
+
+
+def test_unpack_refuses_rows_that_do_not_fit() -> None:
+    teacher = VllmTeacher.__new__(VllmTeacher)
+    teacher.k = K
+    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
+        teacher.unpack(sequences([5])[0], torch.zeros(9, 1 + 2 * K, dtype=torch.int32))
