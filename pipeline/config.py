@@ -114,6 +114,16 @@ class NullTestConfig:
 
 
 @dataclass
+class HeldOutConfig:
+    """Held-out text that perplexities are measured on during training."""
+
+    domain: CorpusConfig | None = None
+    """Reported as eval_domain_perplexity."""
+    general: CorpusConfig | None = None
+    """Reported as eval_general_perplexity."""
+
+
+@dataclass
 class TrainConfig:
     """Stage two: train a student on a domain while a dump holds it to the base model."""
 
@@ -139,6 +149,8 @@ class TrainConfig:
     lora: dict[str, Any] | None = None
     """Passed to peft.LoraConfig as it is, e.g. {r: 64, target_modules: all-linear}."""
     null_test: NullTestConfig = field(default_factory=NullTestConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Text for the perplexities during training; training.eval_steps and so on say when."""
     training: dict[str, Any] = field(default_factory=dict)
     """Passed to transformers.TrainingArguments as it is. A batch counts domain sequences; each
     brings its general ones along."""
@@ -155,6 +167,41 @@ class TrainConfig:
             self.dump is not None or self.max_length is not None,
             "max_length: needed where there is no dump to take it from",
         )
+
+
+@dataclass
+class EvalConfig:
+    """Compare models with their base on held-out text."""
+
+    models: dict[str, str]
+    """Name and directory (or hub name) of each model, the base among them."""
+    domain: CorpusConfig | None = None
+    """Held-out domain text."""
+    general: CorpusConfig | None = None
+    """Held-out general text."""
+    base: str = "base"
+    """The name of the model that the others are compared with."""
+    output: str | None = None
+    """A JSON file for the results."""
+    max_length: int = 2048
+    """Longest sequence in tokens; longer documents are cut into chunks."""
+    add_eos: bool = True
+    """End each document with the tokenizer's end-of-text token, where it has one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights' dtype; auto is each model's own. Softmax is always float32."""
+    batch_tokens: int = 2048
+    """Tokens that go through a model at a time."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.base in self.models,
+            f"base {self.base!r}: one of the models is meant ({', '.join(self.models)})",
+        )
+        require(
+            self.domain is not None or self.general is not None,
+            "nothing to evaluate on: give domain.path, general.path or both",
+        )
+        require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -5,18 +5,14 @@ corpus order, cut at the first document end after `shard_tokens`. So two writers
 the same rows, and whoever commits second goes on from where the first did.
 """
 
-import contextlib
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any, Literal
 
 from pipeline import model_dir
-from pipeline.config import ConfigError, DumpConfig, Interrupted
+from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Corpus, Sequence
-from pipeline.progress import Progress
+from pipeline.progress import Progress, say
+from pipeline.signals import stop_on_signals
 from pipeline.teacher import Teacher, engine_version, make_teacher
 from storage import Dump, Partition, Record, ShardWriter, create_dump
 
@@ -235,24 +231,3 @@ class Meter:
         mass = writer.mass / max(writer.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
         return f"{self.tokens:,} tokens, {rate:,.0f} tokens/s{size}, mass held {mass:.3f}"
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, once; the open shard is then dropped."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for known in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(known, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

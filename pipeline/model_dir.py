@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.config import ConfigError
 
@@ -57,6 +66,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "tokenizer.json and tokenizer_config.json into the directory"
         ) from None
     return tokenizer
+
+
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The causal LM, on the CPU; ConfigError where its files do not make one."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {folder}: cannot be loaded: {error}") from error
+    return model
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -60,3 +60,8 @@ class Progress:
         self.stopped.set()
         if self.bar is not None:
             self.bar.close()
+
+
+def say(text: str) -> None:
+    """A line for the person who started this; results go to files and stdout, talk to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipeline import model_dir
 from pipeline.config import DumpConfig
 from pipeline.corpus import Sequence
 from storage import TopK
@@ -53,11 +54,9 @@ class TransformersTeacher:
     """The obvious reference: one sequence at a time, softmax in float32."""
 
     def __init__(self, model: Path, k: int, dtype: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM
-
         self.k = k
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded = model_dir.load_model(model, dtype)
         self.model = loaded.to(self.device).eval()
 
     def __enter__(self) -> "TransformersTeacher":

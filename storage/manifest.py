@@ -210,12 +210,14 @@ def create_dump(
     return dump
 
 
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
+def differences(there: Any, here: Any, name: str = "", place: str = "dump") -> list[str]:
     """Readable lines, one for each value in which two JSON values differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             line
             for key in sorted({*there, *here})
-            for line in differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+            for line in differences(
+                there.get(key), here.get(key), f"{name}.{key}".lstrip("."), place
+            )
         ]
-    return [] if there == here else [f"{name}: {there!r} in the dump, {here!r} asked for"]
+    return [] if there == here else [f"{name}: {there!r} in the {place}, {here!r} asked for"]

@@ -26,3 +26,26 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dump_path(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    """A finished dump of `model_path` over 30 documents, k = 8, sequences of up to 100 tokens."""
+    from pipeline import dump
+    from pipeline.config import CorpusConfig, DumpConfig
+    from tests.pipeline.corpora import some_texts, write_texts
+
+    folder = tmp_path_factory.mktemp("dumped")
+    corpus = write_texts(folder / "corpus.jsonl", some_texts(30))
+    dump.run(
+        DumpConfig(
+            model=str(model_path),
+            corpus=CorpusConfig(str(corpus)),
+            output=str(folder / "dump"),
+            k=8,
+            max_length=100,
+            engine="transformers",
+            shard_tokens=2000,
+        )
+    )
+    return folder / "dump"

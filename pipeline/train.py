@@ -1,0 +1,397 @@
+"""Stage two: a domain corpus and a dump on disk -> a student. No teacher is in memory."""
+
+import difflib
+import inspect
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from pipeline import model_dir
+from pipeline.config import ConfigError, Interrupted, RefusedError, TrainConfig
+from pipeline.corpus import Corpus
+from pipeline.data import MixedDataset, TokenSequences, batch_of
+from pipeline.evaluate import held_out
+from pipeline.progress import say
+from pipeline.signals import stop_on_signals
+from pipeline.trainer import DistillTrainer, add_distill_forward
+from storage import LogitDataset
+from storage.manifest import differences
+
+Json = dict[str, Any]
+FINAL, SUMMARY = "model", "summary.json"
+# Training arguments that do not change what is learnt: a run may go on with others.
+FREE = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "report_to",
+    "dataloader_",
+    "disable_tqdm",
+    "run_name",
+)
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def run(config: TrainConfig) -> Json:
+    """Train, or go on with, the student in config.output; returns the summary that it also writes.
+
+    Raises ConfigError, RefusedError (the student does not belong to the dump, or the directory
+    holds another run), StorageError, Interrupted (a checkpoint was saved).
+    """
+    folder = model_dir.resolve(config.model, config.revision)
+    tokenizer = model_dir.load_tokenizer(folder)
+    dump = LogitDataset(config.dump) if config.dump and config.mix > 0 else None
+    check_belongs(config, folder, tokenizer, dump)
+    args = training_arguments(config)
+    output = Path(config.output)
+    domain, fingerprint = read_domain(config, tokenizer, dump)
+    identity = make_identity(config, args, folder, dump, fingerprint)
+    if (output / SUMMARY).exists():
+        summary: Json = json.loads((output / SUMMARY).read_text())
+        refuse_differences(output, summary["identity"], identity)
+        say(f"{output}: nothing left to do; the student is in {output / FINAL}")
+        return summary
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    dataset = MixedDataset(domain, dump, config.mix if dump else 0, seed, per_step)
+    eos = dump.plan["add_eos"] if dump else True
+    texts = {
+        name: held_out(corpus, tokenizer, max_length(config, dump), eos)
+        for name, corpus in [
+            ("domain", config.held_out.domain),
+            ("general", config.held_out.general),
+        ]
+        if corpus is not None
+    }
+    say(
+        f"{output}: {len(domain):,} domain sequences ({len(domain.ids):,} tokens)"
+        + (f", {len(dump):,} general ones ({dump.manifest.tokens:,} tokens)" if dump else "")
+        + f", {per_step} : {per_step * dataset.mix:g} in a step"
+    )
+    trainer: DistillTrainer | None = None
+
+    def ask(name: str) -> bool:
+        if trainer is None or trainer.steps.progress is None:
+            return False  # nothing to save yet
+        say(f"{name}: saving a checkpoint after this step")
+        trainer.stop_asked = True
+        return True
+
+    with stop_on_signals(ask):
+        model, dtype = load_student(config, folder, args)
+        trainer = DistillTrainer(
+            model,
+            args,
+            dataset,
+            config.loss,
+            held_out=texts,
+            identity=identity,
+            processing_class=tokenizer,
+        )
+        checkpoint = trainer.resume_point()
+        if checkpoint is not None:
+            marker = json.loads((checkpoint / "distill.json").read_text())
+            refuse_differences(output, marker["identity"], identity)
+            say(f"{output}: going on from {checkpoint.name}")
+        null_kl = None
+        if dump is not None and checkpoint is None and config.null_test.batches:
+            null_kl = null_test(config, trainer, dump, dataset, identity["model"])
+        began = time.monotonic()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.steps.close()
+        if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(f"stopped by a signal after step {trainer.state.global_step}")
+    summary = {
+        **last_logged(trainer.state.log_history),
+        "steps": trainer.state.global_step,
+        "null_test_kl": null_kl,
+        "seconds": time.monotonic() - began,
+        "identity": identity,
+    }
+    if trainer.args.should_save:
+        save_final(trainer, tokenizer, dtype, output / FINAL)
+        (output / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        say(f"{output}: the student is in {output / FINAL}")
+    return summary
+
+
+def check_belongs(
+    config: TrainConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dump: LogitDataset | None,
+) -> None:
+    """RefusedError when the student cannot learn from the dump. Reads no weights."""
+    model_config = model_dir.load_config(folder)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest and max_length(config, dump) > longest:
+        raise ConfigError(
+            f"max_length {max_length(config, dump)}: the student reads at most {longest} tokens"
+        )
+    if dump is None:
+        return
+    if not len(dump):
+        raise ConfigError(f"dump {config.dump}: no rows, so there is no general corpus")
+    plan = dump.plan
+    found = {
+        "vocabulary": (plan["vocab_size"], model_dir.vocab_size(model_config)),
+        "tokenizer": (
+            plan["tokenizer"]["fingerprint"][:16],
+            model_dir.tokenizer_fingerprint(tokenizer)[:16],
+        ),
+    }
+    wrong = [
+        f"  {name}: {there} in the dump, {here} in the student"
+        for name, (there, here) in found.items()
+        if there != here
+    ]
+    if wrong:
+        raise RefusedError(
+            f"student {config.model} does not belong to the dump {config.dump} of "
+            f"{plan['teacher']['name']}:\n" + "\n".join(wrong) + "\nStored ids mean other tokens "
+            "to this student. Start from the dump's own base model, or dump with this tokenizer."
+        )
+
+
+def max_length(config: TrainConfig, dump: LogitDataset | None) -> int:
+    if config.max_length is not None:
+        return config.max_length
+    if dump is None:
+        dump = LogitDataset(config.dump or "")
+    return int(dump.plan["max_length"])
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The user's own, over defaults that suit this trainer; ConfigError for a name it lacks."""
+    known = inspect.signature(TrainingArguments).parameters
+    for name in config.training:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"training.{name}: no such argument of transformers.TrainingArguments"
+                + (f"; {close[0]} was perhaps meant" if close else "")
+            )
+    fixed = {
+        "output_dir": config.output,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would wait for the device at each micro-step
+    }
+    clash = sorted(set(config.training) & set(fixed))
+    if clash:
+        raise ConfigError(
+            f"training.{clash[0]}: is set by this script"
+            + "; set output" * (clash[0] == "output_dir")
+        )
+    cuda = torch.cuda.is_available()
+    held = config.held_out.domain or config.held_out.general
+    defaults = {
+        "logging_steps": 10,
+        "report_to": "tensorboard",
+        "dataloader_pin_memory": cuda,
+        "dataloader_num_workers": 2 if cuda else 0,
+        "eval_strategy": "epoch" if held else "no",
+    }
+    try:
+        args = TrainingArguments(**{**defaults, **config.training, **fixed})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error
+    if args.eval_strategy != "no" and not held:
+        raise ConfigError(
+            "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path "
+            "or held_out.general.path"
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch "
+            "scripts/train_student.py ...`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    return args
+
+
+def read_domain(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dump: LogitDataset | None
+) -> tuple[TokenSequences, str]:
+    add_eos = bool(dump.plan["add_eos"]) if dump else True
+    corpus = Corpus(config.domain, tokenizer, max_length(config, dump), add_eos)
+    domain = TokenSequences(corpus)
+    if not len(domain):
+        raise ConfigError(
+            f"corpus {config.domain.path}: no document has two tokens, so there is no domain to "
+            "train on"
+        )
+    return domain, corpus.fingerprint()
+
+
+def make_identity(
+    config: TrainConfig,
+    args: TrainingArguments,
+    folder: Path,
+    dump: LogitDataset | None,
+    domain_fingerprint: str,
+) -> Json:
+    """What decides the course of a run: one that is gone on with must have the same."""
+    identity = {
+        "model": model_dir.weights_fingerprint(folder),
+        "dump": dump.fingerprint if dump else None,
+        "domain": domain_fingerprint,
+        "mix": config.mix,
+        "max_length": max_length(config, dump),
+        "loss": asdict(config.loss),
+        "lora": config.lora,
+        "dtype": config.dtype,
+        "sequences_per_step": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        "training": {
+            name: value
+            for name, value in config.training.items()
+            if not name.startswith(FREE) and name not in BATCH
+        },
+    }
+    plain: Json = json.loads(json.dumps(identity, default=str))
+    return plain
+
+
+def refuse_differences(output: Path, there: Json, here: Json) -> None:
+    lines = differences(there, here, place="run")
+    if lines:
+        raise RefusedError(
+            f"{output} holds a run with other settings:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nGo on with the old settings, or choose another output directory."
+        )
+
+
+def load_student(
+    config: TrainConfig, folder: Path, args: TrainingArguments
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """(the model to train, with the distilling forward; the dtype it came in)."""
+    model = model_dir.load_model(folder, config.dtype)
+    came_in = model_dir.load_config(folder).dtype or model.dtype
+    add_distill_forward(model, config.loss.direction)
+    if config.lora is not None:
+        import peft
+
+        try:
+            lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+            model = peft.get_peft_model(model, lora)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"lora: {error}") from error
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+    return model, came_in
+
+
+def null_test(
+    config: TrainConfig,
+    trainer: DistillTrainer,
+    dump: LogitDataset,
+    dataset: MixedDataset,
+    weights: str,
+) -> float:
+    """Mean KL in nats of the untrained student to the dump, over the first general batches.
+
+    A student that still is the teacher must be near zero; RefusedError beyond the bound.
+    """
+    size = trainer.args.train_batch_size
+    rows = min(config.null_test.batches * size, len(dump))
+    model = trainer.model.to(trainer.args.device).eval()
+
+    def mean_kl(shift: int = 0) -> float:
+        total, tokens = 0.0, 0
+        for batch in general_batches(dataset, rows, size):
+            at = batch["targets"]["rows"] + shift
+            batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
+            batch["targets"]["row_weights"] = torch.ones(len(at))
+            batch = trainer._prepare_inputs(batch)
+            with torch.no_grad(), trainer.accelerator.autocast():
+                losses = model(**batch)["losses"]
+            total, tokens = total + losses.double().sum().item(), tokens + len(losses)
+        return total / tokens
+
+    kl = mean_kl()
+    teacher = dump.plan["teacher"]
+    if weights != teacher["fingerprint"]:
+        say(
+            f"null test: KL of the student to the dump is {kl:.3g} nats before the first step. Its "
+            f"weights are not those of the teacher ({teacher['name']}), so no bound applies"
+        )
+    elif kl <= config.null_test.bound:
+        say(
+            f"null test: KL of the student to the dump is {kl:.3g} nats over {rows} sequences, "
+            f"bound {config.null_test.bound}: the dump is this model's"
+        )
+    else:
+        shifted = {shift: mean_kl(shift) for shift in (-1, 1)}
+        nearer = [
+            f"shifted by {shift:+d} positions it is {found:.3g}: rows and positions do not match"
+            for shift, found in shifted.items()
+            if found < kl / 2
+        ]
+        raise RefusedError(
+            f"null test: the student has the teacher's weights, but its KL to the dump is {kl:.3g} "
+            f"nats (bound {config.null_test.bound}). "
+            + "; ".join(
+                nearer
+                or [
+                    "What may differ: config.json (rope, norms), the engine's dtype or "
+                    f"quantisation (dumped with {dump.plan['engine']}, dtype {teacher['dtype']}; trained in "
+                    f"{config.dtype}), the attention between packed sequences"
+                ]
+            )
+            + ". Do not train on this dump before it is understood."
+        )
+    return kl
+
+
+def general_batches(dataset: MixedDataset, rows: int, size: int) -> Iterator[Json]:
+    for at in range(0, rows, size):
+        records = [dataset.general_record(row) for row in range(at, min(at + size, rows))]
+        yield batch_of([], records)
+
+
+def last_logged(history: list[Json]) -> Json:
+    """The last value of each quantity that was logged."""
+    names = ("loss", "ce", "kl", "domain_tokens", "general_tokens", "tokens_per_s", "wait_share")
+    found: Json = {}
+    for line in history:
+        found |= {
+            name: value
+            for name, value in line.items()
+            if name in names or name.endswith("_perplexity")
+        }
+    return found
+
+
+def save_final(
+    trainer: DistillTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    """A plain Hugging Face directory: LoRA merged, in the dtype the student came in."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.to(dtype).save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)

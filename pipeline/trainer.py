@@ -1,0 +1,318 @@
+"""DistillTrainer: transformers' Trainer with L = CE(domain) + alpha · KL(general, from disk).
+
+Both losses are sums over the tokens of the whole optimizer step, across micro-batches and ranks,
+each divided by its own count: alpha means the same whatever the batches are made of.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from pipeline.config import ConfigError, LossConfig
+from pipeline.data import EpochSampler, MixedDataset, TokenSequences, collate
+from pipeline.evaluate import Sums, compare
+from pipeline.losses import Direction, linear_sparse_divergence
+from pipeline.progress import Progress
+
+Json = dict[str, Any]
+# Written last into a checkpoint: one without it was cut short and is not resumed from.
+CHECKPOINT_MARKER = "distill.json"
+METRICS = "metrics.jsonl"
+
+
+def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
+    """Give a causal LM's forward a second way, taken when `targets` are among its arguments.
+
+    It returns {"loss", "losses"} of `linear_sparse_divergence` instead of logits, which never
+    exist as a whole. It is in the forward, not around it, so that what wraps the model (FSDP's
+    gathered head, DDP, autocast, gradient checkpointing, peft) holds for the loss too.
+    Raises ConfigError for a model whose logits are not a plain linear head on its decoder.
+    """
+    plain_forward = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, targets: Any = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return plain_forward(*args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        given["use_cache"] = False  # with a cache, packed sequences would see each other
+        given.pop("return_dict", None)
+        hidden = self.get_decoder()(**given).last_hidden_state
+        head = plain_head(self)
+        loss, losses = linear_sparse_divergence(
+            hidden[0].index_select(0, targets["rows"]),
+            head.weight,
+            targets["ids"],
+            targets["logprobs"],
+            targets["tail_logprob"],
+            direction,
+            labels=targets["labels"],
+            row_weights=targets["row_weights"],
+            bias=head.bias,
+        )
+        return {"loss": loss, "losses": losses}
+
+    model.forward = MethodType(forward, model)
+    check_head(model)
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or type(head).__module__.startswith("peft"):
+        raise ConfigError(
+            f"the model's head is a {type(head).__name__}, a plain linear layer is needed. With "
+            "LoRA, leave lm_head out of lora.target_modules and lora.modules_to_save"
+        )
+    return head
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """ConfigError where more is done to the logits than head(decoder(x)), e.g. a soft cap."""
+    head = plain_head(model)
+    probe = torch.arange(1, 9, device=model.device)[None] % head.out_features
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=probe, use_cache=False).logits.float()
+    hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
+    found = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    model.train(was_training)
+    error = (found - expected).abs().max().item()
+    if error > 0.02 * max(1.0, expected.abs().max().item()):
+        raise ConfigError(
+            f"{type(model).__name__} changes its logits after the linear head (a soft cap or a "
+            f"scale; they differ by {error:.3g}). The fused loss does not know how yet"
+        )
+
+
+class DistillTrainer(Trainer):
+    """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
+
+    `identity` is stored in each checkpoint and must be the same where one is resumed.
+    `held_out` names the corpora whose perplexities evaluation reports.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        dataset: MixedDataset,
+        loss: LossConfig,
+        *,
+        held_out: dict[str, TokenSequences] | None = None,
+        identity: Json | None = None,
+        **options: Any,
+    ) -> None:
+        self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
+        self.epoch_sampler = EpochSampler(dataset)
+        self.totals = {"domain_tokens": 0, "general_tokens": 0}
+        self.sums = torch.zeros(2, device=args.device)  # CE, KL since the last log
+        self.waited = 0.0
+        self.stop_asked = False  # by a signal to this rank
+        self.stopping = False  # what all ranks know at the same step
+        super().__init__(
+            model, args, collate, dataset, eval_dataset=self.held_out or None, **options
+        )
+        self.loss_is_scaled_for_ga = True
+        for shown in (PrinterCallback, ProgressCallback):
+            self.remove_callback(shown)
+        self.steps = Steps(self)
+        self.add_callback(self.steps)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.epoch_sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Json], num_batches: int, device: torch.device
+    ) -> tuple[list[Json], Tensor]:
+        """The micro-batches of one optimizer step, and its (domain, general) token counts [2]."""
+        began = time.perf_counter()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.waited += time.perf_counter() - began
+        targets = [batch["targets"] for batch in batches]
+        counts = torch.tensor(
+            [
+                sum(len(target["labels"]) for target in targets),
+                sum(len(target["tail_logprob"]) for target in targets),
+                self.stop_asked,
+            ]
+        )
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
+        domain, general, stop = counts.tolist()
+        self.stopping = stop > 0
+        self.totals["domain_tokens"] += domain
+        self.totals["general_tokens"] += general
+        return batches, torch.tensor([domain, general])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Json,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        assert isinstance(num_items_in_batch, Tensor)
+        domain, general = num_items_in_batch.tolist()  # on the CPU: no wait for the device
+        targets = inputs["targets"]
+        labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
+        weights = targets["tail_logprob"].new_empty(labels + tails)
+        weights[:labels] = 1 / max(domain, 1)
+        weights[labels:] = self.loss.alpha / max(general, 1)
+        outputs = model(**inputs | {"targets": {**targets, "row_weights": weights}})
+        losses = outputs["losses"].detach()
+        self.sums[0] += losses[:labels].sum() / max(domain, 1)
+        self.sums[1] += losses[labels:].sum() / max(general, 1)
+        # DDP and FSDP take the mean of the ranks' gradients, and the counts are of all ranks.
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds CE, KL (means over the steps since the last log) and tokens seen to a step's log."""
+        if "loss" in logs:
+            sums = self.sums
+            if self.args.world_size > 1:
+                sums = self.accelerator.gather(sums[None]).sum(0)
+            steps = self.state.global_step - self.logged_step
+            now = time.perf_counter()
+            tokens = sum(self.totals.values())
+            elapsed = now - self.logged_at
+            ce, kl = (sums / steps).tolist()
+            if not math.isfinite(logs["loss"]):
+                raise ConfigError(
+                    f"step {self.state.global_step}: the loss is {logs['loss']} (CE {ce}, KL {kl})"
+                    ". Lower training.learning_rate or set training.max_grad_norm; checkpoints "
+                    "from before are kept"
+                )
+            logs |= {"ce": ce, "kl": kl, **self.totals}
+            logs["tokens_per_s"] = (tokens - self.logged_tokens) / elapsed
+            logs["wait_share"] = self.waited / elapsed
+            self.sums.zero_()
+            self.begin_log_interval()
+        super().log(logs, start_time)
+
+    def begin_log_interval(self) -> None:
+        self.logged_step = self.state.global_step
+        self.logged_at = time.perf_counter()
+        self.logged_tokens = sum(self.totals.values())
+        self.waited = 0.0
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Perplexity of each held-out corpus: {"eval_domain_perplexity": ...}."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        metrics = {}
+        for name, text in self.held_out.items():
+            total = Sums()
+            with self.accelerator.autocast():
+                for sums in compare(model, None, text):
+                    total += sums
+            metrics[f"{metric_key_prefix}_{name}_perplexity"] = total.perplexity
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self.begin_log_interval()  # its time is not training's
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
+            (folder / CHECKPOINT_MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def resume_point(self) -> Path | None:
+        """The last whole checkpoint of the output directory, after removing what was cut short."""
+        whole = []
+        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
+            if (folder / CHECKPOINT_MARKER).exists():
+                whole.append(folder)
+            elif self.args.should_save:
+                shutil.rmtree(folder)
+        last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        if last is not None:
+            marker = json.loads((last / CHECKPOINT_MARKER).read_text())
+            self.totals = {name: marker[name] for name in self.totals}
+        return last
+
+
+class Steps(TrainerCallback):
+    """What a run shows and writes at each step: progress, metrics.jsonl, the end at a signal."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+        self.progress: Progress | None = None
+        self.status = "first step"
+
+    @property
+    def metrics(self) -> Path:
+        return Path(self.trainer.args.output_dir) / METRICS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_log_interval()
+        if not state.is_world_process_zero:
+            return
+        # A checkpoint carries the log up to it; what came after is going to be done again.
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in state.log_history))
+        self.progress = Progress(state.max_steps, "step", state.global_step)
+        self.progress.begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sampler = self.trainer.epoch_sampler
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sampler.epoch = state.global_step // (len(sampler) // per_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(state.global_step, lambda: self.status)
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "train_runtime" in logs:  # transformers' own summary, of this call only
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(state.log_history[-1]) + "\n")
+        names = ["loss", "ce", "kl", "tokens_per_s"]
+        shown = [f"{name} {logs[name]:,.4g}" for name in names if name in logs]
+        shown += [f"{name} {value:.4g}" for name, value in logs.items() if "perplexity" in name]
+        self.status = ", ".join(shown)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.close()

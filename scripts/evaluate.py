@@ -1,0 +1,24 @@
+"""Compare models with the base they came from, on held-out domain and general text.
+
+    python scripts/evaluate.py --config scripts/configs/evaluate.yaml
+
+Prints a table: perplexities, KL to the base over the full vocabulary in both directions, and how
+often the most likely token is the same. Writes the numbers as JSON. Exit codes: 0 done, 2 bad
+input, 3 refused (the models have different tokenizers).
+"""
+
+import sys
+
+from pipeline import cli
+from pipeline.config import EvalConfig, parse, script_parser
+
+
+def main() -> int:
+    config, own = parse(script_parser(EvalConfig, __doc__ or ""), EvalConfig)
+    from pipeline import evaluate  # after the settings are known to be good: torch takes seconds
+
+    return cli.main(lambda: evaluate.run(config), own.summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Stage two: train a student with CE on a domain and KL to the base model, read from a dump.
+
+    python scripts/train_student.py --config scripts/configs/train.yaml
+    python scripts/train_student.py --config scripts/configs/train.yaml --loss.alpha 0.5
+
+Starts with a null test (a student that still is the teacher must be at KL 0), writes
+metrics.jsonl, checkpoints, and the final model to OUTPUT/model, which vLLM and
+AutoModelForCausalLM load. Interrupt it (a checkpoint is saved), run the same command again: it
+goes on from there. `training:` is transformers.TrainingArguments, unchanged. Exit codes: 0 done,
+2 bad input, 3 refused (the student does not belong to the dump, the directory holds another run),
+4 damaged dump, 75 interrupted.
+"""
+
+import sys
+
+from pipeline import cli
+from pipeline.config import TrainConfig, parse, script_parser
+
+
+def main() -> int:
+    config, own = parse(script_parser(TrainConfig, __doc__ or ""), TrainConfig)
+    from pipeline import train  # after the settings are known to be good: torch takes seconds
+
+    return cli.main(lambda: train.run(config), own.summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
