@@ -217,8 +217,9 @@ def scan(file: str) -> str:
     with open(file, "rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
     if format_of(file) != "parquet":
-        with fsspec.open(file, "rb", compression="infer") as lines:
-            for number, line in enumerate(io.BufferedReader(lines), 1):
+        opened = fsspec.open(file, "rb", compression="infer")
+        with opened as plain, io.BufferedReader(plain) as lines:
+            for number, line in enumerate(lines, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from transformers import (
 from pipeline import model_dir
 from pipeline.config import ConfigError, Interrupted, RefusedError, TrainConfig
 from pipeline.corpus import Corpus
-from pipeline.data import MixedDataset, TokenSequences, batch_of
+from pipeline.data import MixedDataset, TokenSequences
 from pipeline.evaluate import held_out
+from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.trainer import DistillTrainer, add_distill_forward
@@ -207,8 +207,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "dataloader_num_workers": 2 if cuda else 0,
         "eval_strategy": "epoch" if held else "no",
     }
+    # YAML reads a bare `no` as false
+    given = {
+        name: "no" if value is False and name.endswith("_strategy") else value
+        for name, value in config.training.items()
+    }
     try:
-        args = TrainingArguments(**{**defaults, **config.training, **fixed})
+        args = TrainingArguments(**{**defaults, **given, **fixed})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
     if args.eval_strategy != "no" and not held:
@@ -296,74 +301,6 @@ def load_student(
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
     return model, came_in
-
-
-def null_test(
-    config: TrainConfig,
-    trainer: DistillTrainer,
-    dump: LogitDataset,
-    dataset: MixedDataset,
-    weights: str,
-) -> float:
-    """Mean KL in nats of the untrained student to the dump, over the first general batches.
-
-    A student that still is the teacher must be near zero; RefusedError beyond the bound.
-    """
-    size = trainer.args.train_batch_size
-    rows = min(config.null_test.batches * size, len(dump))
-    model = trainer.model.to(trainer.args.device).eval()
-
-    def mean_kl(shift: int = 0) -> float:
-        total, tokens = 0.0, 0
-        for batch in general_batches(dataset, rows, size):
-            at = batch["targets"]["rows"] + shift
-            batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
-            batch["targets"]["row_weights"] = torch.ones(len(at))
-            batch = trainer._prepare_inputs(batch)
-            with torch.no_grad(), trainer.accelerator.autocast():
-                losses = model(**batch)["losses"]
-            total, tokens = total + losses.double().sum().item(), tokens + len(losses)
-        return total / tokens
-
-    kl = mean_kl()
-    teacher = dump.plan["teacher"]
-    if weights != teacher["fingerprint"]:
-        say(
-            f"null test: KL of the student to the dump is {kl:.3g} nats before the first step. Its "
-            f"weights are not those of the teacher ({teacher['name']}), so no bound applies"
-        )
-    elif kl <= config.null_test.bound:
-        say(
-            f"null test: KL of the student to the dump is {kl:.3g} nats over {rows} sequences, "
-            f"bound {config.null_test.bound}: the dump is this model's"
-        )
-    else:
-        shifted = {shift: mean_kl(shift) for shift in (-1, 1)}
-        nearer = [
-            f"shifted by {shift:+d} positions it is {found:.3g}: rows and positions do not match"
-            for shift, found in shifted.items()
-            if found < kl / 2
-        ]
-        raise RefusedError(
-            f"null test: the student has the teacher's weights, but its KL to the dump is {kl:.3g} "
-            f"nats (bound {config.null_test.bound}). "
-            + "; ".join(
-                nearer
-                or [
-                    "What may differ: config.json (rope, norms), the engine's dtype or "
-                    f"quantisation (dumped with {dump.plan['engine']}, dtype {teacher['dtype']}; trained in "
-                    f"{config.dtype}), the attention between packed sequences"
-                ]
-            )
-            + ". Do not train on this dump before it is understood."
-        )
-    return kl
-
-
-def general_batches(dataset: MixedDataset, rows: int, size: int) -> Iterator[Json]:
-    for at in range(0, rows, size):
-        records = [dataset.general_record(row) for row in range(at, min(at + size, rows))]
-        yield batch_of([], records)
 
 
 def last_logged(history: list[Json]) -> Json:

@@ -1,0 +1,495 @@
+"""Stage two through the real code and the real script."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from pipeline import cli, train
+from pipeline.config import (
+    ConfigError,
+    CorpusConfig,
+    HeldOutConfig,
+    LossConfig,
+    NullTestConfig,
+    RefusedError,
+    TrainConfig,
+)
+from pipeline.data import MixedDataset, collate
+from pipeline.losses import sparse_divergence
+from pipeline.trainer import add_distill_forward
+from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
+from tests.models import tiny_model
+from tests.pipeline.corpora import some_texts, write_texts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_student.py"
+UNTIMED = {"tokens_per_s", "wait_share"}
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
+
+
+def settings(
+    tmp_path: Path, model: Path, dump: Path | None, domain: Path, **changes: Any
+) -> TrainConfig:
+    training = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        **changes.pop("training", {}),
+    }
+    given = {
+        "model": str(model),
+        "domain": CorpusConfig(str(domain)),
+        "dump": str(dump) if dump else None,
+        "output": str(tmp_path / "run"),
+        **changes,
+    }
+    return TrainConfig(**given, training=training)
+
+
+def steps(run: Path | str) -> list[dict[str, Any]]:
+    """The logged steps, without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in UNTIMED}
+        for line in lines
+        if "ce" in line
+    ]
+
+
+def yaml_of(path: Path, config: TrainConfig) -> Path:
+    from dataclasses import asdict
+
+    path.write_text(json.dumps(asdict(config)))  # JSON is YAML
+    return path
+
+
+def script(config: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(config), *arguments],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+# ---- the loss in the forward
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("arch", "tie"), [("qwen3", True), ("llama", False)])
+def test_forward_gives_ce_and_kl_with_their_gradients(
+    tmp_path: Path, model_path: Path, dump_path: Path, arch: Any, tie: bool, direction: Any
+) -> None:
+    from pipeline.corpus import Corpus
+    from pipeline.data import TokenSequences
+    from pipeline.model_dir import load_tokenizer
+
+    corpus = write_texts(tmp_path / "d.jsonl", some_texts(4))
+    tokens = TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
+    data = MixedDataset(tokens, LogitDataset(dump_path), 1.0, 0, 2)
+    batch = collate([data[0], data[1]])
+    targets = batch["targets"]
+    student = tiny_model(tmp_path / "student", arch, tie, seed=5)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    labels, rows = len(targets["labels"]), targets["rows"]
+
+    plain = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    logits = plain.logits[0, rows]
+    ce = torch.nn.functional.cross_entropy(logits[:labels], targets["labels"], reduction="none")
+    kl = sparse_divergence(
+        logits[labels:],
+        targets["ids"].long(),
+        targets["logprobs"],
+        targets["tail_logprob"],
+        direction,
+    )
+    weights = torch.rand(len(rows))
+    expected = (weights * torch.cat([ce, kl])).sum()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    add_distill_forward(model, direction)
+    found = model(**batch | {"targets": {**targets, "row_weights": weights}})
+    found["loss"].backward()
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["losses"], torch.cat([ce, kl]), rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+
+
+def test_head_with_a_soft_cap_is_refused() -> None:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 1.0,
+    }
+    capped = Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=1.0))
+    with pytest.raises(ConfigError, match="soft cap"):
+        add_distill_forward(capped, "forward")
+    add_distill_forward(
+        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=None)), "forward"
+    )
+
+
+# ---- whole runs
+
+
+def test_a_run_learns_and_leaves_a_plain_model(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    config = settings(
+        tmp_path,
+        model_path,
+        dump_path,
+        domain,
+        held_out=HeldOutConfig(domain=CorpusConfig(str(domain))),
+        training={"num_train_epochs": 4, "eval_on_start": True},
+    )
+    summary = train.run(config)
+    logged = steps(config.output)
+    assert [line["step"] for line in logged] == list(range(1, summary["steps"] + 1))
+    assert logged[-1]["ce"] < logged[0]["ce"]
+    for line in logged:
+        assert line["loss"] == pytest.approx(line["ce"] + line["kl"], rel=1e-5)
+    assert summary["domain_tokens"] == logged[-1]["domain_tokens"] > 0
+    assert summary["general_tokens"] == logged[-1]["general_tokens"] > 0
+    assert 0 <= summary["null_test_kl"] < 1e-3
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    perplexities = [
+        json.loads(line)["eval_domain_perplexity"] for line in lines if "eval_domain" in line
+    ]
+    assert len(perplexities) == 5
+    assert perplexities[-1] < perplexities[0]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert student.dtype == torch.float32
+    from pipeline.model_dir import load_tokenizer, tokenizer_fingerprint
+
+    saved = tokenizer_fingerprint(load_tokenizer(tmp_path / "run" / "model"))
+    assert saved == tokenizer_fingerprint(load_tokenizer(model_path))
+    # the same command again has nothing to do
+    assert train.run(config) == summary
+
+
+def test_domain_alone_needs_no_dump(tmp_path: Path, model_path: Path, domain: Path) -> None:
+    config = settings(tmp_path, model_path, None, domain, mix=0, max_length=100)
+    summary = train.run(config)
+    assert summary["general_tokens"] == 0
+    assert summary["kl"] == 0
+    assert summary["null_test_kl"] is None
+
+
+def test_lora_trains_and_is_merged(
+    tmp_path: Path, dump_path: Path, model_path: Path, domain: Path
+) -> None:
+    config = settings(
+        tmp_path,
+        model_path,
+        dump_path,
+        domain,
+        lora={"r": 4, "target_modules": "all-linear"},
+        training={"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 5},
+    )
+    summary = train.run(config)
+    logged = steps(config.output)
+    assert summary["null_test_kl"] < 1e-3
+    assert logged[-1]["ce"] < logged[0]["ce"]
+    before = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("norm" in name or "embed" in name for name in changed)
+    assert (tmp_path / "run" / "checkpoint-5" / "adapter_model.safetensors").exists()
+
+
+def test_lora_on_the_head_is_refused(
+    tmp_path: Path, dump_path: Path, model_path: Path, domain: Path
+) -> None:
+    config = settings(
+        tmp_path, model_path, dump_path, domain, lora={"r": 4, "target_modules": ["lm_head"]}
+    )
+    with pytest.raises(ConfigError, match="leave lm_head out"):
+        train.run(config)
+
+
+def test_one_big_batch_equals_eight_small_ones(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    runs = []
+    for size, accumulation in [(1, 8), (8, 1)]:
+        config = settings(
+            tmp_path,
+            model_path,
+            dump_path,
+            domain,
+            output=str(tmp_path / f"{size}x{accumulation}"),
+            training={
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": accumulation,
+            },
+        )
+        done = script(yaml_of(tmp_path / f"{size}.yaml", config))
+        assert done.returncode == 0, done.stderr
+        runs.append(steps(config.output))
+    assert len(runs[0]) == len(runs[1]) == 12
+    for small, big in zip(*runs, strict=True):
+        for name in small:
+            assert small[name] == pytest.approx(big[name], rel=2e-4, abs=1e-6), name
+
+
+def test_interrupted_in_the_second_epoch_and_resumed(
+    tmp_path: Path, model_path: Path, dump_path: Path
+) -> None:
+    domain = write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(120)])
+    whole = settings(tmp_path, model_path, dump_path, domain, output=str(tmp_path / "whole"))
+    done = script(yaml_of(tmp_path / "whole.yaml", whole))
+    assert done.returncode == 0, done.stderr
+    expected = steps(whole.output)
+    epoch = len(expected) // 2
+
+    cut = settings(tmp_path, model_path, dump_path, domain, output=str(tmp_path / "cut"))
+    config = yaml_of(tmp_path / "cut.yaml", cut)
+    command = [sys.executable, str(SCRIPT), "--config", str(config)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = Path(cut.output) / "metrics.jsonl"
+        give_up = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch + 5:
+            assert running.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        _, talk = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 75, talk
+    assert "run the same command again" in talk
+    stopped = len(steps(cut.output))
+    assert epoch + 5 <= stopped < len(expected)
+    again = script(config)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from checkpoint-{stopped}" in again.stderr
+    assert steps(cut.output) == expected
+    before = AutoModelForCausalLM.from_pretrained(Path(whole.output) / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(Path(cut.output) / "model").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_checkpoint_cut_short_is_not_resumed_from(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    config = settings(
+        tmp_path,
+        model_path,
+        dump_path,
+        domain,
+        training={
+            "max_steps": 12,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "save_total_limit": 2,
+        },
+    )
+    train.run(config)
+    expected = steps(config.output)
+    run = tmp_path / "run"
+    assert len(expected) == 12
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-8",
+    ]
+    (run / "checkpoint-12" / "distill.json").unlink()  # as if killed while saving
+    (run / "summary.json").unlink()
+    train.run(config)
+    assert steps(run) == expected
+
+
+def test_the_objective_is_normalised_by_the_tokens_of_the_step(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    """alpha scales the KL; logged KL stays that of the tokens."""
+    first = []
+    for alpha in (0.0, 3.0):
+        config = settings(
+            tmp_path,
+            tiny_model(tmp_path / "other", seed=9),
+            dump_path,
+            domain,
+            loss=LossConfig(alpha=alpha),
+            output=str(tmp_path / f"alpha{alpha}"),
+            training={"max_steps": 1, "gradient_accumulation_steps": 3},
+        )
+        train.run(config)
+        first.append(steps(config.output)[0])
+    assert first[0]["kl"] == pytest.approx(first[1]["kl"]) != 0
+    assert first[0]["ce"] == pytest.approx(first[1]["ce"])
+    assert first[0]["loss"] == pytest.approx(first[0]["ce"])
+    assert first[1]["loss"] == pytest.approx(first[1]["ce"] + 3 * first[1]["kl"])
+
+
+# ---- what does not fit together
+
+
+def with_rows(source: Path, target: Path, change: Any) -> Path:
+    """A finished dump with the same plan and changed rows."""
+    old = LogitDataset(source)
+    plan = {name: value for name, value in old.plan.items() if name != "format_version"}
+    dump = create_dump(target, plan)
+    writer = ShardWriter(dump.partition(0), 0)
+    for record in old:
+        writer.write(change(record))
+    writer.commit(cursor={"document": 0}, stats={"documents": 0})
+    dump.partition(0).finish({})
+    dump.finish()
+    return target
+
+
+def shifted(record: Record) -> Record:
+    ids, logprobs = record.topk.dense()
+    return Record(
+        record.doc_id,
+        record.chunk,
+        record.input_ids,
+        TopK.from_dense(
+            np.roll(ids, 1, 0), np.roll(logprobs, 1, 0), np.roll(record.topk.tail_logprob, 1)
+        ),
+    )
+
+
+def test_null_test_names_shifted_positions(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    dump = with_rows(dump_path, tmp_path / "shifted", shifted)
+    config = settings(tmp_path, model_path, dump, domain)
+    with pytest.raises(RefusedError, match=r"Shifted by -1 positions"):
+        train.run(config)
+    config.null_test = NullTestConfig(batches=0)
+    train.run(config)
+
+
+def test_null_test_has_no_bound_for_another_student(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, capsys: Any
+) -> None:
+    other = tiny_model(tmp_path / "other", seed=9)
+    summary = train.run(settings(tmp_path, other, dump_path, domain, training={"max_steps": 1}))
+    assert summary["null_test_kl"] > 0.1
+    assert "no bound applies" in capsys.readouterr().err
+
+
+def test_other_vocabulary_is_refused_before_weights_load(
+    tmp_path: Path, dump_path: Path, domain: Path
+) -> None:
+    student = tiny_model(tmp_path / "student", vocab_size=600)
+    (student / "model.safetensors").unlink()
+    config = settings(tmp_path, student, dump_path, domain)
+    with pytest.raises(RefusedError, match="vocabulary: 512 in the dump, 600 in the student"):
+        train.run(config)
+    done = script(yaml_of(tmp_path / "c.yaml", config))
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+
+
+def test_other_tokenizer_is_refused(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(model_path, student)
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = "A", "B"
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RefusedError, match="tokenizer: "):
+        train.run(settings(tmp_path, student, dump_path, domain))
+
+
+def test_run_goes_on_with_the_same_dump_only(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    keep = {"save_strategy": "steps", "save_steps": 4}
+    config = settings(tmp_path, model_path, dump_path, domain, training=keep)
+    train.run(config)
+    other = with_rows(dump_path, tmp_path / "other", lambda record: record)
+    assert LogitDataset(other).fingerprint != LogitDataset(dump_path).fingerprint
+    config.dump = str(other)
+    with pytest.raises(RefusedError, match=r"dump: '.*' in the run, '.*' asked for"):
+        train.run(config)
+    (tmp_path / "run" / "summary.json").unlink()  # not finished: the checkpoint knows, too
+    with pytest.raises(RefusedError, match=r"dump: '.*' in the run, '.*' asked for"):
+        train.run(config)
+
+
+def test_unfinished_dump_is_bad_input(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    plan = {name: v for name, v in Dump(dump_path).plan.items() if name != "format_version"}
+    create_dump(unfinished, plan)
+    config = settings(tmp_path, model_path, unfinished, domain)
+    assert cli.main(lambda: train.run(config), None) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"lerning_rate": 1}}, "learning_rate was perhaps meant"),
+        ({"training": {"output_dir": "x"}}, "set output"),
+        ({"training": {"eval_strategy": "epoch"}}, "nothing to evaluate on"),
+        ({"training": {"learning_rate": 1e30, "max_grad_norm": 0.0}}, "the loss is"),
+        ({"max_length": 5000}, "reads at most 2048"),
+        ({"lora": {"rank": 3}}, "lora"),
+    ],
+)
+def test_bad_settings_say_what_to_do(
+    tmp_path: Path,
+    model_path: Path,
+    dump_path: Path,
+    domain: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train.run(settings(tmp_path, model_path, dump_path, domain, **changes))
+
+
+def test_empty_domain(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
+    empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
+    with pytest.raises(ConfigError, match="no domain to train on"):
+        train.run(settings(tmp_path, model_path, dump_path, empty))
+
+
+def test_script_refuses_other_temperatures_and_misspelt_keys(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    config = yaml_of(tmp_path / "c.yaml", settings(tmp_path, model_path, dump_path, domain))
+    hot = script(config, "--loss.temperature", "2")
+    assert hot.returncode == 2
+    assert "only 1 is possible" in hot.stderr
+    wrong = script(config, "--loss.aplha", "2", env={**os.environ, "COLUMNS": "200"})
+    assert wrong.returncode == 2
+    assert "aplha" in wrong.stderr
+    assert not (tmp_path / "run").exists()
