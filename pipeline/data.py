@@ -108,8 +108,8 @@ def pack(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """(input_ids, position_ids, predicts), each [T]: sequences one after the other in one row.
 
-    position_ids start at 0 with each sequence: transformers keeps the sequences of a row apart by
-    that, given no attention mask and no cache. predicts is False at the last token of each.
+    position_ids start at 0 with each sequence; predicts is False at the last token of each. See
+    pipeline.attention for what keeps the sequences apart.
     """
     lengths = np.array([len(sequence) for sequence in sequences])
     ends = np.cumsum(lengths)
@@ -129,16 +129,18 @@ def collate(items: list[Item]) -> dict[str, Any]:
 def batch_of(domain: list[Int32s], records: list[Record]) -> dict[str, Any]:
     """Sequences -> one packed row and its targets; domain sequences first.
 
-    input_ids, position_ids  int64 [1, T], see `pack`
+    input_ids, position_ids  int64 [1, T], see `pack`; sequence_lengths, a list
     targets:
         rows          int64 [C + N]  positions of the row with a loss, domain first
         labels        int64 [C]      the tokens that the first C should predict
         ids, logprobs       [N, K]   the stored distributions of the others: int32, float32;
         tail_logprob        [N]      logprob -inf is padding
     """
-    row, positions, predicts = pack([*domain, *(record.input_ids for record in records)])
+    sequences = [*domain, *(record.input_ids for record in records)]
+    lengths = [len(sequence) for sequence in sequences]
+    row, positions, predicts = pack(sequences)
     rows = np.flatnonzero(predicts)
-    domain_rows = rows[: int(np.searchsorted(rows, sum(len(sequence) for sequence in domain)))]
+    domain_rows = rows[: int(np.searchsorted(rows, sum(lengths[: len(domain)])))]
     k = max((int(record.topk.counts.max(initial=0)) for record in records), default=0)
     dense = [record.topk.dense(k) for record in records]
     no_entries = np.zeros((0, k))
@@ -156,5 +158,6 @@ def batch_of(domain: list[Int32s], records: list[Record]) -> dict[str, Any]:
     return {
         "input_ids": torch.from_numpy(row)[None],
         "position_ids": torch.from_numpy(positions)[None],
+        "sequence_lengths": lengths,
         "targets": {name: torch.from_numpy(value) for name, value in targets.items()},
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline import model_dir
+from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
 from pipeline.corpus import Corpus
 from pipeline.data import Int32s, TokenSequences, pack
@@ -72,6 +73,7 @@ def compare(
     dtypes, and ROWS rows of them in float32.
     """
     for batch in batches(sequences, batch_tokens):
+        lengths = [len(sequence) for sequence in batch]
         input_ids, position_ids, predicts = pack(batch)
         inputs = {
             "input_ids": torch.from_numpy(input_ids)[None].to(model.device),
@@ -79,10 +81,12 @@ def compare(
         }
         rows = torch.from_numpy(predicts).nonzero()[:, 0].to(model.device)
         labels = inputs["input_ids"][0, rows + 1]
-        logits = model(**inputs, use_cache=False).logits[0]
+        packed = packing_arguments(model, lengths)
+        logits = model(**inputs, **packed, use_cache=False).logits[0]
         other = None
         if base is not None and base is not model:
-            other = base(**inputs, use_cache=False).logits[0]
+            packed = packing_arguments(base, lengths)
+            other = base(**inputs, **packed, use_cache=False).logits[0]
         total = Sums()
         for at in range(0, len(rows), ROWS):
             part = rows[at : at + ROWS]
@@ -187,7 +191,9 @@ def held_out(
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
     model = model_dir.load_model(folder, dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    enable_packing(model)
+    return model
 
 
 def flat(found: dict[str, Any]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
 from pipeline.data import EpochSampler, MixedDataset, TokenSequences, collate
 from pipeline.evaluate import Sums, compare
@@ -39,22 +40,25 @@ METRICS = "metrics.jsonl"
 
 
 def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
-    """Give a causal LM's forward a second way, taken when `targets` are among its arguments.
+    """Give a causal LM's forward a second way, taken for a batch of `data.batch_of` with targets.
 
     It returns {"loss", "losses"} of `linear_sparse_divergence` instead of logits, which never
     exist as a whole. It is in the forward, not around it, so that what wraps the model (FSDP's
     gathered head, DDP, autocast, gradient checkpointing, peft) holds for the loss too.
-    Raises ConfigError for a model whose logits are not a plain linear head on its decoder.
+    Raises ConfigError for a model whose logits are not a plain linear head on its decoder, or that
+    cannot keep packed sequences apart.
     """
     plain_forward = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, targets: Any = None, **kwargs: Any) -> Any:
         if targets is None:
             return plain_forward(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        given["use_cache"] = False  # with a cache, packed sequences would see each other
-        given.pop("return_dict", None)
-        hidden = self.get_decoder()(**given).last_hidden_state
+        hidden = self.get_decoder()(
+            input_ids=kwargs["input_ids"],
+            position_ids=kwargs["position_ids"],
+            use_cache=False,  # with a cache, packed sequences would see each other
+            **packing_arguments(self, kwargs["sequence_lengths"]),
+        ).last_hidden_state
         head = plain_head(self)
         loss, losses = linear_sparse_divergence(
             hidden[0].index_select(0, targets["rows"]),
@@ -69,8 +73,9 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
         )
         return {"loss": loss, "losses": losses}
 
-    model.forward = MethodType(forward, model)
+    enable_packing(model)
     check_head(model)
+    model.forward = MethodType(forward, model)
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear:

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
@@ -62,24 +60,6 @@ def test_general_sequences_come_in_their_share_and_none_is_left_out(
     assert len(seen) == int(items * mix)
     once = seen[: len(general)]
     assert len(set(once)) == len(once)  # a pass is over before any row comes again
-
-
-def test_packed_sequences_do_not_see_each_other(
-    domain: TokenSequences, dump_path: Path, model_path: Path
-) -> None:
-    data = MixedDataset(domain, LogitDataset(dump_path), 1.0, seed=1, items_per_step=4)
-    items = [data[at] for at in range(4)]
-    batch = collate(items)
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-    with torch.no_grad():
-        packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        sequences = [item.domain for item in items]
-        sequences += [record.input_ids for item in items for record in item.general]
-        alone = [
-            model(torch.from_numpy(sequence[None].astype(np.int64)), use_cache=False).logits[0]
-            for sequence in sequences
-        ]
-    torch.testing.assert_close(packed.logits[0], torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_targets_stand_at_the_positions_that_predict_them(

@@ -1,0 +1,109 @@
+"""Attention within the sequences of a packed row: no mask of all pairs, no padding, no leaks.
+
+transformers keeps packed sequences apart by a mask of T × T, which costs the attention of one
+sequence as long as the row. Here each sequence is attended by itself, so a row costs the sum of its
+sequences. Models whose attention is not plain (a soft cap, sinks, linear attention) keep their own,
+and what leaks between packed sequences either way is refused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pipeline.config import ConfigError
+
+PACKED = "packed_sequences"  # has no mask function on purpose: transformers then makes no masks
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sequence_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of query [B, H, T, D] to key, value [B, H_kv, T, D] -> [B, T, H, D].
+
+    With sequence_lengths, T is their sum and no sequence sees another; without, a row is one.
+    """
+    lengths = [query.shape[2]] if sequence_lengths is None else sequence_lengths
+    parts = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        band = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            at = torch.arange(q.shape[2], device=q.device)
+            distance = at[:, None] - at
+            band = ((distance >= 0) & (distance < sliding_window))[None, None]
+        parts.append(sdpa_attention_forward(module, q, k, v, band, **options)[0])
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def enable_packing(model: PreTrainedModel) -> None:
+    """Make `model` keep the sequences of a row apart, given `packing_arguments`.
+
+    Raises ConfigError for a model that does not either way.
+    """
+    own = model.config._attn_implementation
+    if own == PACKED:
+        return
+    was_training = model.training
+    model.eval()
+    if own == "sdpa":
+        expected = alone(model)
+        model.set_attn_implementation(PACKED)
+        if leak(model, expected) < TOLERANCE:
+            model.train(was_training)
+            return
+        model.set_attn_implementation(own)
+    error = leak(model, alone(model))
+    model.train(was_training)
+    if error > TOLERANCE:
+        raise ConfigError(
+            f"{type(model).__name__}: sequences that share a row see each other (logits differ by "
+            f"{error:.1%}), so this architecture cannot be trained on packed sequences"
+        )
+
+
+def packing_arguments(model: PreTrainedModel, lengths: list[int]) -> dict[str, Any]:
+    """What the forward needs beside position_ids that start anew with each sequence."""
+    packed = model.config._attn_implementation == PACKED
+    return {"sequence_lengths": lengths} if packed else {}
+
+
+PROBE = [11, 5, 8]  # lengths of the sequences that are compared
+TOLERANCE = 0.05  # of the largest logit: bfloat16 and other kernels are well below, a leak above
+
+
+def probes(model: PreTrainedModel) -> list[Tensor]:
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = (torch.arange(sum(PROBE), device=model.device) * 7919 + 1) % vocab_size
+    return list(ids.split(PROBE))
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel) -> Tensor:
+    """Logits [T, V] of the probes, one call each."""
+    outputs = [model(input_ids=probe[None], use_cache=False) for probe in probes(model)]
+    return torch.cat([output.logits[0].float() for output in outputs])
+
+
+@torch.no_grad()
+def leak(model: PreTrainedModel, expected: Tensor) -> float:
+    """Largest difference of the packed probes' logits, relative to the largest logit."""
+    parts = probes(model)
+    found = model(
+        input_ids=torch.cat(parts)[None],
+        position_ids=torch.cat([torch.arange(len(part)) for part in parts])[None].to(model.device),
+        use_cache=False,
+        **packing_arguments(model, PROBE),
+    ).logits[0]
+    return ((found.float() - expected).abs().max() / expected.abs().max()).item()
