@@ -6,6 +6,7 @@ the same rows, and whoever commits second goes on from where the first did.
 """
 
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 from pipeline import model_dir
@@ -34,6 +35,9 @@ def run(
     tokenizer = model_dir.load_tokenizer(folder)
     corpus = Corpus(config.corpus, tokenizer, config.max_length, config.add_eos)
     model_config = model_dir.load_config(folder)
+    if config.dtype == "auto":  # engines have other ideas of it: vLLM halves float32
+        own = model_dir.own_dtype(model_config)
+        config = replace(config, dtype=own)
     plan = make_plan(config, corpus, model_config, folder)
     if partition is not None and not 0 <= partition < config.partitions:
         raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
@@ -194,6 +198,7 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
         "bytes": sum(marker["bytes"] for marker in markers),
         "bytes_per_token": sum(marker["bytes"] for marker in markers) / tokens if tokens else None,
         "kept_mass": sum(marker["mass"] for marker in markers) / positions if positions else None,
+        "codec_kl": sum(marker["kl_sum"] for marker in markers) / positions if positions else None,
         "tokens_per_s": tokens_per_s,
         "finished": complete,
     }

@@ -31,6 +31,9 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
     yield f"bytes      {size:,}  ({size / tokens:.1f} per token)"
     yield f"entries    {entries / positions:.1f} per position"
     yield f"kept mass  {sum(marker['mass'] for marker in markers) / positions:.4f} on average"
+    error = sum(marker["kl_sum"] for marker in markers) / positions
+    worst = max(marker["kl_max"] for marker in markers)
+    yield f"error      {error:.1e} nats of KL by the codec on average, {worst:.1e} at worst"
     yield ""
     histogram = np.sum([marker["mass_histogram"] for marker in markers], axis=0)
     for number, count in enumerate(histogram):

@@ -16,7 +16,7 @@ from storage.codec import Ranks, decode, encode
 from storage.errors import CorruptPayload, CorruptShard, InvalidRecord, StorageError
 from storage.manifest import Json, Partition, Shard, to_json
 from storage.store import Store
-from storage.topk import Record, TopK
+from storage.topk import Record, TopK, codec_kl
 
 SCHEMA = pa.schema(
     [
@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("payload", pa.binary(), nullable=False),
     ]
 )
+LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
 # A row group is what one random read costs, and the rank table is learned from the first one.
 ROW_GROUP_TOKENS = 16_384
 MASS_BINS = 20  # of the histogram of kept mass, over [0, 1]
@@ -51,7 +52,7 @@ class ShardWriter:
         plan = partition.dump.plan
         self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
         self.rows = self.tokens = self.positions = self.entries = 0
-        self.mass = 0.0
+        self.mass = self.kl_sum = self.kl_max = 0.0
         self.histogram = np.zeros(MASS_BINS, np.int64)
         self.pending: list[Record] = []
         self.pending_tokens = 0
@@ -108,26 +109,30 @@ class ShardWriter:
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
             self.file = pq.ParquetWriter(
                 self.local,
-                SCHEMA.with_metadata(metadata),
-                compression={"payload": "none", "input_ids": "zstd"}
-                | dict.fromkeys(("doc_id", "chunk", "tokens"), "zstd"),
-                compression_level={"input_ids": 9},
-                use_dictionary=["input_ids"],
+                SCHEMA,
+                compression={name: "none" if name == "payload" else "zstd" for name in LEAVES},
+                compression_level={name: 9 for name in LEAVES if name != "payload"},
+                use_dictionary=False,
                 write_statistics=False,
                 write_page_checksum=True,
+                store_schema=False,  # Parquet's own says all there is to say
             )
+            self.file.add_key_value_metadata(metadata)
         payloads = []
         for record in self.pending:
             try:
-                payloads.append(
-                    encode(
-                        record.topk, vocab_size=self.vocab_size, step=self.step, ranks=self.ranks
-                    )
+                payload = encode(
+                    record.topk, vocab_size=self.vocab_size, step=self.step, ranks=self.ranks
                 )
+                # What is committed has been read back, and its error is known.
+                kl = codec_kl(record.topk, decode(payload, self.ranks))
             except InvalidRecord as error:
                 raise InvalidRecord(
                     f"document {record.doc_id!r}, chunk {record.chunk}: {error}"
                 ) from None
+            payloads.append(payload)
+            self.kl_sum += float(kl.sum())
+            self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
         columns = [
             pa.array([record.doc_id for record in self.pending], pa.string()),
             pa.array([record.chunk for record in self.pending], pa.int32()),
@@ -167,6 +172,8 @@ class ShardWriter:
                 "entries": self.entries,
                 "mass": self.mass,
                 "mass_histogram": self.histogram.tolist(),
+                "kl_sum": self.kl_sum,
+                "kl_max": self.kl_max,
                 "cursor": cursor,
                 **(stats or {}),
             }
@@ -235,7 +242,7 @@ class ShardReader:
             # A local file is mapped: row groups are read without copying the file.
             source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
-            metadata = self.file.schema_arrow.metadata or {}
+            metadata = self.file.metadata.metadata or {}
             if metadata.get(b"format") != b"mol-topk/1":
                 raise CorruptShard(f"{self.name}: format {metadata.get(b'format')!r} is not ours")
             self.ranks = unpack_ranks(metadata[b"ranks"])

@@ -82,6 +82,24 @@ def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDAr
     return np.asarray(sums, np.float64)
 
 
+def codec_kl(original: TopK, stored: TopK) -> npt.NDArray[np.float64]:
+    """KL(original ‖ stored) in nats at each position [P], on the outcomes {kept ids, tail}.
+
+    Both must hold the same ids. The original is normalised first: engines are off by 1e-6.
+    """
+    if not np.array_equal(original.ids, stored.ids):
+        raise ValueError("the two records hold different ids")
+    p = np.exp(original.logprobs.astype(np.float64))
+    a = np.exp(original.tail_logprob.astype(np.float64))
+    gaps = np.subtract(original.logprobs, stored.logprobs, dtype=np.float64)
+    tail_gaps = np.zeros(len(original))
+    has_tail = a > 0
+    np.subtract(original.tail_logprob, stored.tail_logprob, tail_gaps, where=has_tail)
+    total = position_sums(p, original.counts) + a
+    kl = (position_sums(p * gaps, original.counts) + a * tail_gaps) / total - np.log(total)
+    return np.asarray(kl, np.float64)
+
+
 def check_topk(topk: TopK, vocab_size: int) -> None:
     """Raise InvalidRecord with the first position that cannot be stored."""
 

@@ -82,7 +82,7 @@ def check_shard(
     damaged = digest.hexdigest() != shard.marker["sha256"]
     try:
         reader = ShardReader(store, shard)
-        metadata = reader.file.schema_arrow.metadata
+        metadata = reader.file.metadata.metadata
         if metadata[b"shard"].decode() != shard.name:
             return f"{shard.file}: holds shard {metadata[b'shard'].decode()}: files were swapped"
         if metadata[b"plan_sha256"].decode() != plan_sha256:

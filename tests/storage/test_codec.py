@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
 from storage.codec import HEADER
+from storage.topk import codec_kl
 from tests.storage.records import VOCAB, random_topk
 
 
@@ -127,3 +128,19 @@ def test_a_lying_header_allocates_nothing() -> None:
     header = HEADER.pack(*fields[:-1], zlib.crc32(HEADER.pack(*fields)[:-4]))
     with pytest.raises(CorruptPayload):
         decode(header + data[HEADER.size :])
+
+
+@given(st.integers(0, 1000), st.integers(1, 40), st.sampled_from([1 / 32, 1 / 16, 1 / 4]))
+def test_codec_kl_is_the_divergence_of_k_plus_one_outcomes(seed: int, k: int, step: float) -> None:
+    topk = random_topk(5, k, seed=seed)
+    stored = decode(encode(topk, vocab_size=VOCAB, step=step))
+    found = codec_kl(topk, stored)
+    for t in range(5):
+        p = np.exp([*topk.dense()[1][t], topk.tail_logprob[t]], dtype=np.float64)
+        q = np.exp([*stored.dense()[1][t], stored.tail_logprob[t]], dtype=np.float64)
+        p /= p.sum()
+        assert found[t] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-3, abs=1e-7)
+    assert (found > -1e-6).all()
+    assert found.max() < step**2
+    with pytest.raises(ValueError, match="different ids"):
+        codec_kl(topk, random_topk(5, k, seed=seed + 1))
