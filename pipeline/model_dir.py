@@ -83,6 +83,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
+def own_dtype(config: PreTrainedConfig) -> str:
+    """The dtype of the model's weights, as its config.json names it; float32 where it does not."""
+    dtype = config.get_text_config().dtype or config.dtype or "float32"
+    return str(dtype).removeprefix("torch.")
+
+
 def vocab_size(config: PreTrainedConfig) -> int:
     """Columns of the language model's head."""
     return int(config.get_text_config().vocab_size)

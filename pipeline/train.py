@@ -288,7 +288,7 @@ def load_student(
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """(the model to train, with the distilling forward; the dtype it came in)."""
     model = model_dir.load_model(folder, config.dtype)
-    came_in = model_dir.load_config(folder).dtype or model.dtype
+    came_in = getattr(torch, model_dir.own_dtype(model_dir.load_config(folder)))
     add_distill_forward(model, config.loss.direction)
     if config.lora is not None:
         import peft

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import cli, dump
 from pipeline.config import ConfigError, CorpusConfig, DumpConfig
-from storage import IncompleteDump, InvalidRecord, LogitDataset, PlanMismatch, verify
+from storage import Dump, IncompleteDump, InvalidRecord, LogitDataset, PlanMismatch, verify
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 
@@ -71,6 +71,15 @@ def test_dump_holds_what_the_model_says(tmp_path: Path, model_path: Path, corpus
         np.testing.assert_array_equal(record.topk.dense()[0], expected.indices)
         gap = np.abs(record.topk.dense()[1] - expected.values.detach().numpy())
         assert gap.max() < 1 / 16
+
+
+def test_auto_dtype_is_the_models_own(tmp_path: Path, corpus: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        model = tiny_model(tmp_path / f"model-{name}", dtype=dtype)
+        config = settings(tmp_path, model, corpus, output=str(tmp_path / name))
+        dump.run(config, only="plan")
+        assert Dump(config.output).plan["teacher"]["dtype"] == name
 
 
 def test_plan_carries_the_tokenizer(tmp_path: Path, model_path: Path, corpus: Path) -> None:
