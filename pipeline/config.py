@@ -221,9 +221,13 @@ def require_temperature_one(temperature: float) -> None:
 Config = TypeVar("Config")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of a script's docstring: its commands are there to be copied."""
+
+
 def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
     """A parser with --config and every field of the dataclass as a dotted option."""
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=True)
+    parser = jsonargparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
     parser.add_class_arguments(config, None)
     parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
