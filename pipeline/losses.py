@@ -22,6 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+try:
+    from pipeline import losses_triton
+except ImportError:  # torch comes without Triton on some platforms; plain torch does it all
+    losses_triton = None  # type: ignore[assignment]
+
 Direction = Literal["forward", "reverse"]
 
 # The reverse divergence is infinite where the student has mass outside K and the teacher has none
@@ -76,6 +81,8 @@ def linear_sparse_divergence(
     labels: Tensor | None = None,
     row_weights: Tensor | None = None,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same on logits = hidden @ weight.T + bias, which never exist as a whole.
@@ -86,6 +93,8 @@ def linear_sparse_divergence(
     ids, logprobs [N, K], tail_logprob [N], direction: as in `sparse_divergence`
     labels       [C]         token ids
     row_weights  [C + N]     of the sum, 1 by default
+    logit_scale              the logits are multiplied by it, bias included
+    soft_cap                 then softened to cap · tanh(logits / cap), as Gemma does
 
     Returns (Σ weight · loss, a scalar with gradients to hidden, weight and bias; the losses [C + N]
     in nats, without gradients). The gradients are computed here, chunk by chunk of `chunk_rows`
@@ -117,7 +126,7 @@ def linear_sparse_divergence(
             bias,
             row_weights,
             (labels, ids, logprobs, tail_logprob, direction),
-            (chunk_rows, compute_dtype, torch.is_grad_enabled()),
+            (chunk_rows, compute_dtype, torch.is_grad_enabled(), logit_scale, soft_cap or 0.0),
         )
     return total, losses
 
@@ -131,9 +140,9 @@ class _FusedLinear(torch.autograd.Function):
         bias: Tensor | None,
         row_weights: Tensor,
         targets: tuple[Tensor, Tensor, Tensor, Tensor, Direction],
-        settings: tuple[int, torch.dtype, bool],
+        settings: tuple[int, torch.dtype, bool, float, float],
     ) -> tuple[Tensor, Tensor]:
-        chunk_rows, compute_dtype, grad_enabled = settings
+        chunk_rows, compute_dtype, grad_enabled, logit_scale, soft_cap = settings
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         head = weight.to(compute_dtype)
@@ -144,28 +153,31 @@ class _FusedLinear(torch.autograd.Function):
         # One buffer for all chunks: malloc would hand out fresh, zeroed pages for each of them.
         size = (min(chunk_rows, len(hidden)), len(weight))
         buffer = torch.empty(size, dtype=exact, device=hidden.device)
+        # The gradient takes the logits' place. Where the GPU's GEMMs take another dtype it is
+        # written in that one; a CPU keeps it exact for the weight's gradient.
+        apart = hidden.is_cuda and compute_dtype != exact and any(needs)
+        grad_buffer = torch.empty_like(buffer, dtype=compute_dtype) if apart else None
         for rows, ids, logprobs, tail, direction in _chunks(*targets, chunk_rows):
             h = hidden[rows].to(compute_dtype)
             z = _matmul_into_(buffer[: len(h)], h, head.t())
             if bias is not None:
                 z += bias
-            loss, scale, entries = _divergence_(
-                z, ids, logprobs.to(exact), tail.to(exact), direction
-            )
-            losses[rows] = loss
-            if not any(needs):
+            if logit_scale != 1:
+                z *= logit_scale
+            grad = None
+            if any(needs):
+                grad = z if grad_buffer is None else grad_buffer[: len(h)]
+            weights = row_weights[rows].to(exact) * logit_scale
+            losses[rows] = _step_(z, grad, ids, logprobs, tail, weights, direction, soft_cap)
+            if grad is None:
                 continue
-            # z holds the student's distribution outside K, with zeros at K: its gradient is there
-            # after one scaling and one scatter.
-            w = row_weights[rows].to(exact)
-            z.mul_((w * scale)[:, None]).scatter_add_(1, ids, w[:, None] * entries)
             if grad_bias is not None:
-                grad_bias += z.sum(0)
-            grad = z.to(compute_dtype)
+                grad_bias += grad.sum(0, dtype=exact)
+            rounded = grad.to(compute_dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head
+                grad_hidden[rows] = rounded @ head
             if grad_weight is not None:
-                _add_matmul_(grad_weight, z, grad, h)
+                _add_matmul_(grad_weight, grad, rounded, h)
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -204,6 +216,42 @@ def _chunks(
         stop = min(start + size, len(ids))
         rows = slice(len(labels) + start, len(labels) + stop)
         yield rows, ids[start:stop].long(), logprobs[start:stop], tail[start:stop], direction
+
+
+def _step_(
+    z: Tensor,
+    grad: Tensor | None,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail: Tensor,
+    weights: Tensor,
+    direction: Direction,
+    soft_cap: float,
+) -> Tensor:
+    """Losses [N] of logits z [N, V], which are overwritten; grad becomes weights · ∂loss/∂z.
+
+    grad is z itself or a tensor of its shape, or None. soft_cap 0 is none.
+    """
+    if z.is_cuda and z.dtype == torch.float32 and losses_triton is not None:
+        reverse = direction == "reverse"
+        return losses_triton.step(
+            z, grad, ids, logprobs, tail, weights, reverse, soft_cap, MIN_TAIL_LOGPROB
+        )
+    slope = None
+    if soft_cap:
+        z.div_(soft_cap).tanh_()
+        slope = None if grad is None else 1 - z * z
+        z.mul_(soft_cap)
+    loss, scale, entries = _divergence_(z, ids, logprobs.to(z), tail.to(z), direction)
+    if grad is not None:
+        # z holds the student's distribution outside K, with zeros at K: its gradient is there
+        # after one scaling and one scatter.
+        z.mul_((weights * scale)[:, None]).scatter_add_(1, ids, weights[:, None] * entries)
+        if slope is not None:
+            z.mul_(slope)
+        if grad is not z:
+            grad.copy_(z)
+    return loss
 
 
 def _divergence_(

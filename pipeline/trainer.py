@@ -45,8 +45,8 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
     It returns {"loss", "losses"} of `linear_sparse_divergence` instead of logits, which never
     exist as a whole. It is in the forward, not around it, so that what wraps the model (FSDP's
     gathered head, DDP, autocast, gradient checkpointing, peft) holds for the loss too.
-    Raises ConfigError for a model whose logits are not a plain linear head on its decoder, or that
-    cannot keep packed sequences apart.
+    Raises ConfigError for a model whose logits are not a linear head on its decoder, scaled and
+    soft-capped at most, or that cannot keep packed sequences apart.
     """
     plain_forward = model.forward
 
@@ -60,6 +60,7 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
             **packing_arguments(self, kwargs["sequence_lengths"]),
         ).last_hidden_state
         head = plain_head(self)
+        scale, soft_cap = after_the_head(self)
         loss, losses = linear_sparse_divergence(
             hidden[0].index_select(0, targets["rows"]),
             head.weight,
@@ -70,6 +71,8 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
             labels=targets["labels"],
             row_weights=targets["row_weights"],
             bias=head.bias,
+            logit_scale=scale,
+            soft_cap=soft_cap,
         )
         return {"loss": loss, "losses": losses}
 
@@ -88,9 +91,18 @@ def plain_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(scale, soft cap) of the logits, which architectures name differently in their configs."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """ConfigError where more is done to the logits than head(decoder(x)), e.g. a soft cap."""
+    """ConfigError where the logits are not what the fused loss takes them for."""
     head = plain_head(model)
     probe = torch.arange(1, 9, device=model.device)[None] % head.out_features
     was_training = model.training
@@ -98,12 +110,16 @@ def check_head(model: PreTrainedModel) -> None:
     expected = model(input_ids=probe, use_cache=False).logits.float()
     hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
     found = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    scale, soft_cap = after_the_head(model)
+    found *= scale
+    if soft_cap:
+        found = soft_cap * torch.tanh(found / soft_cap)
     model.train(was_training)
     error = (found - expected).abs().max().item()
     if error > 0.02 * max(1.0, expected.abs().max().item()):
         raise ConfigError(
-            f"{type(model).__name__} changes its logits after the linear head (a soft cap or a "
-            f"scale; they differ by {error:.3g}). The fused loss does not know how yet"
+            f"{type(model).__name__} does something to its logits after the linear head that the "
+            f"fused loss does not know: they differ by {error:.3g}"
         )
 
 

@@ -105,6 +105,36 @@ def test_order_of_entries_does_not_matter(direction: str) -> None:
 
 
 @both
+@pytest.mark.parametrize(("scale", "cap"), [(0.5, None), (1.0, 1.5), (2.0, 3.0)])
+def test_scaled_and_capped_logits(direction: str, scale: float, cap: float | None) -> None:
+    values = student()
+    target, labels = ragged(*teacher(logits_of(1)[4:], K)), torch.tensor([3, 0, 40, 3])
+    weights = torch.rand(N, dtype=torch.float64)
+
+    hidden, weight, bias = (value.clone().requires_grad_() for value in values)
+    logits = scale * (hidden @ weight.T + bias)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = torch.cat(
+        [
+            F.cross_entropy(logits[:4], labels, reduction="none"),
+            sparse_divergence(logits[4:], *target, direction),
+        ]
+    )
+    (weights * expected).sum().backward()
+    grads = [hidden.grad, weight.grad, bias.grad]
+
+    hidden, weight, bias = (value.clone().requires_grad_() for value in values)
+    total, rows = linear_sparse_divergence(
+        hidden, weight, *target, direction, labels=labels, row_weights=weights, bias=bias,
+        logit_scale=scale, soft_cap=cap, chunk_rows=4,
+    )  # fmt: skip
+    total.backward()
+    torch.testing.assert_close(rows, expected.detach(), rtol=0, atol=1e-13)
+    for value, grad in zip((hidden, weight, bias), grads, strict=True):
+        torch.testing.assert_close(value.grad, grad, rtol=0, atol=1e-13)
+
+
+@both
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 @pytest.mark.parametrize("k", [1, K, V])
 def test_fused_equals_reference_with_gradients(direction: str, chunk_rows: int, k: int) -> None:

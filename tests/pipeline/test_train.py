@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from pipeline import cli, train
 from pipeline.config import (
@@ -92,8 +103,31 @@ def script(config: Path, *arguments: str, **options: Any) -> subprocess.Complete
 # ---- the loss in the forward
 
 
+def scaled_or_capped(kind: str) -> PreTrainedModel:
+    """A tiny model that does more to its logits than a linear head does."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 0.5,
+    }
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=1.0))
+    if kind == "cohere":
+        return CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25))
+    return GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=4.0))
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize(("arch", "tie"), [("qwen3", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("arch", "tie"),
+    [("qwen3", True), ("llama", False), ("gemma2", True), ("cohere", True), ("granite", True)],
+)
 def test_forward_gives_ce_and_kl_with_their_gradients(
     tmp_path: Path, model_path: Path, dump_path: Path, arch: Any, tie: bool, direction: Any
 ) -> None:
@@ -106,8 +140,11 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
     data = MixedDataset(tokens, LogitDataset(dump_path), 1.0, 0, 2)
     batch = collate([data[0], data[1]])
     targets = batch["targets"]
-    student = tiny_model(tmp_path / "student", arch, tie, seed=5)
-    model = AutoModelForCausalLM.from_pretrained(student)
+    if arch in ("qwen3", "llama"):
+        student = tiny_model(tmp_path / "student", arch, tie, seed=5)
+        model = AutoModelForCausalLM.from_pretrained(student)
+    else:
+        model = scaled_or_capped(arch)
     labels, rows = len(targets["labels"]), targets["rows"]
 
     plain = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
@@ -135,24 +172,17 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
 
 
-def test_head_with_a_soft_cap_is_refused() -> None:
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "initializer_range": 1.0,
-    }
-    capped = Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=1.0))
-    with pytest.raises(ConfigError, match="soft cap"):
-        add_distill_forward(capped, "forward")
-    add_distill_forward(
-        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=None)), "forward"
-    )
+def test_unknown_logits_are_refused() -> None:
+    class Doubled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
+    model = Doubled(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, **shape))
+    with pytest.raises(ConfigError, match="does something to its logits"):
+        add_distill_forward(model, "forward")
 
 
 # ---- whole runs

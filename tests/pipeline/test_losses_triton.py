@@ -1,0 +1,34 @@
+"""The kernel: interpreted on a CPU against plain torch, and compiled for a GPU that is not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_interpreted_kernel_equals_plain_torch() -> None:
+    checks = Path(__file__).with_name("triton_checks.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+def test_compiles_for_a_gpu_that_is_not_here(cap: float) -> None:
+    """To machine code for Hopper; running it needs one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from pipeline.losses_triton import _rows
+
+    pointers = ["*fp32", "*bf16", "*i64", "*fp32", "*fp32", "*fp32", "*fp32"]
+    kinds = [*pointers, *["i32"] * 4, *["constexpr"] * 6]
+    signature = dict(zip(_rows.arg_names, kinds, strict=True))
+    settings = {"MIN_TAIL": -30.0, "REVERSE": True, "GRADIENT": True, "CAP": cap}
+    settings |= {"ENTRIES": 64, "SIZE": 4096}
+    source = ASTSource(_rows, signature, constexprs=settings)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert len(made.asm["cubin"]) > 1000
