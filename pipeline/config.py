@@ -134,8 +134,9 @@ class TrainConfig:
     output: str
     """Directory for checkpoints, metrics.jsonl and the final model (in model/). An unfinished run
     there is gone on with."""
-    dump: str | None = None
-    """The dump of stage one, local or s3://… Only needed where mix is above 0."""
+    dump: str | dict[str, float] | None = None
+    """The dump of stage one, local or s3://… or several with their weights, {dump: 3, other: 1}.
+    Only needed where mix is above 0."""
     revision: str | None = None
     """The hub revision of the model."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -144,6 +145,11 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     mix: float = 1.0
     """General sequences per domain sequence; 0 trains on the domain alone."""
+    mix_by: Literal["sequences", "tokens"] = "sequences"
+    """What mix counts: with tokens it is general tokens per domain token."""
+    row_tokens: int | None = None
+    """Tokens that go through the model at a time: a batch with more is cut into packed rows. The
+    whole batch by default. Bounds memory; what is learnt does not depend on it."""
     max_length: int | None = None
     """Longest domain sequence in tokens; the dump's max_length by default."""
     lora: dict[str, Any] | None = None
@@ -159,13 +165,22 @@ class TrainConfig:
         require_temperature_one(self.loss.temperature)
         require(self.loss.alpha >= 0, f"loss.alpha: at least 0, found {self.loss.alpha}")
         require(self.mix >= 0, f"mix: at least 0, found {self.mix}")
+        if isinstance(self.dump, dict):
+            require(
+                bool(self.dump) and all(weight > 0 for weight in self.dump.values()),
+                f"dump: each of several dumps needs a weight above 0, found {self.dump}",
+            )
+        require(
+            self.row_tokens is None or self.row_tokens > 0,
+            f"row_tokens: at least 1, found {self.row_tokens}",
+        )
         require(
             self.dump is not None or self.mix == 0,
             "dump: the directory that stage one wrote; only mix: 0 trains without one",
         )
         require(
-            self.dump is not None or self.max_length is not None,
-            "max_length: needed where there is no dump to take it from",
+            (self.dump is not None and self.mix > 0) or self.max_length is not None,
+            "max_length: needed where no dump is read to take it from",
         )
 
 

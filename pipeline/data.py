@@ -1,106 +1,14 @@
-"""Stage two's data: which sequences each step sees, and their packed batches.
+"""Items of the stream -> packed rows with their targets."""
 
-The stream of training items is endless and a pure function of the seed: item p holds one domain
-sequence and `mix` general ones, from two independent shuffles. A run is resumed by its step number
-alone, on any number of ranks that makes the same number of items per step.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, Sampler
 
-from pipeline.corpus import Corpus
-from storage import LogitDataset, Record
-
-Int32s = npt.NDArray[np.int32]
-DOMAIN, GENERAL = 0, 1  # streams of random numbers
-
-
-class TokenSequences:
-    """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        parts = [sequence.input_ids for sequence in corpus.sequences()]
-        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __iter__(self) -> Iterator[Int32s]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Int32s:
-        return self.ids[self.starts[index] : self.starts[index + 1]]
-
-
-@dataclass(frozen=True)
-class Item:
-    """What one step of the stream adds to a batch."""
-
-    domain: Int32s
-    general: list[Record]
-
-
-class MixedDataset(Dataset[Item]):
-    """Item p of the stream, for any p >= 0.
-
-    An epoch is `epoch_items` items: the domain's sequences in a new order, begun again where the
-    epoch was rounded up to whole optimizer steps. The general stream goes on across epochs and
-    shuffles anew each time it has been through.
-    """
-
-    def __init__(
-        self,
-        domain: TokenSequences,
-        general: LogitDataset | None,
-        mix: float,
-        seed: int,
-        items_per_step: int,
-    ) -> None:
-        self.domain, self.general, self.mix, self.seed = domain, general, mix, seed
-        self.epoch_items = -(-len(domain) // items_per_step) * items_per_step
-
-    def __len__(self) -> int:
-        return self.epoch_items
-
-    def __getitem__(self, item: int) -> Item:
-        epoch, at = divmod(item, self.epoch_items)
-        size = len(self.domain)
-        index = int(shuffled(size, self.seed, DOMAIN, epoch)[at % size])
-        first, stop = int(item * self.mix), int((item + 1) * self.mix)
-        return Item(self.domain[index], [self.general_record(at) for at in range(first, stop)])
-
-    def general_record(self, at: int) -> Record:
-        """Record `at` of the general stream."""
-        assert self.general is not None
-        epoch, at = divmod(at, len(self.general))
-        return self.general[int(shuffled(len(self.general), self.seed, GENERAL, epoch)[at])]
-
-
-@lru_cache(maxsize=4)
-def shuffled(size: int, seed: int, stream: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of `size` things in one epoch of a stream."""
-    return np.random.default_rng([seed, stream, epoch]).permutation(size)
-
-
-class EpochSampler(Sampler[int]):
-    """The items of one epoch, in order; `epoch` is set before each."""
-
-    def __init__(self, dataset: MixedDataset) -> None:
-        self.items, self.epoch = len(dataset), 0
-
-    def __len__(self) -> int:
-        return self.items
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.items, (self.epoch + 1) * self.items))
+from pipeline.mixing import Int32s, Item
+from storage import Record
 
 
 def pack(
@@ -120,10 +28,44 @@ def pack(
     return input_ids, position_ids, predicts
 
 
-def collate(items: list[Item]) -> dict[str, Any]:
-    """A micro-batch of these items, see `batch_of`."""
-    records = [record for item in items for record in item.general]
-    return batch_of([item.domain for item in items], records)
+def collate(items: list[Item], row_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """{"packed": [...]}: the items' sequences as `packed_rows`."""
+    general = [record for item in items for record in item.general]
+    return {"packed": packed_rows([item.domain for item in items], general, row_tokens)}
+
+
+def packed_rows(
+    domain: list[Int32s], general: list[Record], row_tokens: int | None = None
+) -> list[dict[str, Any]]:
+    """Sequences in rows of at most row_tokens tokens, each a `batch_of`; in one without a limit.
+
+    A sequence that is longer by itself has a row of its own.
+    """
+    lengths = [len(ids) for ids in domain] + [len(record.input_ids) for record in general]
+    return [
+        batch_of(
+            [domain[index] for index in chosen if index < len(domain)],
+            [general[index - len(domain)] for index in chosen if index >= len(domain)],
+        )
+        for chosen in fill(lengths, row_tokens)
+    ]
+
+
+def fill(lengths: list[int], size: int | None) -> list[list[int]]:
+    """Indices of what goes into each bin of `size`: first fit, longest first, sorted in a bin."""
+    if size is None:
+        return [list(range(len(lengths)))]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = (at for at, left in enumerate(room) if left >= lengths[index])
+        at = next(fits, len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(max(size, lengths[index]))
+        bins[at].append(index)
+        room[at] -= lengths[index]
+    return [sorted(chosen) for chosen in bins]
 
 
 def batch_of(domain: list[Int32s], records: list[Record]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from pipeline import model_dir
 from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
 from pipeline.corpus import Corpus
-from pipeline.data import Int32s, TokenSequences, pack
+from pipeline.data import pack
+from pipeline.mixing import Int32s, TokenSequences
 from pipeline.progress import Progress, say
 
 ROWS = 256  # positions whose full distributions are held in float32 at a time

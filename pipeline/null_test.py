@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from pipeline.config import RefusedError, TrainConfig
-from pipeline.data import MixedDataset, batch_of
+from pipeline.data import packed_rows
+from pipeline.mixing import GeneralStream
 from pipeline.progress import say
 from pipeline.trainer import DistillTrainer
-from storage import LogitDataset
 
 
 def null_test(
     config: TrainConfig,
     trainer: DistillTrainer,
-    dump: LogitDataset,
-    dataset: MixedDataset,
+    general: GeneralStream,
     weights: str,
 ) -> float:
     """Mean KL in nats of the untrained student to the dump, over the first general batches.
@@ -29,9 +28,10 @@ def null_test(
     RefusedError beyond it, with what may differ.
     """
     size = trainer.args.train_batch_size
-    rows = min(config.null_test.batches * size, len(dump))
-    kl = mean_kl(trainer, dataset, rows, size)
-    teacher = dump.plan["teacher"]
+    rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
+    kl = mean_kl(trainer, general, rows, size)
+    plan = general.dumps[0].plan
+    teacher = plan["teacher"]
     if weights != teacher["fingerprint"]:
         say(
             f"null test: KL of the student to the dump is {kl:.3g} nats before the first step. Its "
@@ -44,14 +44,14 @@ def null_test(
             f"bound {config.null_test.bound}: the dump is this model's"
         )
         return kl
-    found = {shift: mean_kl(trainer, dataset, rows, size, shift) for shift in (-1, 1)}
+    found = {shift: mean_kl(trainer, general, rows, size, shift) for shift in (-1, 1)}
     causes = [
         f"Shifted by {shift:+d} positions it is {other:.3g}: rows and positions do not match"
         for shift, other in found.items()
         if other < kl / 2
     ] or [
         "What may differ: config.json (rope, norms), the engine's dtype or quantisation (dumped "
-        f"with {dump.plan['engine']}, dtype {teacher['dtype']}; trained in {config.dtype}), the "
+        f"with {plan['engine']}, dtype {teacher['dtype']}; trained in {config.dtype}), the "
         "attention between packed sequences"
     ]
     raise RefusedError(
@@ -62,12 +62,12 @@ def null_test(
 
 
 def mean_kl(
-    trainer: DistillTrainer, dataset: MixedDataset, rows: int, size: int, shift: int = 0
+    trainer: DistillTrainer, general: GeneralStream, rows: int, size: int, shift: int = 0
 ) -> float:
     """Over the first `rows` general sequences; the student is read `shift` positions off."""
     model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
-    for batch in general_batches(dataset, rows, size):
+    for batch in general_batches(general, rows, size, trainer.row_tokens):
         at = batch["targets"]["rows"] + shift
         batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
         batch["targets"]["row_weights"] = torch.ones(len(at))
@@ -78,7 +78,9 @@ def mean_kl(
     return total / tokens
 
 
-def general_batches(dataset: MixedDataset, rows: int, size: int) -> Iterator[dict[str, Any]]:
+def general_batches(
+    general: GeneralStream, rows: int, size: int, row_tokens: int | None
+) -> Iterator[dict[str, Any]]:
     for at in range(0, rows, size):
-        records = [dataset.general_record(row) for row in range(at, min(at + size, rows))]
-        yield batch_of([], records)
+        records = [general.record(row) for row in range(at, min(at + size, rows))]
+        yield from packed_rows([], records, row_tokens)

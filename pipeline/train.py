@@ -20,16 +20,17 @@ from transformers import (
 from pipeline import model_dir
 from pipeline.config import ConfigError, Interrupted, RefusedError, TrainConfig
 from pipeline.corpus import Corpus
-from pipeline.data import MixedDataset, TokenSequences
 from pipeline.evaluate import held_out
+from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.trainer import DistillTrainer, add_distill_forward
+from pipeline.trainer import DistillTrainer, add_distill_forward, items_per_step
 from storage import LogitDataset
 from storage.manifest import differences
 
 Json = dict[str, Any]
+Dumps = dict[LogitDataset, float]  # with their weights
 FINAL, SUMMARY = "model", "summary.json"
 # Training arguments that do not change what is learnt: a run may go on with others.
 FREE = (
@@ -53,23 +54,23 @@ def run(config: TrainConfig) -> Json:
     """
     folder = model_dir.resolve(config.model, config.revision)
     tokenizer = model_dir.load_tokenizer(folder)
-    dump = LogitDataset(config.dump) if config.dump and config.mix > 0 else None
-    check_belongs(config, folder, tokenizer, dump)
+    dumps = open_dumps(config)
+    check_belongs(config, folder, tokenizer, dumps)
     args = training_arguments(config)
     output = Path(config.output)
-    domain, fingerprint = read_domain(config, tokenizer, dump)
-    identity = make_identity(config, args, folder, dump, fingerprint)
+    domain, fingerprint = read_domain(config, tokenizer, dumps)
+    identity = make_identity(config, args, folder, dumps, fingerprint)
     if (output / SUMMARY).exists():
         summary: Json = json.loads((output / SUMMARY).read_text())
         refuse_differences(output, summary["identity"], identity)
         say(f"{output}: nothing left to do; the student is in {output / FINAL}")
         return summary
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_step = items_per_step(args)
     seed = args.seed if args.data_seed is None else args.data_seed
-    dataset = MixedDataset(domain, dump, config.mix if dump else 0, seed, per_step)
-    eos = dump.plan["add_eos"] if dump else True
+    general = GeneralStream(list(dumps), list(dumps.values()), seed) if dumps else None
+    dataset = MixedDataset(domain, general, config.mix, seed, per_step, config.mix_by)
     texts = {
-        name: held_out(corpus, tokenizer, max_length(config, dump), eos)
+        name: held_out(corpus, tokenizer, max_length(config, dumps), adds_eos(dumps))
         for name, corpus in [
             ("domain", config.held_out.domain),
             ("general", config.held_out.general),
@@ -78,8 +79,11 @@ def run(config: TrainConfig) -> Json:
     }
     say(
         f"{output}: {len(domain):,} domain sequences ({len(domain.ids):,} tokens)"
-        + (f", {len(dump):,} general ones ({dump.manifest.tokens:,} tokens)" if dump else "")
-        + f", {per_step} : {per_step * dataset.mix:g} in a step"
+        + "".join(
+            f", {len(dump):,} general ones ({dump.manifest.tokens:,} tokens)" for dump in dumps
+        )
+        + (f", {dataset.mix:g} to 1 by {config.mix_by}" if dumps else "")
+        + f", {per_step} domain sequences in a step"
     )
     trainer: DistillTrainer | None = None
 
@@ -97,6 +101,7 @@ def run(config: TrainConfig) -> Json:
             args,
             dataset,
             config.loss,
+            row_tokens=config.row_tokens,
             held_out=texts,
             identity=identity,
             processing_class=tokenizer,
@@ -107,8 +112,8 @@ def run(config: TrainConfig) -> Json:
             refuse_differences(output, marker["identity"], identity)
             say(f"{output}: going on from {checkpoint.name}")
         null_kl = None
-        if dump is not None and checkpoint is None and config.null_test.batches:
-            null_kl = null_test(config, trainer, dump, dataset, identity["model"])
+        if general is not None and checkpoint is None and config.null_test.batches:
+            null_kl = null_test(config, trainer, general, identity["model"])
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -131,49 +136,63 @@ def run(config: TrainConfig) -> Json:
 
 
 def check_belongs(
-    config: TrainConfig,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dump: LogitDataset | None,
+    config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, dumps: Dumps
 ) -> None:
-    """RefusedError when the student cannot learn from the dump. Reads no weights."""
+    """RefusedError when the student cannot learn from a dump. Reads no weights."""
     model_config = model_dir.load_config(folder)
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if longest and max_length(config, dump) > longest:
+    if longest and max_length(config, dumps) > longest:
         raise ConfigError(
-            f"max_length {max_length(config, dump)}: the student reads at most {longest} tokens"
+            f"max_length {max_length(config, dumps)}: the student reads at most {longest} tokens"
         )
-    if dump is None:
-        return
-    if not len(dump):
-        raise ConfigError(f"dump {config.dump}: no rows, so there is no general corpus")
-    plan = dump.plan
-    found = {
-        "vocabulary": (plan["vocab_size"], model_dir.vocab_size(model_config)),
-        "tokenizer": (
-            plan["tokenizer"]["fingerprint"][:16],
-            model_dir.tokenizer_fingerprint(tokenizer)[:16],
-        ),
-    }
-    wrong = [
-        f"  {name}: {there} in the dump, {here} in the student"
-        for name, (there, here) in found.items()
-        if there != here
-    ]
-    if wrong:
+    vocabulary = model_dir.vocab_size(model_config)
+    fingerprint = model_dir.tokenizer_fingerprint(tokenizer)[:16]
+    for dump in dumps:
+        name, plan = dump.dump.store.path, dump.plan
+        if not len(dump):
+            raise ConfigError(f"dump {name}: no rows, so there is no general corpus")
+        found = {
+            "vocabulary": (plan["vocab_size"], vocabulary),
+            "tokenizer": (plan["tokenizer"]["fingerprint"][:16], fingerprint),
+        }
+        wrong = [
+            f"  {what}: {there} in the dump, {here} in the student"
+            for what, (there, here) in found.items()
+            if there != here
+        ]
+        if wrong:
+            raise RefusedError(
+                f"student {config.model} does not belong to the dump {name} of "
+                f"{plan['teacher']['name']}:\n" + "\n".join(wrong) + "\nStored ids mean other "
+                "tokens to this student. Start from the dump's own base model, or dump with this "
+                "tokenizer."
+            )
+    teachers = {dump.plan["teacher"]["fingerprint"]: dump.plan["teacher"]["name"] for dump in dumps}
+    if len(teachers) > 1:
         raise RefusedError(
-            f"student {config.model} does not belong to the dump {config.dump} of "
-            f"{plan['teacher']['name']}:\n" + "\n".join(wrong) + "\nStored ids mean other tokens "
-            "to this student. Start from the dump's own base model, or dump with this tokenizer."
+            f"the dumps are of different teachers ({', '.join(teachers.values())}): a student is "
+            "held to one base model"
         )
 
 
-def max_length(config: TrainConfig, dump: LogitDataset | None) -> int:
+def open_dumps(config: TrainConfig) -> Dumps:
+    """The dumps that the run reads; none where it trains on the domain alone."""
+    if config.dump is None or config.mix == 0:
+        return {}
+    weights = config.dump if isinstance(config.dump, dict) else {config.dump: 1.0}
+    return {LogitDataset(path): weight for path, weight in weights.items()}
+
+
+def max_length(config: TrainConfig, dumps: Dumps) -> int:
+    """Of domain sequences: the user's, or that of the longest dump."""
     if config.max_length is not None:
         return config.max_length
-    if dump is None:
-        dump = LogitDataset(config.dump or "")
-    return int(dump.plan["max_length"])
+    return max(int(dump.plan["max_length"]) for dump in dumps)
+
+
+def adds_eos(dumps: Dumps) -> bool:
+    """Domain documents end as general ones do."""
+    return all(dump.plan["add_eos"] for dump in dumps)
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -201,6 +220,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     held = config.held_out.domain or config.held_out.general
     defaults = {
+        "use_cpu": not torch.accelerator.is_available(),  # several ranks then talk through gloo
         "logging_steps": 10,
         "report_to": "tensorboard",
         "dataloader_pin_memory": cuda,
@@ -221,6 +241,11 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path "
             "or held_out.general.path"
         )
+    if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ConfigError(
+            f"{os.environ['WORLD_SIZE']} ranks were started, but they do not find each other; "
+            "start with `accelerate launch` or `torchrun`, one rank for each GPU"
+        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch "
@@ -230,10 +255,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def read_domain(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dump: LogitDataset | None
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dumps: Dumps
 ) -> tuple[TokenSequences, str]:
-    add_eos = bool(dump.plan["add_eos"]) if dump else True
-    corpus = Corpus(config.domain, tokenizer, max_length(config, dump), add_eos)
+    corpus = Corpus(config.domain, tokenizer, max_length(config, dumps), adds_eos(dumps))
     domain = TokenSequences(corpus)
     if not len(domain):
         raise ConfigError(
@@ -247,22 +271,21 @@ def make_identity(
     config: TrainConfig,
     args: TrainingArguments,
     folder: Path,
-    dump: LogitDataset | None,
+    dumps: Dumps,
     domain_fingerprint: str,
 ) -> Json:
     """What decides the course of a run: one that is gone on with must have the same."""
     identity = {
         "model": model_dir.weights_fingerprint(folder),
-        "dump": dump.fingerprint if dump else None,
+        "dump": ", ".join(f"{dump.fingerprint} × {weight:g}" for dump, weight in dumps.items()),
         "domain": domain_fingerprint,
         "mix": config.mix,
-        "max_length": max_length(config, dump),
+        "mix_by": config.mix_by,
+        "max_length": max_length(config, dumps),
         "loss": asdict(config.loss),
         "lora": config.lora,
         "dtype": config.dtype,
-        "sequences_per_step": args.train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size,
+        "sequences_per_step": items_per_step(args),
         "training": {
             name: value
             for name, value in config.training.items()

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,9 +29,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
-from pipeline.data import EpochSampler, MixedDataset, TokenSequences, collate
+from pipeline.data import collate
 from pipeline.evaluate import Sums, compare
 from pipeline.losses import Direction, linear_sparse_divergence
+from pipeline.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.progress import Progress
 
 Json = dict[str, Any]
@@ -126,7 +128,8 @@ def check_head(model: PreTrainedModel) -> None:
 class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
-    `identity` is stored in each checkpoint and must be the same where one is resumed.
+    A batch goes through the model in packed rows of at most `row_tokens` tokens. `identity` is
+    stored in each checkpoint and must be the same where one is resumed.
     `held_out` names the corpora whose perplexities evaluation reports.
     """
 
@@ -137,19 +140,26 @@ class DistillTrainer(Trainer):
         dataset: MixedDataset,
         loss: LossConfig,
         *,
+        row_tokens: int | None = None,
         held_out: dict[str, TokenSequences] | None = None,
         identity: Json | None = None,
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
-        self.epoch_sampler = EpochSampler(dataset)
+        self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
+        self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
         self.sums = torch.zeros(2, device=args.device)  # CE, KL since the last log
         self.waited = 0.0
         self.stop_asked = False  # by a signal to this rank
         self.stopping = False  # what all ranks know at the same step
         super().__init__(
-            model, args, collate, dataset, eval_dataset=self.held_out or None, **options
+            model,
+            args,
+            partial(collate, row_tokens=row_tokens),
+            dataset,
+            eval_dataset=self.held_out or None,
+            **options,
         )
         self.loss_is_scaled_for_ga = True
         for shown in (PrinterCallback, ProgressCallback):
@@ -167,21 +177,41 @@ class DistillTrainer(Trainer):
         began = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.waited += time.perf_counter() - began
-        targets = [batch["targets"] for batch in batches]
+        targets = [row["targets"] for batch in batches for row in batch["packed"]]
         counts = torch.tensor(
             [
                 sum(len(target["labels"]) for target in targets),
                 sum(len(target["tail_logprob"]) for target in targets),
                 self.stop_asked,
+                *(len(batch["packed"]) for batch in batches),
             ]
         )
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
-        domain, general, stop = counts.tolist()
+            every = self.accelerator.gather(counts.to(device)[None]).cpu()
+            counts = every.sum(0)
+            # Each forward and backward is a meeting of all ranks: none may have fewer than another.
+            for batch, rows in zip(batches, every[:, 3:].amax(0).tolist(), strict=True):
+                idle = without_targets(batch["packed"][-1])
+                batch["packed"] += [idle] * (rows - len(batch["packed"]))
+        domain, general, stop = counts[:3].tolist()
         self.stopping = stop > 0
         self.totals["domain_tokens"] += domain
         self.totals["general_tokens"] += general
         return batches, torch.tensor([domain, general])
+
+    def training_step(
+        self, model: nn.Module, inputs: Json, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a batch, row by row; the last one synchronises the gradients."""
+        *first, last = inputs["packed"]
+        total = torch.zeros((), device=self.args.device)
+        for row in first:
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, row, num_items_in_batch)
+        return total + super().training_step(model, last, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Json) -> int:
+        return sum(super(DistillTrainer, self).floating_point_ops(row) for row in inputs["packed"])
 
     def compute_loss(
         self,
@@ -223,6 +253,7 @@ class DistillTrainer(Trainer):
                     "from before are kept"
                 )
             logs |= {"ce": ce, "kl": kl, **self.totals}
+            logs |= self.train_dataset.epochs(self.state.global_step * self.items_per_step)
             logs["tokens_per_s"] = (tokens - self.logged_tokens) / elapsed
             logs["wait_share"] = self.waited / elapsed
             self.sums.zero_()
@@ -289,6 +320,22 @@ class DistillTrainer(Trainer):
         return last
 
 
+def items_per_step(args: TrainingArguments) -> int:
+    """Domain sequences in an optimizer step, over all micro-batches and ranks."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def without_targets(row: Json) -> Json:
+    """The first sequence of a row, with nothing to learn from it."""
+    length = row["sequence_lengths"][0]
+    return {
+        "input_ids": row["input_ids"][:, :length],
+        "position_ids": row["position_ids"][:, :length],
+        "sequence_lengths": [length],
+        "targets": {name: value[:0] for name, value in row["targets"].items()},
+    }
+
+
 class Steps(TrainerCallback):
     """What a run shows and writes at each step: progress, metrics.jsonl, the end at a signal."""
 
@@ -313,8 +360,7 @@ class Steps(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sampler = self.trainer.epoch_sampler
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler.epoch = state.global_step // (len(sampler) // per_step)
+        sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.progress is not None:

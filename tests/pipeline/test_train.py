@@ -36,8 +36,9 @@ from pipeline.config import (
     RefusedError,
     TrainConfig,
 )
-from pipeline.data import MixedDataset, collate
+from pipeline.data import collate
 from pipeline.losses import sparse_divergence
+from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.trainer import add_distill_forward
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.models import tiny_model
@@ -132,13 +133,12 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
     tmp_path: Path, model_path: Path, dump_path: Path, arch: Any, tie: bool, direction: Any
 ) -> None:
     from pipeline.corpus import Corpus
-    from pipeline.data import TokenSequences
     from pipeline.model_dir import load_tokenizer
 
     corpus = write_texts(tmp_path / "d.jsonl", some_texts(4))
     tokens = TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
-    data = MixedDataset(tokens, LogitDataset(dump_path), 1.0, 0, 2)
-    batch = collate([data[0], data[1]])
+    data = MixedDataset(tokens, GeneralStream([LogitDataset(dump_path)], [1], 0), 1.0, 0, 2)
+    (batch,) = collate([data[0], data[1]])["packed"]
     targets = batch["targets"]
     if arch in ("qwen3", "llama"):
         student = tiny_model(tmp_path / "student", arch, tie, seed=5)
@@ -266,29 +266,49 @@ def test_lora_on_the_head_is_refused(
         train.run(config)
 
 
-def test_one_big_batch_equals_eight_small_ones(
+@pytest.mark.slow
+def test_one_big_batch_equals_small_ones_and_rows_and_ranks(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
-    runs = []
-    for size, accumulation in [(1, 8), (8, 1)]:
+    """What is learnt does not depend on how a step's sequences are spread out."""
+    runs = {}
+    for name, ranks, size, accumulation, row_tokens in [
+        ("one batch", 1, 8, 1, None),
+        ("eight batches", 1, 1, 8, None),
+        ("one batch in short rows", 1, 8, 1, 150),
+        ("two ranks, each four batches", 2, 1, 4, None),
+        ("two ranks, each one batch in rows, not equally many", 2, 4, 1, 150),
+    ]:
         config = settings(
             tmp_path,
             model_path,
             dump_path,
             domain,
-            output=str(tmp_path / f"{size}x{accumulation}"),
+            output=str(tmp_path / name),
+            row_tokens=row_tokens,
             training={
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": accumulation,
             },
         )
-        done = script(yaml_of(tmp_path / f"{size}.yaml", config))
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc_per_node", str(ranks)]
+        file = yaml_of(tmp_path / "config.yaml", config)
+        done = subprocess.run(
+            [*launcher, str(SCRIPT), "--config", str(file)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        runs.append(steps(config.output))
-    assert len(runs[0]) == len(runs[1]) == 12
-    for small, big in zip(*runs, strict=True):
-        for name in small:
-            assert small[name] == pytest.approx(big[name], rel=2e-4, abs=1e-6), name
+        runs[name] = steps(config.output)
+    expected = runs.pop("one batch")
+    assert len(expected) == 12
+    for name, found in runs.items():
+        assert len(found) == 12, name
+        for one, other in zip(expected, found, strict=True):
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                assert other[key] == pytest.approx(value, rel=2e-4, abs=1e-6), (name, key)
 
 
 def test_interrupted_in_the_second_epoch_and_resumed(

@@ -1,0 +1,217 @@
+"""Which sequences each step of stage two sees: an endless stream, a pure function of the seed.
+
+Item p of the stream holds one domain sequence and the general ones that go with it, from
+independent shuffles. A run is resumed by its step number alone, on any number of ranks that makes
+the same number of items per step.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset, Sampler
+
+from pipeline.corpus import Corpus
+from storage import LogitDataset, Record
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+MixBy = Literal["sequences", "tokens"]
+DOMAIN, GENERAL, BLOCKS = 0, 1, 2  # kinds of random numbers
+BLOCK = 1000  # general sequences in which several dumps stand in their exact proportion
+
+
+class TokenSequences:
+    """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        parts = [sequence.input_ids for sequence in corpus.sequences()]
+        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __iter__(self) -> Iterator[Int32s]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Int32s:
+        return self.ids[self.starts[index] : self.starts[index + 1]]
+
+    @property
+    def lengths(self) -> Int64s:
+        """Tokens of each sequence."""
+        return np.diff(self.starts)
+
+
+@lru_cache(maxsize=16)
+def shuffled(size: int, *seed: int) -> Int64s:
+    """The order of `size` things in one epoch of a stream."""
+    return np.random.default_rng(seed).permutation(size)
+
+
+class GeneralStream:
+    """The rows of one dump or several, without end; of each block, every dump has its share.
+
+    A dump's rows come in a new order each time it has been through.
+    """
+
+    def __init__(self, dumps: Sequence[LogitDataset], weights: Sequence[float], seed: int) -> None:
+        self.dumps, self.seed = list(dumps), seed
+        self.shares = apportion(weights, BLOCK)
+        self._starts = [0]  # tokens before each block, as far as has been asked for
+        self._last_block: tuple[int, Int64s, Int64s] | None = None
+
+    def record(self, at: int) -> Record:
+        """Row `at` of the stream."""
+        block, offset = divmod(at, BLOCK)
+        numbers, indices = self._block(block)
+        return self.dumps[int(numbers[offset])][int(indices[offset])]
+
+    def rows_within(self, tokens: int) -> int:
+        """How many rows from the start make up at most so many tokens."""
+        while self._starts[-1] <= tokens:
+            lengths = self._lengths(len(self._starts) - 1)
+            self._starts.append(self._starts[-1] + int(lengths.sum()))
+        block = bisect_right(self._starts, tokens) - 1
+        ends = self._starts[block] + np.cumsum(self._lengths(block))
+        return block * BLOCK + int(np.searchsorted(ends, tokens, side="right"))
+
+    def epochs(self, rows: int) -> list[float]:
+        """How often each dump has been through after so many rows of the stream."""
+        shares = np.array(self.shares) / BLOCK
+        return [rows * share / len(dump) for share, dump in zip(shares, self.dumps, strict=True)]
+
+    def _block(self, block: int) -> tuple[Int64s, Int64s]:
+        """(number of the dump [BLOCK], index of its row [BLOCK])"""
+        if self._last_block is not None and self._last_block[0] == block:
+            return self._last_block[1:]
+        kinds = np.repeat(np.arange(len(self.dumps)), self.shares)
+        numbers = kinds[shuffled(BLOCK, self.seed, BLOCKS, block)]
+        indices = np.empty(BLOCK, np.int64)
+        for number, (dump, share) in enumerate(zip(self.dumps, self.shares, strict=True)):
+            at = np.arange(block * share, (block + 1) * share)
+            indices[numbers == number] = [
+                shuffled(len(dump), self.seed, GENERAL + 2 * number, epoch)[index]
+                for epoch, index in zip(*divmod(at, len(dump)), strict=True)
+            ]
+        self._last_block = block, numbers, indices
+        return numbers, indices
+
+    def _lengths(self, block: int) -> Int64s:
+        numbers, indices = self._block(block)
+        lengths = np.empty(BLOCK, np.int64)
+        for number, dump in enumerate(self.dumps):
+            own = numbers == number
+            lengths[own] = dump.lengths[indices[own]]
+        return lengths
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in the proportion of the weights that sum to `total`: largest remainders."""
+    exact = np.array(weights) / sum(weights) * total
+    shares = np.floor(exact).astype(int)
+    for index in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:
+        shares[index] += 1
+    return [int(share) for share in shares]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one step of the stream adds to a batch."""
+
+    domain: Int32s
+    general: list[Record]
+
+
+class MixedDataset(Dataset[Item]):
+    """Item p of the stream, for any p >= 0.
+
+    An epoch is `epoch_items` items: the domain's sequences in a new order, begun again where the
+    epoch was rounded up to whole optimizer steps. The general stream goes on across epochs. `mix`
+    counts general sequences per domain sequence, or general tokens per domain token.
+    """
+
+    def __init__(
+        self,
+        domain: TokenSequences,
+        general: GeneralStream | None,
+        mix: float,
+        seed: int,
+        items_per_step: int,
+        mix_by: MixBy = "sequences",
+    ) -> None:
+        self.domain, self.general, self.seed, self.mix_by = domain, general, seed, mix_by
+        self.mix = mix if general is not None else 0.0
+        self.epoch_items = -(-len(domain) // items_per_step) * items_per_step
+        self._epoch_starts = [0]  # domain tokens before each epoch, as far as asked for
+        self._last_epoch: tuple[int, Int64s] | None = None
+
+    def __len__(self) -> int:
+        return self.epoch_items
+
+    def __getitem__(self, item: int) -> Item:
+        epoch, at = divmod(item, self.epoch_items)
+        sequence = self.domain[int(self._order(epoch)[at])]
+        if self.general is None:
+            return Item(sequence, [])
+        rows = range(self.general_rows(item), self.general_rows(item + 1))
+        return Item(sequence, [self.general.record(row) for row in rows])
+
+    def general_rows(self, items: int) -> int:
+        """Rows of the general stream that the first `items` items hold."""
+        if self.general is None:
+            return 0
+        if self.mix_by == "sequences":
+            return int(items * self.mix)
+        return self.general.rows_within(int(self.mix * self._domain_tokens(items)))
+
+    def epochs(self, items: int) -> dict[str, float]:
+        """How often each corpus has been through after so many items, by name."""
+        found = {"domain_epochs": items / self.epoch_items}
+        if self.general is not None:
+            passes = self.general.epochs(self.general_rows(items))
+            names = ["general_epochs"] if len(passes) == 1 else map(general_name, range(99))
+            found |= dict(zip(names, passes, strict=False))
+        return found
+
+    def _order(self, epoch: int) -> Int64s:
+        """The domain sequence of each of the epoch's items."""
+        order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
+        return order[np.arange(self.epoch_items) % len(order)]
+
+    def _domain_tokens(self, items: int) -> int:
+        """Domain tokens of the first `items` items."""
+        epoch, at = divmod(items, self.epoch_items)
+        while len(self._epoch_starts) <= epoch:
+            last = self._token_starts(len(self._epoch_starts) - 1)[-1]
+            self._epoch_starts.append(self._epoch_starts[-1] + int(last))
+        return self._epoch_starts[epoch] + int(self._token_starts(epoch)[at])
+
+    def _token_starts(self, epoch: int) -> Int64s:
+        """Domain tokens of the epoch before each of its items, and of all of them."""
+        if self._last_epoch is None or self._last_epoch[0] != epoch:
+            ends = np.cumsum(self.domain.lengths[self._order(epoch)])
+            self._last_epoch = epoch, np.concatenate([np.zeros(1, np.int64), ends])
+        return self._last_epoch[1]
+
+
+def general_name(number: int) -> str:
+    return f"general_{number}_epochs"
+
+
+class EpochSampler(Sampler[int]):
+    """The items of one epoch, in order; `epoch` is set before each."""
+
+    def __init__(self, dataset: MixedDataset) -> None:
+        self.items, self.epoch = len(dataset), 0
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.items, (self.epoch + 1) * self.items))
