@@ -13,18 +13,20 @@ against the same loss in float64 on `--error_rows` rows; 0 leaves it out.
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).parents[2])  # this folder's names would hide the packages
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.losses import BUFFER_BYTES, linear_sparse_divergence, sparse_divergence
+from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
 
 Inputs = dict[str, Tensor]
 Loss = Callable[[Inputs], Tensor]
@@ -131,27 +133,6 @@ def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
     }
 
 
-def peak(device: str) -> int:
-    """Bytes at the highest point since `reset_peak`."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return int(status("VmHWM")) * 1024
-
-
-def reset_peak(device: str) -> int:
-    """Forget the highest point; returns the bytes in use."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(status("VmRSS")) * 1024
-
-
-def status(field: str) -> str:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(line.split()[1] for line in lines if line.startswith(field + ":"))
-
-
 def run_case(given: argparse.Namespace) -> dict[str, Any]:
     """Seconds (fastest) and peak bytes of one case, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,23 +209,14 @@ def main() -> None:
     if given.case:
         print(json.dumps(run_case(given)))
         return
-    best: dict[str, dict[str, Any]] = {}
-    for number in range(given.rounds):
-        for name in CASES:
-            # The error is the same each time: once is enough.
-            quick = ["--error_rows", "0"] if number else []
-            command = [sys.executable, *sys.argv, *quick, "--case", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr[-2000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            kept = best.setdefault(name, found)
-            kept["seconds"] = min(kept["seconds"], found["seconds"])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
+    runs = in_turn(list(CASES), given.rounds, {"--error_rows": "0"})
+    best = {
+        name: found[0] | {"seconds": min(one["seconds"] for one in found)}
+        for name, found in runs.items()
+    }
     print(
         f"N {given.rows:,}  D {given.width:,}  V {given.vocabulary:,}  k {given.k}  {given.dtype}  "
-        f"{device}{threads}, torch {torch.__version__}"
+        f"{hardware()}"
     )
     print(f"{'':<40}{'seconds':>9}{'time':>8}{'MiB':>8}{'memory':>8}{'∂hidden':>10}{'∂weight':>10}")
     base = best["cross-entropy, F.cross_entropy"]

@@ -1,0 +1,208 @@
+"""A training step from disk against plain cross-entropy, and against a live teacher.
+
+    python scripts/benchmarks/train.py
+    python scripts/benchmarks/train.py --hidden 2048 --layers 16 --vocabulary 151936 --length 2048
+
+The same sequences in every case, half domain and half general, packed in one row:
+
+    cross-entropy   on all of them: what training on both corpora costs
+    mol from disk   cross-entropy on one half, KL to a dump on the other, read and decoded meanwhile
+    live teacher    the same with the base model in memory and the KL over the full vocabulary
+
+A random model in the dtype's autocast, AdamW, forward, backward and update. Each case runs in a
+process of its own, all in turn; the fastest round's median step counts.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parents[2])  # this folder's names would hide the packages
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from pipeline.data import collate
+from pipeline.mixing import GeneralStream, MixedDataset
+from pipeline.trainer import add_distill_forward
+from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
+from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
+
+CASES = ["cross-entropy", "mol from disk", "live teacher"]
+
+
+class Domain:
+    """Random token sequences, all of one length, as `mixing.TokenSequences` has them."""
+
+    def __init__(self, number: int, length: int, vocabulary: int) -> None:
+        self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)
+        self.lengths = np.full(number, length)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.ids[index]
+
+
+def make_dump(folder: Path, given: argparse.Namespace) -> None:
+    """Rows whose distributions look like a language model's; what they say does not matter here."""
+    rng = np.random.default_rng(1)
+    plan = {"vocab_size": given.vocabulary, "step": 1 / 16, "partitions": 1}
+    dump = create_dump(folder, plan)
+    writer = ShardWriter(dump.partition(0))
+    shape = (given.length - 1, given.k)
+    for number in range(given.rows):
+        # Zipf's law over the ids, so that they compress as text's do; different within a position.
+        start = rng.zipf(1.3, (shape[0], 1)).clip(0, given.vocabulary - 1)
+        ids = (start + np.arange(given.k) * 37) % given.vocabulary
+        gaps = rng.exponential(0.15, shape).cumsum(1) + 0.7
+        logprobs = -gaps - np.log(np.exp(-gaps).sum(1, keepdims=True) / 0.9)
+        topk = TopK.from_dense(ids, logprobs, np.full(shape[0], np.log(0.1)))
+        input_ids = rng.integers(0, given.vocabulary, given.length, np.int32)
+        writer.write(Record(str(number), 0, input_ids, topk))
+    writer.commit(cursor={})
+    dump.partition(0).finish({})
+    dump.finish()
+
+
+def make_model(given: argparse.Namespace) -> PreTrainedModel:
+    torch.manual_seed(0)
+    heads = max(1, given.hidden // 64)
+    config = Qwen3Config(
+        vocab_size=given.vocabulary,
+        hidden_size=given.hidden,
+        intermediate_size=3 * given.hidden,
+        num_hidden_layers=given.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=64,
+        max_position_embeddings=given.length,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def to_device(value: Any, device: str) -> Any:
+    if isinstance(value, dict):
+        return {key: to_device(inner, device) for key, inner in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def loss_of(case: str, model: PreTrainedModel, teacher: Any, row: dict[str, Any]) -> torch.Tensor:
+    targets = row["targets"]
+    labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
+    if case == "live teacher":
+        where = targets["rows"]
+        arguments = {name: row[name] for name in ("input_ids", "position_ids", "sequence_lengths")}
+        with torch.no_grad():
+            base = teacher(**arguments, use_cache=False).logits[0, where[labels:]]
+        logits = model(**arguments, use_cache=False).logits[0, where]
+        ce = torch.nn.functional.cross_entropy(logits[:labels].float(), targets["labels"])
+        log_q, log_p = logits[labels:].float().log_softmax(-1), base.float().log_softmax(-1)
+        kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        return ce + kl
+    if case == "cross-entropy":
+        following = row["input_ids"][0][targets["rows"] + 1]
+        targets = {name: value[:0] for name, value in targets.items()}
+        targets |= {"rows": row["targets"]["rows"], "labels": following}
+        labels, tails = len(following), 0
+    weights = torch.full((labels + tails,), 1 / (labels + tails), device=model.device)
+    loss: torch.Tensor = model(**row | {"targets": {**targets, "row_weights": weights}})["loss"]
+    return loss
+
+
+def run_case(given: argparse.Namespace) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, given.dtype)
+    domain = Domain(given.rows, given.length, given.vocabulary)
+    stream = GeneralStream([LogitDataset(given.dump)], [1], 0)
+    data = MixedDataset(domain, stream, 1.0, 0, given.batch)  # type: ignore[arg-type]
+    loader = DataLoader(
+        data,
+        batch_size=given.batch,
+        sampler=range((given.steps + 2) * given.batch),
+        collate_fn=collate,
+        num_workers=given.workers,
+        pin_memory=device == "cuda",
+    )
+    model = make_model(given).to(device).train()
+    add_distill_forward(model, "forward")
+    teacher = None
+    if given.case == "live teacher":
+        teacher = make_model(given).to(device, dtype).eval()
+        add_distill_forward(teacher, "forward")  # for its packed attention
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    before = reset_peak(device)
+    times, waits = [], []
+    batches = iter(loader)
+    for number in range(given.steps + 2):
+        began = time.perf_counter()
+        (row,) = next(batches)["packed"]
+        waited = time.perf_counter() - began
+        row = to_device(row, device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(given.case, model, teacher, row)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:  # the first ones start workers and allocate
+            times.append(time.perf_counter() - began)
+            waits.append(waited)
+    return {
+        "seconds": statistics.median(times),
+        "wait_share": sum(waits) / sum(times),
+        "bytes": peak(device) - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--batch", type=int, default=4, help="domain sequences, and general ones")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=64, help="sequences of the dump")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--workers", type=int, default=1, help="processes that read and decode")
+    parser.add_argument("--steps", type=int, default=8, help="in each process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each case")
+    parser.add_argument("--case", choices=CASES, help="one case only, as JSON")
+    parser.add_argument("--dump", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case and given.dump:
+        print(json.dumps(run_case(given)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_dump(Path(folder) / "dump", given)
+        sys.argv += ["--dump", str(Path(folder) / "dump")]
+        runs = in_turn([given.case] if given.case else CASES, given.rounds, {})
+    tokens = 2 * given.batch * given.length
+    print(f"{given}\n{tokens:,} tokens in a step, {hardware()}")
+    print(f"{'':<16}{'seconds':>9}{'time':>8}{'tokens/s':>10}{'MiB':>8}{'memory':>8}{'wait':>8}")
+    base = None
+    for name, found in runs.items():
+        best = min(found, key=lambda one: one["seconds"])
+        base = base or best
+        print(
+            f"{name:<16}{best['seconds']:>9.3f}{best['seconds'] / base['seconds']:>7.2f}×"
+            f"{tokens / best['seconds']:>10,.0f}{best['bytes'] / 2**20:>8.0f}"
+            f"{best['bytes'] / base['bytes']:>7.2f}×{best['wait_share']:>8.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
