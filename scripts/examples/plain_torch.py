@@ -1,0 +1,61 @@
+"""Mixture of Losses from a dump in plain torch: what to take into a trainer of your own.
+
+    python scripts/examples/plain_torch.py MODEL DUMP DOMAIN.jsonl OUTPUT [STEPS]
+
+`storage` reads the dump, `packed_rows` makes batches, `linear_sparse_divergence` is the loss on the
+decoder's hidden states and the head's weight; all else is torch. One sequence of each kind a step.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.attention import enable_packing, packing_arguments
+from pipeline.config import CorpusConfig
+from pipeline.corpus import Corpus
+from pipeline.data import packed_rows
+from pipeline.losses import linear_sparse_divergence
+from pipeline.mixing import TokenSequences
+from storage import LogitDataset
+
+
+def main(path: str, dump_path: str, domain_path: str, output: str, steps: str = "100") -> None:
+    dump = LogitDataset(dump_path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    enable_packing(model)  # sequences that share a row do not see each other
+    domain = TokenSequences(Corpus(CorpusConfig(domain_path), tokenizer, dump.plan["max_length"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for step in range(int(steps)):
+        (row,) = packed_rows([domain[step % len(domain)]], [dump[step % len(dump)]])
+        hidden = model.get_decoder()(
+            input_ids=row["input_ids"],
+            position_ids=row["position_ids"],
+            use_cache=False,
+            **packing_arguments(model, row["sequence_lengths"]),
+        ).last_hidden_state[0]
+        targets = row["targets"]
+        ce_rows, kl_rows = len(targets["labels"]), len(targets["tail_logprob"])
+        mean = torch.cat([torch.full((n,), 1 / n) for n in (ce_rows, kl_rows)])
+        loss, losses = linear_sparse_divergence(
+            hidden[targets["rows"]],
+            model.get_output_embeddings().weight,
+            targets["ids"],
+            targets["logprobs"],
+            targets["tail_logprob"],
+            "forward",
+            labels=targets["labels"],
+            row_weights=mean,  # CE averaged over its rows + 1.0 · KL averaged over its own
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ce, kl = losses[:ce_rows].mean(), losses[ce_rows:].mean()
+        print(f"step {step}: CE {ce:.4f}, KL {kl:.4f}")
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

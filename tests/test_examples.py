@@ -1,0 +1,27 @@
+"""The example runs, and learns."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from tests.pipeline.corpora import some_texts, write_texts
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "examples" / "plain_torch.py"
+
+
+def test_plain_torch(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
+    domain = write_texts(tmp_path / "domain.jsonl", [some_texts(1)[0][::-1]])
+    arguments = [model_path, dump_path, domain, tmp_path / "student", 12]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [
+        (float(ce), float(kl)) for ce, kl in re.findall(r"CE ([\d.]+), KL ([\d.]+)", done.stdout)
+    ]
+    assert len(found) == 12
+    assert found[0][1] < 1e-3  # the student still is the teacher
+    assert found[-1][0] < found[0][0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0
