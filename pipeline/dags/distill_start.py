@@ -1,0 +1,151 @@
+"""How a task starts one of the project's scripts, and what becomes of its end."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Variable
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+ROOT = Path(__file__).resolve().parents[2]
+Json = dict[str, Any]
+
+# Exit codes of the scripts (pipeline/config.py). A retry cannot mend the first three; it goes on
+# after the last one, and after anything else, such as a crash or a kill.
+NO_RETRY = {2: "bad input", 3: "refused", 4: "damaged data"}
+INTERRUPTED = 75
+GRACE = 60  # seconds that a script has to commit what it can once its time is over
+
+
+def interpreter() -> str:
+    """The project's Python, from the Variable that is mandatory."""
+    path = Variable.get("mol_distill_python", default=None)
+    how = (
+        "It names the Python of the project's environment on the machine that runs the task, such "
+        "as /opt/mol-distill/.venv/bin/python. Set it with `airflow variables set "
+        "mol_distill_python PATH`, or in the environment as AIRFLOW_VAR_MOL_DISTILL_PYTHON."
+    )
+    if not path:
+        raise AirflowFailException(f"the Airflow Variable mol_distill_python is not set. {how}")
+    if not os.access(path, os.X_OK) or os.path.isdir(path):
+        raise AirflowFailException(f"mol_distill_python: {path!r} is no program here. {how}")
+    return str(path)
+
+
+@contextlib.contextmanager
+def hold(names: list[str]) -> Iterator[tuple[str, int]]:
+    """(name, open file) of the first lock of this machine that is free; waits for one.
+
+    The script inherits the file, so an orphan of an earlier try keeps what it still uses.
+    """
+    while True:
+        for name in names:
+            path = Path(tempfile.gettempdir(), f"mol-distill-{name}.lock")
+            file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            try:
+                yield name, file
+            finally:
+                os.close(file)
+            return
+        print(f"waiting for {' or '.join(names)}: another process holds it", flush=True)
+        time.sleep(5)
+
+
+def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | None = None) -> Json:
+    """Run `python ARGUMENTS` in `folder` to its end, its output in the task's log.
+
+    Returns the JSON that it wrote to the `--summary` file that `{summary}` among the arguments
+    stands for. With `gpu` it gets one of the GPUs that the Variable `mol_distill_gpus` lists.
+    `alone` names a path on this machine that no other task may write meanwhile.
+    Raises AirflowFailException where a retry would end the same, AirflowException elsewhere.
+    """
+    where = ROOT / folder
+    if not where.is_dir():
+        raise AirflowFailException(f"folder {where}: no such directory on this machine")
+    python = interpreter()
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    last: deque[str] = deque(maxlen=20)
+    with (
+        contextlib.ExitStack() as held,
+        tempfile.TemporaryDirectory(prefix="mol-distill-") as scratch,
+    ):
+        files = []
+        if alone is not None:
+            digest = hashlib.sha256(str(where / alone).encode()).hexdigest()[:16]
+            files.append(held.enter_context(hold([f"output-{digest}"]))[1])
+        gpus = Variable.get("mol_distill_gpus", default="").split() if gpu else []
+        if gpus:
+            name, file = held.enter_context(hold([f"gpu-{ids}" for ids in gpus]))
+            files.append(file)
+            env["CUDA_VISIBLE_DEVICES"] = name.removeprefix("gpu-")
+        summary = Path(scratch, "summary.json")
+        shown = [argument.replace("{summary}", str(summary)) for argument in arguments]
+        print(f"in {where}: {python} {' '.join(shown)}", flush=True)
+        # However this task ends, the script goes with it: asked first where there is time, by the
+        # kernel where there is none.
+        script = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", python, *shown],
+            cwd=where,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=files,
+        )
+        before = signal.signal(signal.SIGTERM, lambda *_: script.terminate())
+        try:
+            assert script.stdout is not None
+            for line in script.stdout:
+                print(line, end="", flush=True)
+                last.append(line.strip())
+            code = script.wait()
+        finally:
+            end(script)
+            signal.signal(signal.SIGTERM, before)
+        if code == 0:
+            found: Json = json.loads(summary.read_text()) if summary.exists() else {}
+            return found
+    raise failure(code, last)
+
+
+def end(script: "subprocess.Popen[str]") -> None:
+    """Stop a script that still runs, and whatever it started."""
+    if script.poll() is None:
+        script.terminate()
+        try:
+            script.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            print(f"the script did not stop within {GRACE} s; killing it", flush=True)
+    with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
+        os.killpg(script.pid, signal.SIGKILL)
+    script.wait()
+
+
+def failure(code: int, last: deque[str]) -> AirflowException:
+    """The exception that has Airflow retry, or not, with the script's own message."""
+    said = [line for line in last if line.startswith(("error:", "FAULT"))] or list(last)[-1:]
+    message = "; ".join(said)
+    if code in NO_RETRY:
+        return AirflowFailException(f"{NO_RETRY[code]} (exit code {code}): {message}")
+    if code == INTERRUPTED:
+        return AirflowException(f"interrupted (exit code {code}), a retry goes on: {message}")
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return AirflowException(f"the script failed ({how}): {message}")

@@ -1,0 +1,87 @@
+"""Run by the project's interpreter, for tests that run in Airflow's.
+
+python -m tests.airflow.world make FOLDER   a tiny model, its corpora and configs, and a dump of it
+python -m tests.airflow.world rows DUMP     what every row holds, as JSON; fails on a damaged dump
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from storage import LogitDataset, verify
+from tests.models import TEXTS, tiny_model
+from tests.pipeline.corpora import write_texts
+
+DOCUMENTS = 600
+DUMP = """
+model: model
+output: reference
+corpus: {path: general.jsonl}
+k: 8
+max_length: 100
+engine: transformers
+shard_tokens: 1000
+"""
+TRAIN = """
+model: model
+output: student
+dump: reference
+domain: {path: domain.jsonl}
+training: {max_steps: 4, per_device_train_batch_size: 2, report_to: none, use_cpu: true}
+"""
+EVALUATE = """
+models: {base: model}
+domain: {path: held-out.jsonl, limit: 5}
+general: {path: held-out.jsonl, skip: 5}
+max_length: 100
+"""
+
+
+def make(folder: Path) -> None:
+    """Relative paths in the configs start at `folder`."""
+    from pipeline import cli, dump
+    from pipeline.config import CorpusConfig, DumpConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_model(folder / "model")
+    general = write_texts(
+        folder / "general.jsonl",
+        [f"{i} {TEXTS[i % len(TEXTS)][: 40 + 97 * (i % 11)]}" for i in range(DOCUMENTS)],
+    )
+    write_texts(folder / "domain.jsonl", [text[-900:] for text in TEXTS[:30]])
+    write_texts(folder / "held-out.jsonl", [text[900:1500] for text in TEXTS[30:45]])
+    for name, text in [("dump", DUMP), ("train", TRAIN), ("evaluate", EVALUATE)]:
+        (folder / f"{name}.yaml").write_text(text)
+    config = DumpConfig(
+        model=str(folder / "model"),
+        corpus=CorpusConfig(str(general)),
+        output=str(folder / "reference"),
+        k=8,
+        max_length=100,
+        engine="transformers",
+        shard_tokens=1000,
+    )
+    sys.exit(cli.main(lambda: dump.run(config), None))
+
+
+def rows(dump: str) -> None:
+    """{"document/chunk": sha256 of its tokens and distributions}."""
+    report = verify(dump)
+    if not report.ok:
+        sys.exit("\n".join(report.faults))
+    found = {}
+    for record in LogitDataset(dump):
+        topk = record.topk
+        digest = hashlib.sha256()
+        for part in (record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob):
+            digest.update(part.tobytes())
+        found[f"{record.doc_id}/{record.chunk}"] = digest.hexdigest()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(Path(sys.argv[2]))
+    else:
+        rows(sys.argv[2])
