@@ -3,15 +3,16 @@
 ENGINE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 SYSTEM_PYTHON ?= python3
 PYTHON := .venv/bin/python
+AIRFLOW_PYTHON := .venv-airflow/bin/python
 # vLLM on two cores: a small KV cache, no telemetry, no model hub.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types lock clean
+.PHONY: help setup demo test test-fast lint types lock clean airflow airflow-setup test-airflow types-airflow
 
 help:  ## show what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup:  ## make .venv, or repair it
 	@$(SYSTEM_PYTHON) scripts/setup_venv.py .venv requirements/$(ENGINE).lock --editable
@@ -32,6 +33,21 @@ lint: setup  ## ruff: rules and format
 types: setup  ## mypy
 	$(PYTHON) -m mypy
 
+# Airflow has an environment of its own; the tasks start .venv's interpreter.
+airflow-setup:  ## make Airflow's environment, .venv-airflow, or repair it
+	@$(SYSTEM_PYTHON) scripts/setup_venv.py .venv-airflow requirements/airflow.lock
+
+airflow: setup airflow-setup  ## Airflow on this machine: http://127.0.0.1:8080 (see deploy/README.md)
+	@deploy/local.sh
+
+test-airflow: setup airflow-setup  ## Airflow's tests, real scheduler and kills included
+	MOL_DISTILL_PYTHON=$(abspath $(PYTHON)) $(AIRFLOW_PYTHON) -m pytest \
+		--confcutdir tests/airflow -o norecursedirs=".*" tests/airflow
+
+types-airflow: airflow-setup  ## mypy for the DAGs, in Airflow's environment
+	MYPYPATH=pipeline/dags $(AIRFLOW_PYTHON) -m mypy --config-file= --python-version 3.11 \
+		--explicit-package-bases pipeline/dags/distill.py
+
 # torchvision, torchaudio and torchcodec exist for CUDA only and break a CPU vLLM when present.
 # The CPU build of torch comes from where TORCH_LINKS says (a folder or an index page).
 TORCH_LINKS ?= $(PIP_FIND_LINKS)
@@ -43,6 +59,8 @@ lock:  ## resolve requirements/*.lock again (needs uv)
 		--output-file requirements/cpu.lock
 	$(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 \
 		--output-file requirements/gpu.lock
+	uv pip compile requirements/airflow.in --python-version 3.11 --no-header --no-annotate \
+		--output-file requirements/airflow.lock
 
 clean:  ## remove what was built, .venv and runs/ included
 	rm -rf .venv .venv-* build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Airflow on this machine for one person: web page, scheduler and tasks. `make airflow` calls this.
+# What is set in the environment wins: AIRFLOW_HOME, AIRFLOW__API__PORT, AIRFLOW_VAR_MOL_DISTILL_…
+# and every other setting of Airflow's.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PATH=$root/.venv-airflow/bin:$PATH
+umask 077
+
+export AIRFLOW_HOME=${AIRFLOW_HOME:-$root/runs/airflow}
+mkdir -p "$AIRFLOW_HOME"
+secret=$AIRFLOW_HOME/jwt-secret # signs the tokens between Airflow's own processes
+[ -s "$secret" ] || head -c 64 /dev/urandom | base64 -w 0 >"$secret"
+
+export AIRFLOW__API__HOST=${AIRFLOW__API__HOST:-127.0.0.1} # to this machine alone
+export AIRFLOW__API__PORT=${AIRFLOW__API__PORT:-8080}
+url=http://127.0.0.1:$AIRFLOW__API__PORT
+export AIRFLOW__API__BASE_URL=${AIRFLOW__API__BASE_URL:-$url}
+export AIRFLOW__CORE__EXECUTION_API_SERVER_URL=${AIRFLOW__CORE__EXECUTION_API_SERVER_URL:-$url/execution/}
+export AIRFLOW__API_AUTH__JWT_SECRET=${AIRFLOW__API_AUTH__JWT_SECRET:-$(cat "$secret")}
+export AIRFLOW__CORE__DAGS_FOLDER=$root/pipeline/dags
+export AIRFLOW__CORE__LOAD_EXAMPLES=${AIRFLOW__CORE__LOAD_EXAMPLES:-False}
+export AIRFLOW__CORE__PARALLELISM=${AIRFLOW__CORE__PARALLELISM:-8}
+
+export AIRFLOW_VAR_MOL_DISTILL_PYTHON=${AIRFLOW_VAR_MOL_DISTILL_PYTHON:-$root/.venv/bin/python}
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ' || true)
+export AIRFLOW_VAR_MOL_DISTILL_GPUS=${AIRFLOW_VAR_MOL_DISTILL_GPUS:-$gpus}
+
+airflow db migrate
+if [ ! -e "$AIRFLOW_HOME/pool-made" ]; then # once: who changes it in the web page keeps that
+  slots=$(wc -w <<<"$AIRFLOW_VAR_MOL_DISTILL_GPUS")
+  airflow pools set gpu "$((slots > 0 ? slots : 1))" "a slot for each GPU"
+  touch "$AIRFLOW_HOME/pool-made"
+fi
+
+# What `airflow standalone` starts, without its log servers, which would listen to the network, and
+# without the triggerer, which has nothing to do here. When one ends, all do.
+trap 'trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT TERM
+airflow dag-processor &
+airflow scheduler --skip-serve-logs &
+airflow api-server &
+echo "Airflow will be at $AIRFLOW__API__BASE_URL in a minute; Ctrl-C ends it. User and password:"
+echo "$AIRFLOW_HOME/simple_auth_manager_passwords.json.generated"
+wait -n

@@ -1,0 +1,110 @@
+"""A real scheduler and API server, and kill -9 in the middle of the dump."""
+
+import contextlib
+import os
+import signal
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.airflow.servers import Airflow, airflow, parent, postgres, processes, wait_for
+
+pytestmark = pytest.mark.timeout(3600)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Airflow]:
+    home = tmp_path_factory.mktemp(f"airflow-{request.param}")
+    with contextlib.ExitStack() as running:
+        database = f"sqlite:///{home}/airflow.db"
+        if request.param == "postgresql":
+            database = running.enter_context(postgres())
+        found = running.enter_context(airflow(home, database))
+        found.request("PATCH", "/api/v2/pools/gpu?update_mask=slots", {"slots": 2})
+        yield found
+
+
+def script_in_mid_dump(dump: Path, partition: int) -> int | None:
+    """The process that writes this partition, between its first commit and its last."""
+    shards = dump / f"{partition:05d}"
+    if not (shards / "00001.json").exists():
+        return None
+    assert not (shards / "complete.json").exists(), "the partition was complete before the kill"
+    [script] = processes(f"--partition={partition}/4", f"--output={dump.name}")
+    return script
+
+
+def test_out_of_range_is_refused(server: Airflow) -> None:
+    for dag, conf in [("distill", {"partitions": 0}), ("retrain", {"alphas": [-1]})]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.trigger(dag, conf)
+        assert caught.value.code in (400, 422)
+
+
+def test_kills_in_mid_dump_change_nothing(
+    server: Airflow,
+    world: Path,
+    params: dict[str, object],
+    rows: Callable[[Path], dict[str, str]],
+    reference: dict[str, str],
+) -> None:
+    """The script of partition 0 and the worker process of partition 1 are killed."""
+    dump = world / server.home.name
+    server.request("PATCH", "/api/v2/dags/retrain", {"is_paused": False})
+    run = server.trigger(
+        "distill",
+        {**params, "dump": dump.name, "student": f"{dump.name}-student", "partitions": 4},
+    )
+    waiting = {0, 1}
+    while waiting:
+        for partition in sorted(waiting):
+            ended = server.finished("distill", run)
+            assert ended is None, f"the run ended before the kills: {ended}"
+            script = script_in_mid_dump(dump, partition)
+            if script is not None:
+                runner = parent(script)
+                os.kill(script if partition == 0 else parent(runner), signal.SIGKILL)
+                waiting.remove(partition)
+    assert wait_for(lambda: server.finished("distill", run), "the run to end") == "success"
+
+    tasks = server.tasks("distill", run)
+    dumped = sorted(
+        (task for task in tasks if task["task_id"] == "dump"), key=lambda t: t["map_index"]
+    )
+    assert [task["rendered_map_index"] for task in dumped] == [
+        f"partition {index}/4" for index in range(4)
+    ]
+    assert [task["try_number"] for task in dumped] == [2, 2, 1, 1]
+    assert {task["state"] for task in tasks} == {"success"}
+    first = server.task_log("distill", run, "dump", 0, attempt=1)
+    assert "killed by signal 9" in first
+    assert "going on after" in server.task_log("distill", run, "dump", 0, attempt=2)
+    assert rows(dump) == reference
+
+
+def test_the_new_dump_starts_retrain(server: Airflow, world: Path) -> None:
+    """With the places of that dump; its extra holds the summary."""
+    events = server.request("GET", "/api/v2/assets/events")["asset_events"]
+    extra = {event["source_task_id"]: event["extra"] for event in events}
+    assert {"rows", "tokens", "bytes_per_token", "settings"} <= set(extra["verify"])
+    assert {"student", "steps"} <= set(extra["train"])
+
+    def points() -> list[dict[str, str]] | None:
+        runs = server.request("GET", "/api/v2/dags/retrain/dagRuns")["dag_runs"]
+        for run in runs:
+            path = f"/api/v2/dags/retrain/dagRuns/{run['dag_run_id']}"
+            with contextlib.suppress(urllib.error.HTTPError):
+                where = f"{path}/taskInstances/grid/xcomEntries/return_value"
+                found = server.request("GET", f"{where}?deserialize=true")["value"]
+                server.request("PATCH", path, {"state": "failed"})  # it was seen to start
+                return list(found)
+        return None
+
+    grid = wait_for(points, "the asset to start retrain")
+    assert len(grid) == 6
+    folder = f"airflow/students/{server.home.name}/"
+    assert all(point["student"].startswith(folder) for point in grid)
