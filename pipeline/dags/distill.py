@@ -27,7 +27,9 @@ def options(stage: str, given: Json) -> list[str]:
     """--name=value for what is not empty, and the overrides of a stage after them."""
     named = [f"--{name}={as_text(value)}" for name, value in given.items() if value is not None]
     more = [
-        line.split(".", 1)[1] for line in settings()["overrides"] if line.startswith(f"{stage}.")
+        line.split(".", 1)[1]
+        for line in settings()["overrides"] or []
+        if line.startswith(f"{stage}.")
     ]
     return named + [f"--{option}" for option in more]
 

@@ -171,8 +171,8 @@ GATE = {
 }
 OVERRIDES = {
     "overrides": Param(
-        [],
-        type="array",
+        None,
+        type=["null", "array"],
         items={"type": "string", "pattern": r"^(dump|train|evaluate)\.[A-Za-z_][\w.]*=.*$"},
         title="Any other setting",
         description="One on a line: STAGE.OPTION=VALUE with the stages dump, train and evaluate, "

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from airflow.dag_processing.dagbag import DagBag
 from kubernetes import client
+
 from tests.airflow.conftest import DAGS, ROOT
 
 DEPLOY = ROOT / "deploy"

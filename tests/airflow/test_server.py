@@ -24,7 +24,8 @@ def server(
         if request.param == "postgresql":
             database = running.enter_context(postgres())
         found = running.enter_context(airflow(home, database))
-        found.request("PATCH", "/api/v2/pools/gpu?update_mask=slots", {"slots": 2})
+        slots = {"pool": "gpu", "slots": 2, "include_deferred": False}
+        found.request("PATCH", "/api/v2/pools/gpu", slots)
         yield found
 
 
