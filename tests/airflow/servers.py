@@ -113,8 +113,7 @@ class Airflow:
 
     def task_log(self, dag: str, run: str, task: str, map_index: int, attempt: int) -> str:
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
-        answer = self.request("GET", f"{path}?map_index={map_index}")
-        return "\n".join(str(line.get("event", line)) for line in answer["content"])
+        return json.dumps(self.request("GET", f"{path}?map_index={map_index}")["content"])
 
     def tail(self) -> str:
         self.log.flush()
