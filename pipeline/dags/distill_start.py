@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -110,6 +111,7 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             start_new_session=True,
             pass_fds=files,
         )
+        threading.Thread(target=clear_up, args=[script.pid], daemon=True).start()
         before = signal.signal(signal.SIGTERM, lambda *_: script.terminate())
         try:
             assert script.stdout is not None
@@ -124,6 +126,14 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             found: Json = json.loads(summary.read_text()) if summary.exists() else {}
             return found
     raise failure(code, last)
+
+
+def clear_up(pid: int) -> None:
+    """Once the script has ended, end what it left: an engine that lost its script would keep the
+    GPU and the open log. The script is not reaped here, so its number is still its own."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def end(script: "subprocess.Popen[str]") -> None:

@@ -1,5 +1,6 @@
 """Whole runs in one process (dag.test), with the real scripts and the project's interpreter."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ def test_another_plan_is_refused_without_a_retry(dags: dict[str, Any], distilled
     [plan] = [ti for ti in run.get_task_instances() if ti.task_id == "plan"]
     assert (str(plan.state), plan.try_number) == ("failed", 1)
     assert states(run)["dump"] == ["upstream_failed"]
+
+
+def test_another_python_is_told_from_the_projects(
+    dags: dict[str, Any], params: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_VAR_MOL_DISTILL_PYTHON", sys.executable)  # Airflow's own
+    run = dags["distill"].test(run_conf=params)
+    [plan] = [ti for ti in run.get_task_instances() if ti.task_id == "plan"]
+    assert (str(plan.state), plan.try_number) == ("failed", 1)
 
 
 def test_retrain_by_hand(

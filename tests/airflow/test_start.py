@@ -159,6 +159,16 @@ def test_a_timeout_ends_the_script_and_its_children(capsys: pytest.CaptureFixtur
         wait_for(lambda number=number: gone(int(number)), "what the script started to end")
 
 
+@pytest.mark.timeout(120)
+def test_a_script_that_is_killed_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its child holds the log open: the task must end all the same."""
+    with pytest.raises(AirflowException, match="killed by signal 9"):
+        start(LONG.replace("while True:", "os.kill(os.getpid(), 9)\nwhile True:"))
+    said = capsys.readouterr().out
+    child = next(line for line in said.splitlines() if line.startswith("numbers")).split()[2]
+    wait_for(lambda: gone(int(child)), "the child of the script to end")
+
+
 def test_sigterm_reaches_the_script(task: Callable[..., subprocess.Popen[str]]) -> None:
     """Which then commits and says 75; Airflow retries."""
     code = """
