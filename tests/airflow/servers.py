@@ -30,15 +30,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of `condition`."""
+def wait_for(condition: Callable[[], Any], what: str, every: float = 2.0) -> Any:
+    """The first true value of `condition`, asked every so many seconds."""
     until = time.monotonic() + PATIENCE
     while True:
         if found := condition():
             return found
         if time.monotonic() > until:
             raise AssertionError(f"waited {PATIENCE} s for {what}")
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 class Airflow:
@@ -207,7 +207,7 @@ def postgres() -> Iterator[str]:
         cwd=folder,
     )
     try:
-        wait_for(lambda: (data / "postmaster.pid").exists() and accepts(port), "PostgreSQL")
+        wait_for(lambda: (data / "postmaster.pid").exists() and accepts(port), "PostgreSQL", 0.2)
         yield f"postgresql+psycopg2://airflow:{password}@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown

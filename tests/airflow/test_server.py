@@ -29,14 +29,16 @@ def server(
         yield found
 
 
-def script_in_mid_dump(dump: Path, partition: int) -> int | None:
-    """The process that writes this partition, between its first commit and its last."""
+def kill(dump: Path, partition: int) -> bool:
+    """Kill what writes this partition, once it is between its first commits and its last: the
+    script of partition 0, the worker process of Airflow's that runs partition 1."""
     shards = dump / f"{partition:05d}"
     if not (shards / "00001.json").exists():
-        return None
+        return False
     assert not (shards / "complete.json").exists(), "the partition was complete before the kill"
     [script] = processes(f"--partition={partition}/4", f"--output={dump.name}")
-    return script
+    os.kill(script if partition == 0 else parent(parent(script)), signal.SIGKILL)
+    return True
 
 
 def retrained(server: Airflow) -> list[dict[str, str]] | None:
@@ -72,16 +74,13 @@ def test_kills_in_mid_dump_change_nothing(
         "distill",
         {**params, "dump": dump.name, "student": f"{dump.name}-student", "partitions": 4},
     )
-    waiting = {0, 1}
-    while waiting:
-        for partition in sorted(waiting):
-            ended = server.finished("distill", run)
-            assert ended is None, f"the run ended before the kills: {ended}"
-            script = script_in_mid_dump(dump, partition)
-            if script is not None:
-                runner = parent(script)
-                os.kill(script if partition == 0 else parent(runner), signal.SIGKILL)
-                waiting.remove(partition)
+    alive = [0, 1]  # both run at the same time: the pool has two slots
+
+    def kill_them() -> bool:
+        alive[:] = [partition for partition in alive if not kill(dump, partition)]
+        return not alive
+
+    wait_for(kill_them, "partitions 0 and 1 to be in mid-dump", every=0.05)
     grid = wait_for(lambda: retrained(server), "the new dump to start retrain")
     assert wait_for(lambda: server.finished("distill", run), "the run to end") == "success"
 
