@@ -5,12 +5,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PATH=$root/.venv-airflow/bin:$PATH
-umask 077
 
 export AIRFLOW_HOME=${AIRFLOW_HOME:-$root/runs/airflow}
-mkdir -p "$AIRFLOW_HOME"
 secret=$AIRFLOW_HOME/jwt-secret # signs the tokens between Airflow's own processes
-[ -s "$secret" ] || head -c 64 /dev/urandom | base64 -w 0 >"$secret"
+(
+  umask 077
+  mkdir -p "$AIRFLOW_HOME"
+  [ -s "$secret" ] || head -c 64 /dev/urandom | base64 -w 0 >"$secret"
+)
 
 export AIRFLOW__API__HOST=${AIRFLOW__API__HOST:-127.0.0.1} # to this machine alone
 export AIRFLOW__API__PORT=${AIRFLOW__API__PORT:-8080}
@@ -24,11 +26,12 @@ export AIRFLOW__CORE__PARALLELISM=${AIRFLOW__CORE__PARALLELISM:-8}
 
 export AIRFLOW_VAR_MOL_DISTILL_PYTHON=${AIRFLOW_VAR_MOL_DISTILL_PYTHON:-$root/.venv/bin/python}
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ' || true)
-export AIRFLOW_VAR_MOL_DISTILL_GPUS=${AIRFLOW_VAR_MOL_DISTILL_GPUS:-$gpus}
+gpus=${AIRFLOW_VAR_MOL_DISTILL_GPUS:-$gpus}
+[ -z "$gpus" ] || export AIRFLOW_VAR_MOL_DISTILL_GPUS=$gpus
 
 airflow db migrate
 if [ ! -e "$AIRFLOW_HOME/pool-made" ]; then # once: who changes it in the web page keeps that
-  slots=$(wc -w <<<"$AIRFLOW_VAR_MOL_DISTILL_GPUS")
+  slots=$(wc -w <<<"$gpus")
   airflow pools set gpu "$((slots > 0 ? slots : 1))" "a slot for each GPU"
   touch "$AIRFLOW_HOME/pool-made"
 fi
