@@ -86,6 +86,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model_config: Any, folder: Any
         "vocab_size": vocab_size,
         "k": config.k,
         "step": config.step,
+        **({} if config.codec == "v1" else {"codec": config.codec}),
         "temperature": 1.0,
         "max_length": config.max_length,
         "add_eos": config.add_eos,
