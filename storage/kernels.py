@@ -257,6 +257,8 @@ def walk(
             bucket = ESCAPE + min((count - kept) >> 1, ESCAPE_CONTEXTS - 1)
             if reading:
                 bits, state, at = take_symbol(state, words, at, sums, hints, bucket - LEVEL)
+                if bits >= GAP_SYMBOLS:
+                    return BAD_ID, 0
                 high = min(bits, BITS)
                 value, state, at = take_raw(state, words, at, high)
                 rest, state, at = take_raw(state, words, at, bits - high)

@@ -135,7 +135,11 @@ def flipped(data: bytes, at: int, mask: int = 0x41) -> bytes:
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_forged_payloads_are_errors_or_distributions(drawn: st.DataObject) -> None:
-    """Bytes changed behind the header, the checksum made right again: the decoder holds."""
+    """Bytes changed behind the header, the checksum made right again: the decoder holds.
+
+    NUMBA_BOUNDSCHECK=1 (and a NUMBA_CACHE_DIR of its own) shows what would be read or written out
+    of bounds.
+    """
     successors, (input_ids,), (grid,) = LEARNED
     row = successors.row(input_ids)
     data = bytearray(pack(grid, row)[:-4])
