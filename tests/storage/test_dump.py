@@ -23,7 +23,6 @@ from storage import (
 from storage.manifest import Dump
 from tests.storage.records import assert_same, make_dump, plan, random_record
 
-
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 
 
