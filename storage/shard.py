@@ -3,6 +3,7 @@
 import hashlib
 import struct
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ class ShardWriter:
                 "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
                 "sha256": sha256_of(self.local),
                 "bytes": self.local.stat().st_size,
+                "footer_crc32": footer_of(self.local),
                 "rows": self.rows,
                 "tokens": self.tokens,
                 "positions": self.positions,
@@ -248,6 +250,22 @@ def check_rows(local: Path, marker: Json) -> None:
         )
 
 
+def footer_crc32(file: Any) -> int:
+    """Of a Parquet file's footer, which no checksum of Parquet's own covers."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little") + 8
+    if length > size:
+        raise CorruptShard(f"a footer of {length} bytes in a file of {size}")
+    file.seek(size - length)
+    return zlib.crc32(file.read(length))
+
+
+def footer_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return footer_crc32(file)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -281,6 +299,9 @@ class ShardReader:
         try:
             # A local file is mapped: row groups are read without copying the file.
             source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
+            expected = shard.marker.get("footer_crc32")
+            if expected is not None and footer_crc32(source) != expected:
+                raise CorruptShard("its footer is not the one that was committed")
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
             if metadata.get(b"format") not in FORMATS:
@@ -297,7 +318,7 @@ class ShardReader:
                 f"{self.name}: the data file is missing, its marker is there; restore it, or "
                 "remove the marker and run the dump again"
             ) from None
-        except (pa.ArrowException, OSError, KeyError, CorruptPayload) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, StorageError) as error:
             raise CorruptShard(f"{self.name}: not a readable shard ({error})") from None
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.cumsum([0, *groups])
@@ -314,7 +335,7 @@ class ShardReader:
     def read(self, columns: list[str]) -> pa.Table:
         try:
             return self.file.read(columns=columns)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(f"{self.name}: {error}") from None
 
     def group_of(self, row: int) -> int:
@@ -323,7 +344,7 @@ class ShardReader:
     def read_group(self, group: int) -> pa.Table:
         try:
             return self.file.read_row_group(group, columns=SCHEMA.names)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(f"{self.name}, row group {group}: {error}") from None
 
     def ranks(self, input_ids: Int32s) -> Ranks | Row:
@@ -332,7 +353,7 @@ class ShardReader:
             try:
                 first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
                 self._tables = Successors.unpack(first.as_py() or b"")
-            except (pa.ArrowException, OSError, IndexError, CorruptPayload) as error:
+            except (pa.ArrowException, OSError, ValueError, IndexError, CorruptPayload) as error:
                 raise CorruptShard(f"{self.name}: {error}") from None
         return self._tables if isinstance(self._tables, Ranks) else self._tables.row(input_ids)
 
