@@ -6,8 +6,8 @@ Takes dumps (finished or not), or .npz files with input_ids [N, T], ids and logp
 vocab_size. Writes each as real shards and reads them back as a reader would: bytes are whole
 shards, input_ids and tables included. `--tokens` of each are taken, for the sweeps over steps, k
 and cut-offs `--sweep` of them. KL is what the grid costs on the kept ids and the tail. A dump's
-distributions have been on a grid once; what is measured here is a second time, on the same grid
-with a random shift of each position, as far as a teacher's own numbers would be from it.
+numbers are on a grid already: each is first moved by up to half a step at random, to where the
+teacher's own may have been. What those gave is in the dump (`python -m storage inspect`).
 
 Speeds are in tokens per second of the process's CPU time, the best of three, so that others on the
 same machine disturb them less. Sampled targets (arXiv 2503.16870) are a size only: they have
@@ -64,18 +64,9 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
     tokens = 0
     if path.suffix != ".npz":
         dataset = LogitDataset(path, partial=True)
-        rng = np.random.default_rng(0)
+        rng, step = np.random.default_rng(0), float(dataset.plan["step"])
         for record in dataset:
-            topk = record.topk
-            shift = rng.uniform(-1 / 32, 1 / 32, len(topk))
-            ragged = topk.logprobs + np.repeat(shift, topk.counts)
-            total = np.logaddexp(
-                np.log(TopK(topk.counts, topk.ids, ragged, topk.tail_logprob).kept_mass()),
-                topk.tail_logprob,
-            )
-            ragged = np.minimum(ragged - np.repeat(total, topk.counts), 0).astype(np.float32)
-            tail = (topk.tail_logprob - total).astype(np.float32)
-            topk = TopK(topk.counts, topk.ids, ragged, tail)
+            topk = off_the_grid(record.topk, step, rng)
             rows.append(Record(record.doc_id, record.chunk, record.input_ids, topk))
             tokens += len(record.input_ids)
             if tokens >= limit:
@@ -89,6 +80,17 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
         topk = TopK.from_dense(data["ids"][number, :-1], logprobs, tail)
         rows.append(Record(str(number), 0, input_ids, topk))
     return rows, int(data["vocab_size"])
+
+
+def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
+    """As a teacher's numbers would be: anywhere in the step around each stored number."""
+    noisy = topk.logprobs + rng.uniform(-step / 2, step / 2, len(topk.ids))
+    order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
+    tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
+    mass = TopK(topk.counts, topk.ids, noisy, tail).kept_mass()
+    total = np.logaddexp(np.log(mass), tail)
+    noisy = np.minimum(noisy[order] - np.repeat(total, topk.counts), 0).astype(np.float32)
+    return TopK(topk.counts, topk.ids[order], noisy, (tail - total).astype(np.float32))
 
 
 def first(rows: list[Record], tokens: int) -> list[Record]:

@@ -48,7 +48,8 @@ def corrupt(dump: Dump, changes: int, rng: np.random.Generator) -> dict[str, int
         try:
             same = contents(ShardReader(dump.store, shard)) == truth
         except StorageError as error:
-            assert shard.file in str(error), f"byte {at}: {error} does not name the file"
+            if shard.file not in str(error):
+                raise AssertionError(f"byte {at}: {error} does not name the file") from None
             found["by the hash and by reading"] += 1
             continue
         assert same, f"byte {at} of {file.name}: other rows, and no error"
