@@ -25,7 +25,7 @@ def encode(
 
     `step` is the grid in nats; decoding is off by at most step / 2 per log-probability before it
     renormalises. `ranks` chooses the version: with a Row (`successors.row(input_ids)`) it is 2, and
-    entries that are equal on the grid come back in another order. Raises InvalidRecord for what is
+    entries that are equal on the grid come back by ascending id. Raises InvalidRecord for what is
     no distribution over `vocab_size` ids, or is not of the vocabulary or length of `ranks`.
     """
     return pack(quantise(topk, vocab_size, step), ranks)

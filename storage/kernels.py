@@ -143,6 +143,20 @@ def take_symbol(state, words, at, sums, hints, row):
 
 
 @njit(cache=True, nogil=True)
+def sort(ids, begin, end):
+    """Put ids[begin:end] in ascending order; most are two or three."""
+    if end - begin > 16:
+        ids[begin:end] = np.sort(ids[begin:end])
+        return
+    for i in range(begin + 1, end):
+        value, j = ids[i], i
+        while j > begin and ids[j - 1] > value:
+            ids[j] = ids[j - 1]
+            j -= 1
+        ids[j] = value
+
+
+@njit(cache=True, nogil=True)
 def walk(
     reading, tokens, counts, spreads, ids, levels,
     starts, listed, kinds, order, rank_of, rank_kinds, level_kinds, shift,
@@ -293,10 +307,12 @@ def walk(
         e = offsets[t]
         for level in range(spread, -1, -1):
             entry = heads[level]
-            heads[level] = -1
+            heads[level], begin = -1, e
             while entry >= 0:
                 ids[e], levels[e] = found[entry], level
                 e, entry = e + 1, following[entry]
+            if e - begin > 1:
+                sort(ids, begin, e)
     if reading and (at != len(words) or state != np.uint32(LOW)):
         return LEFT_OVER, 0
     return 0, written

@@ -88,6 +88,9 @@ def test_equal_entries_are_the_only_ones_to_change_places() -> None:
     found = unpack(pack(grid, row), row)
     np.testing.assert_array_equal(found.below, grid.below)  # descending probability as ever
     assert (found.ids != grid.ids).any()
+    rises = np.diff(found.ids) > 0
+    inside = np.diff(np.repeat(np.arange(50), found.counts)) == 0
+    assert rises[(np.diff(found.below.astype(np.int64)) == 0) & inside].all()
     swapped = Grid(**{**vars(found), "ids": found.ids[::-1].copy()})
     assert not swapped.same(grid)
 
