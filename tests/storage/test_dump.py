@@ -21,6 +21,7 @@ from storage import (
     verify,
 )
 from storage.manifest import Dump
+from storage.shard import ShardReader
 from tests.storage.records import assert_same, make_dump, plan, random_record
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
@@ -51,6 +52,29 @@ def test_row_groups_are_crossed(
     assert dataset._reader(0).file.num_row_groups == 4
     for index in np.random.default_rng(0).permutation(10):
         assert_same(dataset[index], random_record(int(index)))
+
+
+def test_rows_read_together_open_each_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.shard.ROW_GROUP_TOKENS", 60)
+    monkeypatch.setattr("storage.dataset.CACHED_GROUPS", 1)
+    make_dump(tmp_path, shards=2, rows=10)
+    dataset, opened = LogitDataset(tmp_path), []
+    read_group = ShardReader.read_group
+
+    def counted(reader: ShardReader, group: int) -> object:
+        opened.append((reader.name, group))
+        return read_group(reader, group)
+
+    monkeypatch.setattr(ShardReader, "read_group", counted)
+    order = [*np.random.default_rng(0).permutation(20).tolist(), 7, -1]
+    for index, record in zip(order, dataset.read(order), strict=True):
+        assert_same(record, random_record(index % 20))
+    assert len(opened) == len(set(opened)) == 8
+    with pytest.raises(IndexError):
+        dataset.read([0, 20])
+    assert dataset.read([]) == []
 
 
 @CODECS
