@@ -9,7 +9,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types lock clean airflow airflow-setup test-airflow types-airflow
+.PHONY: help setup demo test test-fast test-kill test-airflow fuzz lint types types-airflow lock clean \
+	airflow airflow-setup
 
 help:  ## show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +26,15 @@ test: setup  ## every test but Airflow's
 
 test-fast: setup  ## the tests that start no engine and take no time
 	$(PYTHON) -m pytest -m "not slow and not vllm"
+
+FUZZ_SECONDS ?= 60
+.venv-fuzz:
+	@$(SYSTEM_PYTHON) -m venv .venv-fuzz
+	@.venv-fuzz/bin/pip install -q atheris numpy numba pyarrow zstandard fsspec
+
+fuzz: .venv-fuzz  ## feed broken bytes to the decoders for FUZZ_SECONDS, in an environment of its own
+	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
+		-max_total_time=$(FUZZ_SECONDS)
 
 lint: setup  ## ruff: rules and format
 	$(PYTHON) -m ruff check .

@@ -86,6 +86,10 @@ def make_plan(config: DumpConfig, corpus: Corpus, model_config: Any, folder: Any
         "vocab_size": vocab_size,
         "k": config.k,
         "step": config.step,
+        # What was not there in earlier releases is in the plan only where it changes something.
+        **({} if config.codec == "v1" else {"codec": config.codec}),
+        **({"min_prob": config.min_prob} if config.min_prob > 0 else {}),
+        **({"top_p": config.top_p} if config.top_p < 1 else {}),
         "temperature": 1.0,
         "max_length": config.max_length,
         "add_eos": config.add_eos,
@@ -152,6 +156,8 @@ def run_partition(
         for sequence, topk in answers:
             if writer is None:
                 writer = ShardWriter(partition, index)
+            if config.min_prob > 0 or config.top_p < 1:
+                topk = topk.cut(config.min_prob, config.top_p)
             writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
             documents += sequence.ends_document
             last = sequence

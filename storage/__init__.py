@@ -1,9 +1,9 @@
 """Compressed top-k next-token distributions on disk. FORMAT.md is the specification.
 
-Needs numpy, pyarrow, zstandard and fsspec; never torch.
+Needs numpy, pyarrow, zstandard and fsspec, and numba for payloads of version 2; never torch.
 """
 
-from storage.codec import Ranks, decode, encode
+from storage.codec import decode, encode
 from storage.dataset import LogitDataset
 from storage.errors import (
     CorruptPayload,
@@ -15,7 +15,9 @@ from storage.errors import (
     StorageError,
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
+from storage.ranked import Ranks
 from storage.shard import ShardWriter
+from storage.successors import Row, Successors
 from storage.topk import Record, TopK
 from storage.verify import verify
 
@@ -32,8 +34,10 @@ __all__ = [
     "PlanMismatch",
     "Ranks",
     "Record",
+    "Row",
     "ShardWriter",
     "StorageError",
+    "Successors",
     "TopK",
     "create_dump",
     "decode",

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,17 @@ class LogitDataset:
         if len(self._groups) > CACHED_GROUPS:
             self._groups.popitem(last=False)
         return reader.record(table, group, row)
+
+    def read(self, indices: Iterable[int]) -> list[Record]:
+        """The records of these rows, in the order asked for; each row group is read once.
+
+        For batches of rows from all over a dump, such as a shuffled DataLoader's.
+        """
+        wanted = list(indices)
+        found: dict[int, Record] = {}
+        for index in sorted(set(wanted), key=lambda index: index % max(len(self), 1)):
+            found[index] = self[index]
+        return [found[index] for index in wanted]
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))

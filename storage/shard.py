@@ -3,6 +3,7 @@
 import hashlib
 import struct
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from storage.codec import Ranks, decode, encode
-from storage.errors import CorruptPayload, CorruptShard, InvalidRecord, StorageError
+from storage.codec import decode, pack, unpack
+from storage.errors import (
+    CorruptPayload,
+    CorruptShard,
+    FormatVersionError,
+    InvalidRecord,
+    StorageError,
+)
+from storage.grid import Grid, dequantise, quantise
 from storage.manifest import Json, Partition, Shard, to_json
+from storage.ranked import Ranks
 from storage.store import Store
-from storage.topk import Record, TopK, codec_kl
+from storage.successors import Row, Successors
+from storage.topk import Int32s, Record, TopK, codec_kl
 
 SCHEMA = pa.schema(
     [
@@ -27,9 +37,13 @@ SCHEMA = pa.schema(
         pa.field("payload", pa.binary(), nullable=False),
     ]
 )
+# A shard of version 2 carries its tables as one value, in its first row.
+SCHEMA_2 = SCHEMA.append(pa.field("successors", pa.binary()))
+FORMATS = {b"mol-topk/1": "v1", b"mol-topk/2": "v2"}
 LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
-# A row group is what one random read costs, and the rank table is learned from the first one.
+# A row group is what one random read costs; version 1 learns its ranks from the first one.
 ROW_GROUP_TOKENS = 16_384
+PAYLOADS = ("payload", "successors")  # compressed already
 MASS_BINS = 20  # of the histogram of kept mass, over [0, 1]
 
 
@@ -43,6 +57,10 @@ class ShardWriter:
     Nothing is visible to readers before `commit`, and a writer that dies leaves at most one file
     that no marker names. When another writer has committed the same shard first, `commit` removes
     its own file and returns the other's marker.
+
+    The plan's `codec` says how payloads are written. "v1" (also where there is none) writes row
+    group after row group; "v2" learns from the whole shard, so it keeps the rows until `commit`: 6
+    bytes for each entry, and twice that while it writes.
     """
 
     def __init__(self, partition: Partition, index: int | None = None) -> None:
@@ -51,12 +69,17 @@ class ShardWriter:
         self.name = f"{partition.name}/{self.index:05d}"
         plan = partition.dump.plan
         self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
+        self.codec = str(plan.get("codec", "v1"))
+        if self.codec not in FORMATS.values():
+            raise FormatVersionError(
+                f"the plan's codec is {self.codec!r}; this release writes v1 and v2: update it"
+            )
         self.rows = self.tokens = self.positions = self.entries = 0
         self.mass = self.kl_sum = self.kl_max = 0.0
         self.histogram = np.zeros(MASS_BINS, np.int64)
-        self.pending: list[Record] = []
+        self.pending: list[tuple[str, int, Int32s, Grid]] = []  # doc_id, chunk, input_ids
         self.pending_tokens = 0
-        self.ranks: Ranks | None = None
+        self.tables: Ranks | Successors | None = None
         self.file: pq.ParquetWriter | None = None
         self.local: Path | None = None
         self.flushed_tokens = self.flushed_bytes = 0
@@ -76,15 +99,17 @@ class ShardWriter:
                 f"{where}: the teacher gave NaN or Inf at position {at}; nothing of this shard "
                 "is committed. Check the model's weights, or load it in float32"
             )
-        ids = np.asarray(record.input_ids)
+        ids = np.asarray(record.input_ids, np.int32)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InvalidRecord(f"{where}: input ids outside the vocabulary of {self.vocab_size}")
-        if self.ranks is None:  # the row group from which the ranks will be learned
-            try:
-                encode(record.topk, vocab_size=self.vocab_size, step=self.step)
-            except InvalidRecord as error:
-                raise InvalidRecord(f"{where}: {error}") from None
-        self.pending.append(record)
+        try:
+            grid = quantise(record.topk, self.vocab_size, self.step)
+        except InvalidRecord as error:
+            raise InvalidRecord(f"{where}: {error}") from None
+        kl = codec_kl(record.topk, dequantise(grid))
+        self.kl_sum += float(kl.sum())
+        self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
+        self.pending.append((record.doc_id, record.chunk, ids, grid.narrow()))
         self.pending_tokens += len(ids)
         self.rows += 1
         self.tokens += len(ids)
@@ -92,58 +117,74 @@ class ShardWriter:
         self.entries += len(record.topk.ids)
         self.mass += float(mass.sum())
         self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
-        if self.pending_tokens >= ROW_GROUP_TOKENS:
+        if self.codec == "v1" and self.pending_tokens >= ROW_GROUP_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        """Encode the pending rows into one row group."""
-        if self.ranks is None or self.file is None:
-            self.ranks = Ranks.learn([record.topk for record in self.pending], self.vocab_size)
+        """Write the pending rows: one row group of version 1, all of them of version 2."""
+        if self.tables is None or self.file is None:
             metadata = {
-                "format": b"mol-topk/1",
+                "format": f"mol-topk/{self.codec[1:]}".encode(),
                 "shard": self.name.encode(),
-                "ranks": pack_ranks(self.ranks),
                 "plan_sha256": hashlib.sha256(to_json(self.partition.dump.plan)).digest().hex(),
             }
+            if self.codec == "v1":
+                self.tables = Ranks.learn((row[-1] for row in self.pending), self.vocab_size)
+                metadata["ranks"] = pack_ranks(self.tables)
+            else:
+                rows = [(input_ids, grid) for _, _, input_ids, grid in self.pending]
+                self.tables = Successors.learn(rows, self.vocab_size)
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
             self.file = pq.ParquetWriter(
                 self.local,
-                SCHEMA,
-                compression={name: "none" if name == "payload" else "zstd" for name in LEAVES},
-                compression_level={name: 9 for name in LEAVES if name != "payload"},
+                SCHEMA if self.codec == "v1" else SCHEMA_2,
+                compression={
+                    name: "none" if name in PAYLOADS else "zstd" for name in (*LEAVES, "successors")
+                },
+                compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
                 use_dictionary=False,
                 write_statistics=False,
                 write_page_checksum=True,
                 store_schema=False,  # Parquet's own says all there is to say
             )
             self.file.add_key_value_metadata(metadata)
-        payloads = []
-        for record in self.pending:
-            try:
-                payload = encode(
-                    record.topk, vocab_size=self.vocab_size, step=self.step, ranks=self.ranks
-                )
-                # What is committed has been read back, and its error is known.
-                kl = codec_kl(record.topk, decode(payload, self.ranks))
-            except InvalidRecord as error:
-                raise InvalidRecord(
-                    f"document {record.doc_id!r}, chunk {record.chunk}: {error}"
-                ) from None
-            payloads.append(payload)
-            self.kl_sum += float(kl.sum())
-            self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
+        while self.pending:
+            self.write_group()
+
+    def write_group(self) -> None:
+        """Encode as many of the pending rows as a row group holds."""
+        assert self.file is not None
+        assert self.local is not None
+        size = tokens = 0
+        while size < len(self.pending) and tokens < ROW_GROUP_TOKENS:
+            tokens += len(self.pending[size][2])
+            size += 1
+        rows, self.pending = self.pending[:size], self.pending[size:]
+        doc_ids, chunks, input_ids, grids = zip(*rows, strict=True)
         columns = [
-            pa.array([record.doc_id for record in self.pending], pa.string()),
-            pa.array([record.chunk for record in self.pending], pa.int32()),
-            pa.array([len(record.input_ids) for record in self.pending], pa.int32()),
-            pa.array([record.input_ids for record in self.pending], SCHEMA.field("input_ids").type),
-            pa.array(payloads, pa.binary()),
+            pa.array(doc_ids, pa.string()),
+            pa.array(chunks, pa.int32()),
+            pa.array([len(ids) for ids in input_ids], pa.int32()),
+            pa.array(input_ids, SCHEMA.field("input_ids").type),
+            pa.array(map(self.payload, input_ids, grids), pa.binary()),
         ]
-        self.file.write_table(pa.table(columns, schema=SCHEMA))
-        self.flushed_tokens += self.pending_tokens
-        self.flushed_bytes = self.local.stat().st_size if self.local else 0
-        self.pending, self.pending_tokens = [], 0
+        if isinstance(self.tables, Successors):
+            first = self.tables.pack() if self.flushed_tokens == 0 else None
+            columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
+        self.file.write_table(pa.table(columns, schema=self.file.schema))
+        self.pending_tokens -= tokens
+        self.flushed_tokens += tokens
+        self.flushed_bytes = self.local.stat().st_size
+
+    def payload(self, input_ids: Int32s, grid: Grid) -> bytes:
+        """A row's bytes; what is committed has been read back."""
+        ranks = self.tables
+        bound = ranks.row(input_ids) if isinstance(ranks, Successors) else ranks
+        data = pack(grid, bound)
+        if not unpack(data, bound).same(grid):
+            raise CorruptShard(f"{self.name}: a row reads back as another; nothing is committed")
+        return data
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -166,6 +207,7 @@ class ShardWriter:
                 "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
                 "sha256": sha256_of(self.local),
                 "bytes": self.local.stat().st_size,
+                "footer_crc32": footer_of(self.local),
                 "rows": self.rows,
                 "tokens": self.tokens,
                 "positions": self.positions,
@@ -208,6 +250,22 @@ def check_rows(local: Path, marker: Json) -> None:
         )
 
 
+def footer_crc32(file: Any) -> int:
+    """Of a Parquet file's footer, which no checksum of Parquet's own covers."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little") + 8
+    if length > size:
+        raise CorruptShard(f"a footer of {length} bytes in a file of {size}")
+    file.seek(size - length)
+    return zlib.crc32(file.read(length))
+
+
+def footer_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return footer_crc32(file)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -241,17 +299,26 @@ class ShardReader:
         try:
             # A local file is mapped: row groups are read without copying the file.
             source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
+            expected = shard.marker.get("footer_crc32")
+            if expected is not None and footer_crc32(source) != expected:
+                raise CorruptShard("its footer is not the one that was committed")
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
-            if metadata.get(b"format") != b"mol-topk/1":
-                raise CorruptShard(f"{self.name}: format {metadata.get(b'format')!r} is not ours")
-            self.ranks = unpack_ranks(metadata[b"ranks"])
+            if metadata.get(b"format") not in FORMATS:
+                raise CorruptShard(
+                    f"{self.name}: format {metadata.get(b'format')!r}; this release reads "
+                    f"{', '.join(name.decode() for name in FORMATS)}"
+                )
+            self.codec = FORMATS[metadata[b"format"]]
+            self._tables: Ranks | Successors | None = None
+            if self.codec == "v1":
+                self._tables = unpack_ranks(metadata[b"ranks"])
         except FileNotFoundError:
             raise CorruptShard(
                 f"{self.name}: the data file is missing, its marker is there; restore it, or "
                 "remove the marker and run the dump again"
             ) from None
-        except (pa.ArrowException, OSError, KeyError, CorruptPayload) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, StorageError) as error:
             raise CorruptShard(f"{self.name}: not a readable shard ({error})") from None
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.cumsum([0, *groups])
@@ -268,7 +335,7 @@ class ShardReader:
     def read(self, columns: list[str]) -> pa.Table:
         try:
             return self.file.read(columns=columns)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(f"{self.name}: {error}") from None
 
     def group_of(self, row: int) -> int:
@@ -276,9 +343,19 @@ class ShardReader:
 
     def read_group(self, group: int) -> pa.Table:
         try:
-            return self.file.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
+            return self.file.read_row_group(group, columns=SCHEMA.names)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(f"{self.name}, row group {group}: {error}") from None
+
+    def ranks(self, input_ids: Int32s) -> Ranks | Row:
+        """What decodes the payload of the row with these input_ids."""
+        if self._tables is None:
+            try:
+                first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
+                self._tables = Successors.unpack(first.as_py() or b"")
+            except (pa.ArrowException, OSError, ValueError, IndexError, CorruptPayload) as error:
+                raise CorruptShard(f"{self.name}: {error}") from None
+        return self._tables if isinstance(self._tables, Ranks) else self._tables.row(input_ids)
 
     def record(self, table: pa.Table, group: int, row: int) -> Record:
         """Decode row `row` of the file from its row group's table."""
@@ -287,7 +364,8 @@ class ShardReader:
         where = f"{self.name}, row {row} (document {doc_id!r}, chunk {chunk})"
         input_ids = table.column("input_ids")[at].values.to_numpy()
         try:
-            topk: TopK = decode(table.column("payload")[at].as_buffer().to_pybytes(), self.ranks)
+            payload = table.column("payload")[at].as_buffer().to_pybytes()
+            topk: TopK = decode(payload, self.ranks(input_ids))
         except StorageError as error:
             raise CorruptShard(f"{where}: {error}") from None
         if len(topk) != len(input_ids) - 1 or table.column("tokens")[at].as_py() != len(input_ids):

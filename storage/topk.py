@@ -57,6 +57,29 @@ class TopK:
         ids[kept], logprobs[kept] = self.ids, self.logprobs
         return ids, logprobs
 
+    def cut(self, min_prob: float = 0.0, top_p: float = 1.0) -> "TopK":
+        """Fewer entries where the teacher is sure: what is dropped goes to the tail, exactly.
+
+        Keeps the entries of at least `min_prob`, of those the fewest that hold `top_p` of the
+        mass, and always a position's best one. Raises ValueError for what is no probability.
+        """
+        if not (0 <= min_prob < 1 and 0 < top_p <= 1):
+            raise ValueError(f"min_prob in [0, 1) and top_p in (0, 1], found {min_prob}, {top_p}")
+        p = np.exp(self.logprobs.astype(np.float64))
+        sums = np.concatenate([[0.0], np.cumsum(p)])
+        ends = np.cumsum(self.counts, dtype=np.int64)
+        starts = ends - self.counts
+        before = sums[:-1] - np.repeat(sums[starts], self.counts)  # held by better entries
+        keep = (p >= min_prob) & ((before < top_p) if top_p < 1 else True)
+        keep[starts[self.counts > 0]] = True
+        kept = np.concatenate([[0], np.cumsum(keep)])
+        counts = (kept[ends] - kept[starts]).astype(np.uint16)
+        # Dropped entries are small: add them up by themselves, or the tail drowns in rounding.
+        dropped = position_sums(np.where(keep, 0, p), self.counts)
+        with np.errstate(divide="ignore"):
+            tail = np.logaddexp(self.tail_logprob.astype(np.float64), np.log(dropped))
+        return TopK(counts, self.ids[keep], self.logprobs[keep], tail.astype(np.float32))
+
     def kept_mass(self) -> npt.NDArray[np.float64]:
         """[P] probability that the kept ids hold at each position."""
         return position_sums(np.exp(self.logprobs.astype(np.float64)), self.counts)

@@ -1,11 +1,17 @@
 """Bytes per token, distortion and speed of the stored format, on one core.
 
-    python scripts/benchmarks/storage.py runs/demo/dump sample.npz --k 64
+    python scripts/benchmarks/storage.py runs/demo/dump sample.npz --plot storage.png
 
-Takes finished dumps, or .npz files with input_ids [N, T], ids and logprobs [N, T, K] and
-vocab_size. Writes each as a real shard and reads it back as a reader would. A dump's distributions
-have been through the codec once: their KL here is that of a second time. Its first error, measured
-against the teacher while it was written, is what `python -m storage inspect` shows.
+Takes dumps (finished or not), or .npz files with input_ids [N, T], ids and logprobs [N, T, K] and
+vocab_size. Writes each as real shards and reads them back as a reader would: bytes are whole
+shards, input_ids and tables included. `--tokens` of each are taken, for the sweeps over steps, k
+and cut-offs `--sweep` of them. KL is what the grid costs on the kept ids and the tail. A dump's
+numbers are on a grid already: each is first moved by up to half a step at random, to where the
+teacher's own may have been. What those gave is in the dump (`python -m storage inspect`).
+
+Speeds are in tokens per second of the process's CPU time, the best of three, so that others on the
+same machine disturb them less. Sampled targets (arXiv 2503.16870) are a size only: they have
+noise instead of an error.
 """
 
 import argparse
@@ -18,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one core: what is measured is work, not t
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,119 +32,251 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import LogitDataset, Ranks, Record, ShardWriter, TopK, create_dump, decode, encode
+from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
+from storage.codec import pack
+from storage.grid import quantise
 from storage.topk import codec_kl
 
+SPEED_TOKENS = 60_000
 
-def load(path: Path, k: int, limit: int) -> tuple[list[Record], int]:
-    """(rows with at most k entries per position, vocabulary size)."""
+
+@dataclass
+class Line:
+    """One layout's row of the table."""
+
+    group: str
+    name: str
+    size: float  # bytes per token
+    kl: float = float("nan")
+    mass: float = float("nan")
+    encode: float = float("nan")
+    decode: float = float("nan")
+
+    def __str__(self) -> str:
+        numbers = [f"{self.size:10.1f}", f"{self.kl:10.1e}", f"{self.mass:8.4f}"]
+        numbers += [f"{speed:12,.0f}" for speed in (self.encode, self.decode)]
+        return f"{self.name:<34}" + "".join(numbers).replace("nan", "  –")
+
+
+def load(path: Path, limit: int) -> tuple[list[Record], int]:
+    """(rows of about `limit` tokens, vocabulary size)."""
+    rows: list[Record] = []
+    tokens = 0
     if path.suffix != ".npz":
-        dataset = LogitDataset(path)
-        rows, tokens = [], 0
+        dataset = LogitDataset(path, partial=True)
+        rng, step = np.random.default_rng(0), float(dataset.plan["step"])
         for record in dataset:
-            rows.append(record)
+            topk = off_the_grid(record.topk, step, rng)
+            rows.append(Record(record.doc_id, record.chunk, record.input_ids, topk))
             tokens += len(record.input_ids)
             if tokens >= limit:
                 break
         return rows, int(dataset.plan["vocab_size"])
     data = np.load(path)
-    rows = []
     for number, input_ids in enumerate(data["input_ids"]):
-        logprobs = np.minimum(data["logprobs"][number, :-1, :k].astype(np.float64), 0)
+        logprobs = np.minimum(data["logprobs"][number, :-1].astype(np.float64), 0)
         # The file has no tail; the mass that is not there is one.
         tail = np.log(np.maximum(1 - np.exp(logprobs).sum(1), 1e-9))
-        topk = TopK.from_dense(data["ids"][number, :-1, :k], logprobs, tail)
+        topk = TopK.from_dense(data["ids"][number, :-1], logprobs, tail)
         rows.append(Record(str(number), 0, input_ids, topk))
     return rows, int(data["vocab_size"])
 
 
-def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """The fastest of a few runs."""
+def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
+    """As a teacher's numbers would be: anywhere in the step around each stored number."""
+    noisy = topk.logprobs + rng.uniform(-step / 2, step / 2, len(topk.ids))
+    order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
+    tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
+    mass = TopK(topk.counts, topk.ids, noisy, tail).kept_mass()
+    total = np.logaddexp(np.log(mass), tail)
+    noisy = np.minimum(noisy[order] - np.repeat(total, topk.counts), 0).astype(np.float32)
+    return TopK(topk.counts, topk.ids[order], noisy, (tail - total).astype(np.float32))
+
+
+def first(rows: list[Record], tokens: int) -> list[Record]:
+    ends = np.cumsum([len(row.input_ids) for row in rows])
+    return rows[: int(np.searchsorted(ends, tokens)) + 1]
+
+
+def changed(rows: list[Record], change: Callable[[TopK], TopK]) -> list[Record]:
+    return [Record(row.doc_id, row.chunk, row.input_ids, change(row.topk)) for row in rows]
+
+
+def best_of(topk: TopK, k: int) -> TopK:
+    ids, logprobs = topk.dense()
+    if k >= ids.shape[1]:
+        return topk
+    rest = np.logaddexp.reduce(logprobs[:, k:].astype(np.float64), axis=1)
+    return TopK.from_dense(ids[:, :k], logprobs[:, :k], np.logaddexp(topk.tail_logprob, rest))
+
+
+def speed(work: Callable[[], Any], tokens: int) -> float:
     times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+    for _ in range(3):
+        began = time.process_time()
         work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+        times.append(time.process_time() - began)
+    return tokens / min(times)
 
 
-def version_1(rows: list[Record], vocab_size: int, step: float, folder: Path) -> list[float]:
-    """[bytes per token in a shard, payload bytes per token, KL mean, KL max, encode, decode]."""
-    dump = create_dump(folder, {"vocab_size": vocab_size, "step": step, "partitions": 1})
-    writer = ShardWriter(dump.partition(0))
-    for row in rows:
-        writer.write(row)
-    marker = writer.commit(cursor={})
-    dump.partition(0).finish({})
-    dump.finish()
-    dataset = LogitDataset(folder)
-    kl = np.concatenate(
-        [codec_kl(row.topk, stored.topk) for row, stored in zip(rows, dataset, strict=True)]
-    )
-    ranks = Ranks.learn([row.topk for row in rows[:32]], vocab_size)
-    payloads = [encode(row.topk, vocab_size=vocab_size, step=step, ranks=ranks) for row in rows]
-    tokens = sum(len(row.input_ids) for row in rows)
+def total_tokens(rows: list[Record]) -> int:
+    return sum(len(row.input_ids) for row in rows)
 
-    def decode_all() -> None:
-        for payload in payloads:
-            decode(payload, ranks)
 
-    def encode_all() -> None:
+def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, step: float) -> Line:
+    """Write the rows as one real shard."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = {"vocab_size": vocab, "step": step, "partitions": 1, "codec": codec}
+        writer = ShardWriter(create_dump(folder, plan).partition(0))
         for row in rows:
-            encode(row.topk, vocab_size=vocab_size, step=step, ranks=ranks)
-
-    return [
-        marker["bytes"] / tokens,
-        sum(map(len, payloads)) / tokens,
-        float(kl.mean()),
-        float(kl.max()),
-        tokens / seconds(encode_all),
-        tokens / seconds(decode_all),
-    ]
+            writer.write(row)
+        marker = writer.commit(cursor={})
+    kl, mass = marker["kl_sum"] / marker["positions"], marker["mass"] / marker["positions"]
+    return Line(group, name, marker["bytes"] / marker["tokens"], kl, mass)
 
 
-def lists(rows: list[Record], file: Path) -> list[float]:
+def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) -> None:
+    """Add how fast payloads are made and read, in memory; learning the tables is not in it."""
+    rows = first(rows, SPEED_TOKENS)
+    grids = [(row.input_ids, quantise(row.topk, vocab, step)) for row in rows]
+    if codec == "v1":
+        ranks = Ranks.learn((grid for _, grid in grids), vocab)
+        work = [(grid, ranks) for _, grid in grids]
+    else:
+        tables = Successors.learn(grids, vocab)
+        work = [(grid, tables.row(input_ids)) for input_ids, grid in grids]
+    payloads = [(pack(grid, known), known) for grid, known in work]
+    line.encode = speed(lambda: [pack(*one) for one in work], total_tokens(rows))
+    line.decode = speed(lambda: [decode(*one) for one in payloads], total_tokens(rows))
+
+
+def lists(rows: list[Record]) -> Line:
     """What one would write without thinking: int32 and float16 lists in Parquet with zstd."""
+    columns = {
+        "ids": pa.array([row.topk.ids for row in rows], pa.list_(pa.int32())),
+        "logprobs": pa.array(
+            [row.topk.logprobs.astype(np.float16) for row in rows], pa.list_(pa.float16())
+        ),
+        "tail": pa.array(
+            [row.topk.tail_logprob.astype(np.float16) for row in rows], pa.list_(pa.float16())
+        ),
+        "input_ids": pa.array([row.input_ids for row in rows], pa.list_(pa.int32())),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lists.parquet"
 
-    def write() -> None:
-        table = pa.table(
-            {
-                "ids": pa.array([row.topk.ids for row in rows], pa.list_(pa.int32())),
-                "logprobs": pa.array(
-                    [row.topk.logprobs.astype(np.float16) for row in rows], pa.list_(pa.float16())
-                ),
-                "tail": pa.array(
-                    [row.topk.tail_logprob.astype(np.float16) for row in rows],
-                    pa.list_(pa.float16()),
-                ),
-                "input_ids": pa.array([row.input_ids for row in rows], pa.list_(pa.int32())),
-            }
+        def write() -> None:
+            pq.write_table(pa.table(columns), file, compression="zstd", row_group_size=32)
+
+        def read() -> None:
+            with pq.ParquetFile(file) as opened:
+                for group in range(opened.num_row_groups):
+                    table = opened.read_row_group(group, use_threads=False)
+                    for column in ("ids", "logprobs", "tail"):
+                        for value in table.column(column):
+                            value.values.to_numpy(zero_copy_only=False).astype(np.float32)
+
+        tokens = total_tokens(rows)
+        encoded, decoded = speed(write, tokens), speed(read, tokens)
+        size = file.stat().st_size / tokens
+    line = Line("plain", "Parquet lists int32 + fp16, zstd", size, encode=encoded, decode=decoded)
+    kls = []
+    for row in rows:
+        topk = row.topk
+        halves = (topk.logprobs.astype(np.float16), topk.tail_logprob.astype(np.float16))
+        kls.append(
+            codec_kl(topk, TopK(topk.counts, topk.ids, *(h.astype(np.float32) for h in halves)))
         )
-        pq.write_table(table, file, compression="zstd", row_group_size=32)
+    line.kl = float(np.abs(np.concatenate(kls)).mean())
+    line.mass = float(np.concatenate([row.topk.kept_mass() for row in rows]).mean())
+    return line
 
-    def read() -> None:
-        with pq.ParquetFile(file) as opened:
-            for group in range(opened.num_row_groups):
-                table = opened.read_row_group(group, use_threads=False)
-                for column in ("ids", "logprobs", "tail"):
-                    for value in table.column(column):
-                        value.values.to_numpy(zero_copy_only=False).astype(np.float32)
 
-    tokens = sum(len(row.input_ids) for row in rows)
-    write_time = seconds(write, 1)
-    size = file.stat().st_size / tokens
-    stored = [
-        TopK(
-            row.topk.counts,
-            row.topk.ids,
-            row.topk.logprobs.astype(np.float16).astype(np.float32),
-            row.topk.tail_logprob.astype(np.float16).astype(np.float32),
-        )
-        for row in rows
+def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
+    """Bits laid end to end, nothing compressed: sizes that follow from the layout."""
+    entries = sum(len(row.topk.ids) for row in rows) / total_tokens(rows)
+    width = max(17, (vocab - 1).bit_length())
+    mass = float(np.concatenate([row.topk.kept_mass() for row in rows]).mean())
+    found = [
+        Line("plain", f"{bits}-bit ids + fp16", entries * (bits + 16) / 8, mass=mass)
+        for bits in (width, width + 1)
     ]
-    kl = np.concatenate([codec_kl(row.topk, s) for row, s in zip(rows, stored, strict=True)])
-    speeds = [tokens / write_time, tokens / seconds(read)]
-    return [size, size, float(np.abs(kl).mean()), float(np.abs(kl).max()), *speeds]
+    rng, unique = np.random.default_rng(0), []
+    for row in first(rows, 20_000):
+        p = np.exp(np.c_[row.topk.dense()[1], row.topk.tail_logprob].astype(np.float64))
+        p /= p.sum(1, keepdims=True)
+        drawn = rng.multinomial(50, p)
+        # Ids drawn from the tail are taken as all different.
+        unique.append((drawn[:, :-1] > 0).sum(1) + drawn[:, -1])
+    mean = float(np.concatenate(unique).mean())
+    name = f"50 samples ({mean:.0f} ids): {width} + 7 bits"
+    found.append(Line("sampled", name, mean * (width + 7) / 8))
+    return found
+
+
+def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
+    small = first(rows, sweep)
+    found = [lists(small), *packed_bits(small, vocab)]
+    for codec in ("v1", "v2"):
+        line = shard(codec, f"{codec}, step 1/16", rows, vocab, codec, 1 / 16)
+        speeds(line, rows, vocab, codec, 1 / 16)
+        found.append(line)
+    for codec in ("v1", "v2"):
+        for step in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
+            name = f"  {codec}, step 1/{1 / step:g}"
+            found.append(shard(f"{codec} steps", name, small, vocab, codec, step))
+        for k in (8, 16, 32):
+            cut = changed(small, lambda topk, k=k: best_of(topk, k))  # type: ignore[misc]
+            found.append(shard(f"{codec} k", f"  {codec}, k {k}", cut, vocab, codec, 1 / 16))
+        for min_prob in (1e-4, 3e-4, 1e-3, 3e-3):
+            cut = changed(small, lambda topk, p=min_prob: topk.cut(p))  # type: ignore[misc]
+            name = f"  {codec}, min_prob {min_prob:g}"
+            found.append(shard(f"{codec} min_prob", name, cut, vocab, codec, 1 / 16))
+        for top_p in (0.99, 0.95, 0.9):
+            cut = changed(small, lambda topk, p=top_p: topk.cut(top_p=p))  # type: ignore[misc]
+            name = f"  {codec}, top_p {top_p:g}"
+            found.append(shard(f"{codec} top_p", name, cut, vocab, codec, 1 / 16))
+    return found
+
+
+def plot(found: dict[str, list[Line]], target: Path) -> None:
+    """Bytes per token against what the grid costs, and against the mass that is kept."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 4.2 * len(found)), squeeze=False)
+    colours = {"v1": "tab:gray", "v2": "tab:blue", "plain": "tab:red", "sampled": "tab:green"}
+    markers = {"steps": "o", "k": "s", "min_prob": "^", "top_p": "v"}
+    for (left, right), (name, lines) in zip(axes, found.items(), strict=True):
+        for group in dict.fromkeys(line.group for line in lines):
+            codec, _, kind = group.partition(" ")
+            these = [line for line in lines if line.group == group]
+            style = {"color": colours[codec], "marker": markers.get(kind, "*"), "label": group}
+            if kind == "steps":
+                left.plot([line.size for line in these], [line.kl for line in these], **style)
+            elif kind:
+                lost = [1 - line.mass for line in these]
+                right.plot([line.size for line in these], lost, **style)
+            elif codec != "sampled":
+                kept = [line for line in these if line.kl == line.kl]
+                left.plot(
+                    [line.size for line in kept], [line.kl for line in kept], ls="", ms=9, **style
+                )
+                lost = [1 - line.mass for line in these]
+                right.plot([line.size for line in these], lost, ls="", ms=9, **style)
+            else:
+                for axis in (left, right):
+                    axis.axvline(these[0].size, color=colours[codec], ls=":", label=group)
+        left.set(yscale="log", ylabel="KL of the grid, nats", title=name)
+        right.set(ylabel="mass outside the kept ids", title="k and cut-offs, step 1/16")
+        for axis in (left, right):
+            axis.set(xlabel="bytes per token", xlim=(0, None))
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
 
 
 def main() -> None:
@@ -145,30 +284,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="DUMP_OR_NPZ")
-    parser.add_argument("--k", type=int, default=64, help="entries taken from a .npz")
-    parser.add_argument("--steps", default="0.0625,0.125,0.25", help="grids in nats")
-    parser.add_argument("--tokens", type=int, default=200_000, help="taken from a dump")
+    parser.add_argument("--tokens", type=int, default=1_050_000, help="taken from each")
+    parser.add_argument("--sweep", type=int, default=100_000, help="taken of these for the sweeps")
+    parser.add_argument("--plot", type=Path, help="write a PNG")
     given = parser.parse_args()
     pa.set_cpu_count(1)
-    head = f"{'layout':<26}{'bytes/token':>12}{'payload':>9}{'KL mean':>10}{'KL max':>10}"
-    head += f"{'encode/s':>11}{'decode/s':>11}"
+    found = {}
     for path in given.paths:
-        rows, vocab_size = load(path, given.k, given.tokens)
-        tokens = sum(len(row.input_ids) for row in rows)
-        print(f"\n{path}: {len(rows)} rows, {tokens:,} tokens, vocabulary {vocab_size:,}")
-        print(head)
-        with tempfile.TemporaryDirectory() as folder:
-            found = [("Parquet lists int32 + fp16", lists(rows, Path(folder) / "lists.parquet"))]
-            for step in map(float, given.steps.split(",")):
-                target = Path(folder) / f"dump-{step}"
-                found.append(
-                    (f"version 1, step {step:g}", version_1(rows, vocab_size, step, target))
-                )
-        for name, (shard, payload, mean, worst, encoded, decoded) in found:
-            print(
-                f"{name:<26}{shard:>12.1f}{payload:>9.1f}{mean:>10.1e}{worst:>10.1e}"
-                f"{encoded:>11,.0f}{decoded:>11,.0f}"
-            )
+        rows, vocab = load(path, given.tokens)
+        print(f"\n{path.name}: {len(rows)} rows, {total_tokens(rows):,} tokens, {vocab:,} ids")
+        lines = found[f"{path.name}, {total_tokens(rows):,} tokens"] = measure(
+            rows, vocab, given.sweep
+        )
+        print(
+            f"{'layout':<34}{'bytes/tok':>10}{'KL':>10}{'mass':>8}{'encode/s':>12}{'decode/s':>12}"
+        )
+        print(*lines, sep="\n", flush=True)
+    if given.plot:
+        plot(found, given.plot)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,27 @@ import pytest
 
 from storage import (
     CorruptShard,
+    FormatVersionError,
     IncompleteDump,
     InvalidRecord,
     LogitDataset,
     PlanMismatch,
     Record,
     ShardWriter,
+    TopK,
     create_dump,
     verify,
 )
 from storage.manifest import Dump
+from storage.shard import ShardReader
 from tests.storage.records import assert_same, make_dump, plan, random_record
 
+CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 
-def test_rows_come_back_in_order(tmp_path: Path) -> None:
-    make_dump(tmp_path, shards=2, rows=5, partitions=2)
+
+@CODECS
+def test_rows_come_back_in_order(tmp_path: Path, codec: str) -> None:
+    make_dump(tmp_path, shards=2, rows=5, partitions=2, codec=codec)
     dataset = LogitDataset(tmp_path)
     assert len(dataset) == 20
     for index in [*range(20), 3, 17, -1]:
@@ -36,17 +42,69 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     assert (report.rows, report.tokens, report.shards) == (20, 400, 4)
 
 
-def test_row_groups_are_crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@CODECS
+def test_row_groups_are_crossed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
     monkeypatch.setattr("storage.shard.ROW_GROUP_TOKENS", 60)
-    make_dump(tmp_path, shards=1, rows=10)
+    make_dump(tmp_path, shards=1, rows=10, codec=codec)
     dataset = LogitDataset(tmp_path)
     assert dataset._reader(0).file.num_row_groups == 4
     for index in np.random.default_rng(0).permutation(10):
         assert_same(dataset[index], random_record(int(index)))
 
 
-def test_pickled_dataset_reads_the_same(tmp_path: Path) -> None:
-    make_dump(tmp_path)
+def test_rows_read_together_open_each_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.shard.ROW_GROUP_TOKENS", 60)
+    monkeypatch.setattr("storage.dataset.CACHED_GROUPS", 1)
+    make_dump(tmp_path, shards=2, rows=10)
+    dataset, opened = LogitDataset(tmp_path), []
+    read_group = ShardReader.read_group
+
+    def counted(reader: ShardReader, group: int) -> object:
+        opened.append((reader.name, group))
+        return read_group(reader, group)
+
+    monkeypatch.setattr(ShardReader, "read_group", counted)
+    order = [*np.random.default_rng(0).permutation(20).tolist(), 7, -1]
+    for index, record in zip(order, dataset.read(order), strict=True):
+        assert_same(record, random_record(index % 20))
+    assert len(opened) == len(set(opened)) == 8
+    with pytest.raises(IndexError):
+        dataset.read([0, 20])
+    assert dataset.read([]) == []
+
+
+@CODECS
+def test_a_shard_without_rows(tmp_path: Path, codec: str) -> None:
+    make_dump(tmp_path, shards=1, rows=0, codec=codec)
+    assert len(LogitDataset(tmp_path)) == 0
+    assert verify(tmp_path).ok
+
+
+def test_a_codec_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatVersionError, match="codec is 'v3'"):
+        make_dump(tmp_path, codec="v3")
+
+
+@CODECS
+def test_golden_dumps_are_read_for_ever(codec: str) -> None:
+    """tests/storage/golden holds what the first release of each version wrote."""
+    folder = Path(__file__).parent / "golden"
+    dataset, expected = LogitDataset(folder / codec), np.load(folder / "expected.npz")
+    assert verify(folder / codec).ok
+    for number in range(4):
+        names = ("input_ids", "counts", "ids", "logprobs", "tail_logprob")
+        input_ids, *arrays = (expected[f"{name}_{number}"] for name in names)
+        wanted = Record(f"doc-{number}", 0, input_ids, TopK(*arrays))
+        assert_same(dataset[number], wanted, tolerance=1e-5)
+
+
+@CODECS
+def test_pickled_dataset_reads_the_same(tmp_path: Path, codec: str) -> None:
+    make_dump(tmp_path, codec=codec)
     dataset = LogitDataset(tmp_path)
     dataset[0]
     copy = pickle.loads(pickle.dumps(dataset))
@@ -184,7 +242,7 @@ def damage_doubled_row(dump: Dump, path: Path) -> str:
 
 def damage_other_plan(dump: Dump, path: Path) -> str:
     """A shard made under another plan, with its marker, moved in."""
-    other = create_dump(path.parent / "other", plan(k=3))
+    other = create_dump(path.parent / "other", plan(k=3, codec=dump.plan["codec"]))
     writer = ShardWriter(other.partition(0), index=1)
     for number in range(5, 10):
         writer.write(random_record(number))
@@ -212,15 +270,17 @@ def damage_other_plan(dump: Dump, path: Path) -> str:
         damage_other_plan,
     ],
 )
-def test_verify_names_each_planted_fault(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
-    dump = make_dump(tmp_path / "dump")
+@CODECS
+def test_verify_names_each_planted_fault(tmp_path: Path, damage, codec: str) -> None:  # type: ignore[no-untyped-def]
+    dump = make_dump(tmp_path / "dump", codec=codec)
     name = damage(dump, tmp_path / "dump")
     report = verify(tmp_path / "dump")
     assert any(name in fault for fault in report.faults), report
 
 
-def test_reading_a_cut_or_flipped_shard_names_it(tmp_path: Path) -> None:
-    dump = make_dump(tmp_path)
+@CODECS
+def test_reading_a_cut_or_flipped_shard_names_it(tmp_path: Path, codec: str) -> None:
+    dump = make_dump(tmp_path, codec=codec)
     names = damage_flip(dump, tmp_path), damage_cut(dump, tmp_path)
     dataset = LogitDataset(tmp_path)
     for name, rows in zip(names, (range(5), range(5, 10)), strict=True):

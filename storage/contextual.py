@@ -1,0 +1,86 @@
+"""Payload version 2: ids and levels coded from their context with a compiled entropy coder.
+
+Numbers that a position has once (entries, spread, best, tail) are byte planes as in version 1;
+what storage.kernels writes about the entries follows them, then a CRC-32 of the whole payload.
+"""
+
+import struct
+import zlib
+
+import numpy as np
+
+from storage.errors import CorruptPayload, InvalidRecord
+from storage.frames import Frames, Header, deflate, join, split_planes
+from storage.grid import Grid
+from storage.ranked import is_equal
+from storage.successors import MAX_LEVEL, Row
+
+VERSION = 2
+FAILURES = (
+    "",
+    "the coded entries end too early",
+    "more entries than counted",
+    "an id outside the vocabulary, or twice",
+    "an entry above the best one",
+    "the coded entries do not end where they should",
+)
+
+
+def pack(grid: Grid, row: Row) -> bytes:
+    """A grid as bytes. Raises InvalidRecord where `row` is another sequence's."""
+    if row.successors.ranks.vocab_size != grid.vocab_size:
+        raise InvalidRecord(
+            f"successors of {row.successors.ranks.vocab_size} ids, vocabulary of {grid.vocab_size}"
+        )
+    if len(row.tokens) != len(grid.counts):
+        raise InvalidRecord(f"{len(grid.counts)} positions, the row has {len(row.tokens)}")
+    counts, spreads, filled = grid.counts, grid.spreads, grid.counts > 0
+    equal = is_equal(counts)
+    contexts, symbols = row.symbols(grid)
+    words = row.compress(contexts, symbols)
+    groups = [
+        split_planes(counts[:1] if equal else counts, 2),
+        [],
+        split_planes(spreads[filled]),
+        split_planes(grid.best[filled]),
+        split_planes(grid.tails),
+    ]
+    header = Header(
+        VERSION,
+        (0 if equal else 2, *(len(group) for group in groups[1:])),
+        grid.step,
+        grid.vocab_size,
+        len(counts),
+        len(grid.ids),
+        row.checksum,
+    )
+    body = join(header, [*deflate(groups), words.astype("<u2").tobytes(), bytes(4)])
+    return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
+
+
+def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
+    """The inverse of pack. Raises CorruptPayload."""
+    if row is None or row.checksum != header.needs or len(row.tokens) != header.positions:
+        raise CorruptPayload(
+            "the payload was written with the successors of its own shard and the input_ids of "
+            f"its own row (checksum {header.needs:08x}, here {row.checksum if row else 0:08x}): "
+            "pass successors.row(input_ids)"
+        )
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise CorruptPayload("checksum does not match: the payload is damaged")
+    planes = header.planes
+    frames = Frames(data, 2 + sum(planes[1:]) + 2)
+    counts = frames.counts(header)
+    filled = counts > 0
+    spreads, best = np.zeros((2, len(counts)), np.int64)
+    spreads[filled] = frames.take(planes[2], int(filled.sum()))
+    best[filled] = frames.take(planes[3], int(filled.sum()))
+    tails = frames.take(planes[4], len(counts))
+    coded = frames.part()
+    if len(coded) % 2 or int(spreads.max(initial=0)) >= MAX_LEVEL or planes[1]:
+        raise CorruptPayload("impossible spreads or coded entries")
+    ids, levels, failure = row.read(counts, spreads, np.frombuffer(coded, "<u2"))
+    if failure:
+        raise CorruptPayload(FAILURES[failure])
+    below = np.repeat(spreads.astype(np.int32), counts) - levels
+    return Grid(header.step, header.vocab_size, counts, ids, below, best, tails)

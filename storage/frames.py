@@ -1,0 +1,144 @@
+"""What all payloads are made of: a header, and byte planes in checksummed zstd frames."""
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from storage.errors import CorruptPayload, FormatVersionError
+from storage.grid import MAX_STEP, Integers
+
+MAGIC = b"MoLk"
+# magic, version, planes of counts (0: all equal) / ids / steps / best / tails, step, vocabulary,
+# positions, entries, checksum of what is needed to decode (0: nothing), checksum of the header
+HEADER = struct.Struct("<4sBBBBBBxxdIIQII")
+# Matches of four bytes in such planes are chance, and cost more than the entropy coder's literals.
+PARAMETERS = zstandard.ZstdCompressionParameters(
+    compression_level=1, min_match=7, write_content_size=True, write_checksum=True
+)
+MAX_POSITIONS, MAX_ENTRIES = 1 << 24, 1 << 31
+MAX_RATIO = 1 << 15  # zstd: a block of four bytes makes at most 128 KiB
+
+
+class Header(NamedTuple):
+    """The first 44 bytes of a payload, checked."""
+
+    version: int
+    planes: tuple[int, ...]  # of counts, ids, steps, best, tails
+    step: float
+    vocab_size: int
+    positions: int
+    entries: int
+    needs: int  # CRC-32 of the tables that it was written with, 0 for none
+
+    def pack(self) -> bytes:
+        values = (self.step, self.vocab_size, self.positions, self.entries, self.needs)
+        head = HEADER.pack(MAGIC, self.version, *self.planes, *values, 0)[:-4]
+        return head + struct.pack("<I", zlib.crc32(head))
+
+    @classmethod
+    def unpack(cls, data: bytes, versions: tuple[int, ...]) -> "Header":
+        """Raises CorruptPayload or FormatVersionError."""
+        if len(data) < HEADER.size or data[:4] != MAGIC:
+            raise CorruptPayload(
+                f"not a payload: {len(data)} bytes starting with {bytes(data[:4])!r}"
+            )
+        _, version, *planes, step, vocab_size, positions, entries, needs, checksum = HEADER.unpack(
+            data[: HEADER.size]
+        )
+        if version not in versions:
+            raise FormatVersionError(
+                f"payload of version {version}; this release reads versions "
+                f"{', '.join(map(str, versions))}: update it"
+            )
+        if zlib.crc32(data[: HEADER.size - 4]) != checksum:
+            raise CorruptPayload("header checksum does not match: the payload is damaged")
+        most = min(MAX_ENTRIES, positions * min(vocab_size, 65535))
+        if positions > MAX_POSITIONS or entries > most:
+            raise CorruptPayload(f"impossible header: {positions} positions, {entries} entries")
+        if not 0 < step < MAX_STEP:  # false for NaN too
+            raise CorruptPayload(f"impossible header: step {step}")
+        if planes[0] not in (0, 2) or max(planes[1:]) > 4:
+            raise CorruptPayload(f"impossible header: planes {planes}")
+        return cls(version, tuple(planes), step, vocab_size, positions, entries, needs)
+
+
+def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
+    """Non-negative integers [n] -> one byte string per significant byte, lowest first."""
+    if planes is None:
+        planes = (int(values.max(initial=0)).bit_length() + 7) // 8
+    raw = values.astype("<u4").view(np.uint8).reshape(-1, 4)
+    return [raw[:, plane].tobytes() for plane in range(planes)]
+
+
+def deflate(groups: list[list[bytes]]) -> list[bytes]:
+    """A zstd frame for each plane of all groups."""
+    compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
+    return [compressor.compress(plane) for group in groups for plane in group]
+
+
+def join(header: Header, parts: list[bytes]) -> bytes:
+    """Header, length of each part, parts."""
+    lengths = struct.pack(f"<{len(parts)}I", *(len(part) for part in parts))
+    return b"".join([header.pack(), lengths, *parts])
+
+
+class Frames:
+    """The parts behind a payload's header, read in order; nothing is allocated unchecked."""
+
+    def __init__(self, data: bytes, number: int) -> None:
+        end = HEADER.size + 4 * number
+        if len(data) < end:
+            raise CorruptPayload(f"cut short: {len(data)} bytes")
+        self.lengths = list(struct.unpack_from(f"<{number}I", data, HEADER.size))
+        if end + sum(self.lengths) != len(data):
+            raise CorruptPayload(f"{end + sum(self.lengths)} bytes expected, {len(data)} found")
+        self.data, self.at = memoryview(data), end
+
+    def counts(self, header: Header) -> npt.NDArray[np.uint16]:
+        """uint16 [P], checked against the header's entries."""
+        equal, positions = header.planes[0] == 0, header.positions
+        counts = self.take(2, min(positions, 1) if equal else positions).astype(np.uint16)
+        counts = np.repeat(counts, positions) if equal else counts
+        entries = int(counts.sum(dtype=np.int64))
+        if entries != header.entries:
+            raise CorruptPayload(f"counts sum to {entries}, header says {header.entries}")
+        return counts
+
+    def take(self, planes: int, size: int) -> Integers:
+        """Join the next byte planes to integers [size]; no planes at all stand for zeros."""
+        if planes < 2:
+            return self.inflate(size) if planes else np.zeros(size, np.uint8)
+        dtype = np.dtype("<u2") if planes == 2 else np.dtype("<u4")
+        joined = np.zeros((size, dtype.itemsize), np.uint8)
+        for plane in range(planes):
+            joined[:, plane] = self.inflate(size)
+        values: Integers = joined.view(dtype).reshape(-1)
+        return values
+
+    def part(self) -> memoryview:
+        """The next part as it is."""
+        length = self.lengths.pop(0)
+        self.at += length
+        return self.data[self.at - length : self.at]
+
+    def inflate(self, size: int) -> npt.NDArray[np.uint8]:
+        """Decompress the next frame, which must hold `size` bytes; allocates no more than that."""
+        return np.frombuffer(inflate(self.part(), size), np.uint8)
+
+
+def inflate(frame: "bytes | memoryview", size: int) -> bytes:
+    """One zstd frame that says that it holds `size` bytes, and does."""
+    try:
+        found = zstandard.frame_content_size(frame)
+        if found != size or size > MAX_RATIO * len(frame):
+            raise CorruptPayload(f"a frame of {found} bytes where {size} are expected")
+        plane = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise CorruptPayload(f"zstd: {error}") from None
+    if len(plane) != size:
+        raise CorruptPayload(f"a frame of {len(plane)} bytes where {size} are expected")
+    return plane

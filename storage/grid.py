@@ -1,0 +1,105 @@
+"""Log-probabilities as whole numbers of a uniform step, and back."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import InvalidRecord
+from storage.topk import Int32s, TopK, UInt16s, check_topk, position_sums
+
+Integers = npt.NDArray[np.integer]
+MAX_STEP = 8  # nats, exclusive
+MAX_GRID = 1 << 32  # grid points, exclusive
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A TopK whose log-probabilities lie `step` nats apart.
+
+    counts  uint16 [P]
+    ids     int32  [E]
+    below   [E]  grid points between an entry and the best one of its position; never falls
+    best    [P]  round(-logprob / step) of the best entry; 0 where there is no entry
+    tails   [P]  0 for no tail, else 1 + round(-tail / step)
+    """
+
+    step: float
+    vocab_size: int
+    counts: UInt16s
+    ids: Int32s
+    below: Integers
+    best: Integers
+    tails: Integers
+
+    @property
+    def spreads(self) -> Integers:
+        """[P] grid points between the best and the last entry of each position."""
+        spreads = np.zeros(len(self.counts), self.below.dtype)
+        filled = self.counts > 0
+        spreads[filled] = self.below[np.cumsum(self.counts, dtype=np.int64)[filled] - 1]
+        return spreads
+
+    def narrow(self) -> "Grid":
+        """The same in less memory, where it fits: two bytes for each of `below`."""
+        if int(self.below.max(initial=0)) > 65535:
+            return self
+        return replace(self, below=self.below.astype(np.uint16))
+
+    def same(self, other: "Grid") -> bool:
+        """Whether both are the same distributions; ids that are equally likely have no order."""
+        if not np.array_equal(self.counts, other.counts):
+            return False
+        numbers = [(self.below, other.below), (self.best, other.best), (self.tails, other.tails)]
+        if not all(np.array_equal(left, right) for left, right in numbers):
+            return False
+        if np.array_equal(self.ids, other.ids):
+            return True
+        position = np.repeat(np.arange(len(self.counts)), self.counts)
+        # A number for each position and each level within it, so that ids are compared as sets.
+        changes = (np.diff(self.below, prepend=0) != 0) | (np.diff(position, prepend=0) != 0)
+        level = np.cumsum(changes)
+        mine, others = (np.sort(level * self.vocab_size + grid.ids) for grid in (self, other))
+        return np.array_equal(mine, others)
+
+
+def quantise(topk: TopK, vocab_size: int, step: float) -> Grid:
+    """Round to the grid. Raises InvalidRecord for what is no distribution over vocab_size ids."""
+    if not 0 < step < MAX_STEP:
+        raise InvalidRecord(f"step must be between 0 and {MAX_STEP} nats, found {step}")
+    check_topk(topk, vocab_size)
+    positions, filled = len(topk), topk.counts > 0
+    grid = np.rint(np.maximum(-topk.logprobs.astype(np.float64), 0) / step).astype(np.int64)
+    first = (np.cumsum(topk.counts, dtype=np.int64) - topk.counts)[filled]
+    best = np.zeros(positions, np.int64)
+    best[filled] = grid[first]
+    tails = np.zeros(positions, np.int64)
+    some = np.isfinite(topk.tail_logprob)
+    tails[some] = 1 + np.rint(np.maximum(-topk.tail_logprob[some].astype(np.float64), 0) / step)
+    if max(int(grid.max(initial=0)), int(tails.max(initial=0))) >= MAX_GRID:
+        raise InvalidRecord(f"a log-probability below {-step * MAX_GRID:g} nats has no grid point")
+    below = grid - np.repeat(best, topk.counts)
+    return Grid(step, vocab_size, topk.counts, topk.ids, below, best, tails)
+
+
+def dequantise(grid: Grid) -> TopK:
+    """The distributions of a grid, each normalised over its entries and its tail.
+
+    Only differences within a position matter: entries are taken relative to the best one, so that
+    no sum underflows.
+    """
+    counts, positions = grid.counts, len(grid.counts)
+    logprobs = grid.below.astype(np.float32)
+    logprobs *= np.float32(-grid.step)
+    mass = position_sums(np.exp(logprobs), counts)
+    heads = -grid.step * grid.best.astype(np.float64)
+    tail = np.where(grid.tails == 0, -np.inf, -grid.step * (grid.tails.astype(np.float64) - 1))
+    with np.errstate(divide="ignore"):  # the log of an empty position's mass
+        log_mass = heads + np.log(mass)
+    log_sum = np.logaddexp(log_mass, tail)
+    shift = (heads - log_sum).astype(np.float32)
+    if positions and len(logprobs) == positions * int(counts[0]) and (counts == counts[0]).all():
+        logprobs.reshape(positions, -1)[...] += shift[:, None]
+    else:
+        logprobs += np.repeat(shift, counts)
+    return TopK(counts, grid.ids, logprobs, (tail - log_sum).astype(np.float32))

@@ -1,0 +1,149 @@
+"""Payload version 1: ids renumbered by frequency, everything in byte planes.
+
+A plane (all low bytes, then all high bytes) is a zstd frame. Grid differences are stored by rank
+(the first differences of all positions, then the second, ...), because they are alike there.
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import CorruptPayload, InvalidRecord
+from storage.frames import Frames, Header, deflate, join, split_planes
+from storage.grid import Grid, Integers
+from storage.topk import Int32s, TopK, UInt16s
+
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """A renumbering of the vocabulary: `order[r]` is the token id of rank r, int32 [V].
+
+    `frequent` holds the leading ranks only; all other ids follow in ascending order, so that a
+    table costs as many entries as there are ids worth moving.
+    """
+
+    frequent: Int32s
+    vocab_size: int
+    order: Int32s = field(init=False)
+    rank_of: Int32s = field(init=False)
+    checksum: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        frequent = np.ascontiguousarray(self.frequent, np.int32)
+        rest = np.ones(self.vocab_size, bool)
+        if len(frequent) and not 0 <= frequent.min() <= frequent.max() < self.vocab_size:
+            raise CorruptPayload(f"rank table: ids outside the vocabulary of {self.vocab_size}")
+        rest[frequent] = False
+        order = np.concatenate([frequent, np.flatnonzero(rest)]).astype(np.int32)
+        if len(order) != self.vocab_size:
+            raise CorruptPayload("rank table: an id stands twice")
+        rank_of = np.empty_like(order)
+        rank_of[order] = np.arange(self.vocab_size, dtype=np.int32)
+        checksum = zlib.crc32(order.astype("<i4").tobytes()) or 1  # 0 says "no table"
+        for name, value in [("order", order), ("rank_of", rank_of), ("checksum", checksum)]:
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def learn(cls, kept: Iterable[TopK | Grid], vocab_size: int) -> "Ranks":
+        """Number the ids by how often they stand among the kept entries, most frequent first."""
+        frequency = np.zeros(vocab_size, np.int64)
+        for one in kept:
+            frequency += np.bincount(one.ids, minlength=vocab_size)
+        seen = int((frequency > 0).sum())
+        return cls(np.argsort(-frequency, kind="stable")[:seen].astype(np.int32), vocab_size)
+
+
+def pack(grid: Grid, ranks: Ranks | None) -> bytes:
+    """A grid as bytes. Raises InvalidRecord where `ranks` has another vocabulary."""
+    if ranks is not None and ranks.vocab_size != grid.vocab_size:
+        raise InvalidRecord(
+            f"rank table of {ranks.vocab_size} ids, vocabulary of {grid.vocab_size}"
+        )
+    counts, filled = grid.counts, grid.counts > 0
+    equal = is_equal(counts)
+    steps = np.diff(grid.below, prepend=0)
+    steps[(np.cumsum(counts, dtype=np.int64) - counts)[filled]] = 0
+    groups = [
+        split_planes(counts[:1] if equal else counts, 2),
+        split_planes(grid.ids if ranks is None else ranks.rank_of[grid.ids]),
+        split_planes(to_rank_major(steps, counts, equal)),
+        split_planes(grid.best[filled]),
+        split_planes(grid.tails),
+    ]
+    header = Header(
+        VERSION,
+        (0 if equal else 2, *(len(group) for group in groups[1:])),
+        grid.step,
+        grid.vocab_size,
+        len(counts),
+        len(grid.ids),
+        0 if ranks is None else ranks.checksum,
+    )
+    return join(header, deflate(groups))
+
+
+def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
+    """The inverse of pack. Raises CorruptPayload."""
+    here = 0 if ranks is None else ranks.checksum
+    if header.needs != here:
+        raise CorruptPayload(
+            "the payload was written with another rank table than the one at hand "
+            f"(checksum {header.needs:08x}, here {here:08x}): "
+            "take the one in the footer of its own shard"
+        )
+    planes, entries = header.planes, header.entries
+    if not planes[1] and entries > header.positions:  # all ids 0, so at most one at each
+        raise CorruptPayload(f"impossible header: {entries} entries of the same id")
+    frames = Frames(data, 2 + sum(planes[1:]))
+    counts = frames.counts(header)
+    ids = frames.take(planes[1], entries)
+    if entries and int(ids.max()) >= header.vocab_size:
+        raise CorruptPayload(f"id {ids.max()} is outside the vocabulary of {header.vocab_size}")
+    ids = ids if ranks is None else np.take(ranks.order, ids)
+    steps = frames.take(planes[2], entries)
+    filled = counts > 0
+    best = np.zeros(len(counts), np.int64)
+    best[filled] = frames.take(planes[3], int(filled.sum()))
+    tails = frames.take(planes[4], len(counts))
+    below = to_descent(steps, counts, planes[0] == 0)
+    return Grid(
+        header.step, header.vocab_size, counts, ids.astype(np.int32, copy=False), below, best, tails
+    )
+
+
+def is_equal(counts: UInt16s) -> bool:
+    """Whether all positions hold equally many entries."""
+    return len(counts) == 0 or bool((counts == counts[0]).all())
+
+
+def rank_order(counts: UInt16s) -> npt.NDArray[np.int64]:
+    """[E] the position-major index of each entry, listed by rank within the position."""
+    starts = np.cumsum(counts, dtype=np.int64) - counts
+    rank = np.arange(int(counts.sum(dtype=np.int64))) - np.repeat(starts, counts)
+    return np.argsort(rank, kind="stable")
+
+
+def to_rank_major(values: Integers, counts: UInt16s, equal: bool) -> Integers:
+    if equal and len(values):
+        return np.asarray(values.reshape(len(counts), -1).T.reshape(-1))
+    return np.asarray(values[rank_order(counts)])
+
+
+def to_descent(steps: Integers, counts: UInt16s, equal: bool) -> Integers:
+    """Differences [E] by rank -> sums [E] within each position, by position."""
+    if equal and len(steps):
+        by_rank = steps.reshape(-1, len(counts))
+        dtype = np.int32 if steps.dtype == np.uint8 else np.int64  # 65,535 times 255 fits
+        sums = np.cumsum(by_rank, axis=0, dtype=dtype)
+        return np.asarray(np.ascontiguousarray(sums.T).reshape(-1))
+    by_position = np.empty(len(steps), np.int64)
+    by_position[rank_order(counts)] = steps
+    sums = np.cumsum(by_position)
+    starts = np.cumsum(counts, dtype=np.int64) - counts
+    filled = counts > 0
+    return np.asarray(sums - np.repeat(sums[starts[filled]], counts[filled]))

@@ -1,0 +1,305 @@
+"""What version 2 learns of a shard: which ids are usually kept after each token, and how likely.
+
+The tables are whole numbers and stand in the shard; learning may use what arithmetic it likes.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from storage.errors import CorruptPayload, StorageError
+from storage.frames import inflate, split_planes
+from storage.grid import Grid, Integers
+from storage.ranked import Ranks
+from storage.topk import Int32s, UInt16s
+
+MAX_LEVEL = 4096  # grid points between the best and the last entry, exclusive
+MOST_LISTED = 256  # successors of one token
+SEEN = 3  # times, or it does not pay to list a successor
+LEARN_ENTRIES = 1 << 24  # from which probabilities are learned, evenly over the shard
+KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
+RANK_KINDS = (32, 128, 512, 2048, 8192)
+PARTS = struct.Struct("<BIII6I")  # shift, V, frequent ids, listed; bytes of each compressed part
+
+
+@cache
+def compiled() -> ModuleType:
+    """storage.kernels, which needs numba."""
+    try:
+        from storage import kernels
+    except ImportError as error:
+        raise StorageError(
+            f"payloads of version 2 need numba ({error}): pip install numba, or dump with codec: v1"
+        ) from None
+    return kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Successors:
+    """The tables of a shard.
+
+    ranks        ids by overall frequency
+    starts       int32 [V + 1]  where each token's successors begin in `listed`
+    listed       int32 [n]  ids, by ascending rank
+    kinds        uint8 [n]  how likely they are kept (upper 3 bits) and at which level (lower 3)
+    level_kinds  uint8 [MAX_LEVEL]  class of a level, 0 to 6
+    shift        low bits of levels that are written plainly
+    chances      uint16 [FLAGS]  of "kept" in each context, in 1/32768
+    sums         uint16 [contexts, 257]  cumulative probabilities of the other symbols
+    """
+
+    ranks: Ranks
+    starts: Int32s
+    listed: Int32s
+    kinds: npt.NDArray[np.uint8]
+    level_kinds: npt.NDArray[np.uint8]
+    shift: int
+    chances: UInt16s
+    sums: UInt16s
+    hints: npt.NDArray[np.uint8] = field(init=False)
+    rank_kinds: npt.NDArray[np.uint8] = field(init=False)
+    checksum: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        kernels = compiled()
+        edges = np.arange(0, kernels.ONE, kernels.ONE // 256)
+        hints = [np.searchsorted(row, edges, side="right") - 1 for row in self.sums]
+        rank_kinds = np.digitize(self.ranks.rank_of, RANK_KINDS).astype(np.uint8)
+        checksum = self.ranks.checksum
+        for part in (self.starts, self.listed, self.kinds, self.level_kinds, self.chances):
+            checksum = zlib.crc32(np.ascontiguousarray(part).tobytes(), checksum)
+        checksum = zlib.crc32(bytes([self.shift]) + self.sums.tobytes(), checksum)
+        for name in ("starts", "listed", "kinds", "level_kinds", "chances", "sums"):
+            # One type each, writable too: every other one would be compiled for again.
+            object.__setattr__(self, name, np.require(getattr(self, name), requirements=["C", "W"]))
+        object.__setattr__(self, "hints", np.array(hints, np.uint8))
+        object.__setattr__(self, "rank_kinds", rank_kinds)
+        object.__setattr__(self, "checksum", checksum)
+
+    def row(self, input_ids: npt.ArrayLike) -> "Row":
+        """What encodes and decodes the distributions of one sequence."""
+        return Row(self, np.ascontiguousarray(input_ids, np.int32)[:-1])
+
+    @classmethod
+    def learn(cls, rows: Sequence[tuple[Int32s, Grid]], vocab_size: int) -> "Successors":
+        """From the (input_ids, grid) of all rows of a shard."""
+        kernels = compiled()
+        ranks = Ranks.learn((grid for _, grid in rows), vocab_size)
+        levels = [levels_of(grid) for _, grid in rows]
+        every = np.concatenate([np.zeros(0, np.uint16), *levels])
+        edges = np.quantile(every, [0.08, 0.2, 0.35, 0.55, 0.75, 0.9]) if len(every) else [0] * 6
+        level_kinds = np.digitize(np.arange(MAX_LEVEL), np.maximum(edges, 1)).astype(np.uint8)
+        top = int(np.quantile(every, 0.999)) if len(every) else 0
+        shift = max(0, (top // kernels.LEVELS).bit_length())
+        starts, listed, kinds = list_successors(rows, every, ranks)
+        flags = np.zeros((kernels.FLAGS, 2), np.int64)
+        tables = np.zeros((kernels.RAW - kernels.LEVEL, kernels.SYMBOLS), np.int64)
+        plain = cls(
+            ranks, starts, listed, kinds, level_kinds, shift,
+            to_chances(flags), to_sums(tables),
+        )  # fmt: skip
+        for input_ids, grid in rows[:: 1 + len(every) // LEARN_ENTRIES]:
+            if fits(grid):
+                kernels.count(*plain.row(input_ids).symbols(grid), flags, tables)
+        return cls(
+            ranks, starts, listed, kinds, level_kinds, shift,
+            to_chances(flags), to_sums(tables),
+        )  # fmt: skip
+
+    def pack(self) -> bytes:
+        """The tables as bytes, see FORMAT.md."""
+        rank_of, size = self.ranks.rank_of, np.diff(self.starts)
+        gaps = np.diff(rank_of[self.listed].astype(np.int64), prepend=0)
+        first = self.starts[:-1][size > 0]
+        gaps[first] = rank_of[self.listed[first]]
+        widths = np.diff(self.sums.astype(np.int64), axis=1)
+        parts = [
+            self.ranks.frequent.astype("<i4").tobytes(),
+            b"".join(split_planes(size, 2)),
+            b"".join(split_planes(gaps, 3)),
+            self.kinds.tobytes(),
+            self.level_kinds.tobytes(),
+            b"".join([*split_planes(self.chances, 2), *split_planes(widths, 2)]),
+        ]
+        compressor = zstandard.ZstdCompressor(level=19)
+        packed = [compressor.compress(part) for part in parts]
+        counts = (self.ranks.vocab_size, len(self.ranks.frequent), len(self.listed))
+        head = PARTS.pack(self.shift, *counts, *(len(part) for part in packed))
+        body = head + b"".join(packed)
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Successors":
+        """The inverse of pack. Raises CorruptPayload."""
+        kernels = compiled()
+        checksum = int.from_bytes(data[-4:], "little")
+        if len(data) < PARTS.size + 4 or zlib.crc32(data[:-4]) != checksum:
+            raise CorruptPayload("table of successors: checksum does not match")
+        shift, vocab, frequent, total, *sizes = PARTS.unpack(data[: PARTS.size])
+        tables = kernels.RAW - kernels.LEVEL
+        if not 0 < vocab <= 1 << 24 or frequent > vocab or total > vocab * MOST_LISTED or shift > 8:
+            raise CorruptPayload(f"table of successors: impossible header {(shift, vocab, total)}")
+        if PARTS.size + sum(sizes) + 4 != len(data):
+            raise CorruptPayload("table of successors: cut short")
+        raw_sizes = (
+            4 * frequent, 2 * vocab, 3 * total, total, MAX_LEVEL,
+            2 * kernels.FLAGS + 2 * tables * kernels.SYMBOLS,
+        )  # fmt: skip
+        raw, at = [], PARTS.size
+        for size, raw_size in zip(sizes, raw_sizes, strict=True):
+            raw.append(np.frombuffer(inflate(data[at : at + size], raw_size), np.uint8))
+            at += size
+        ranks = Ranks(raw[0].view("<i4"), vocab)
+        lengths = from_planes(raw[1], 2)
+        if int(lengths.sum()) != total:
+            raise CorruptPayload(f"table of successors: {lengths.sum()} listed, not {total}")
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        gaps = from_planes(raw[2], 3)
+        sums = np.cumsum(gaps)
+        before = np.concatenate([[0], sums])[starts[:-1]]
+        listed = sums - np.repeat(before, lengths)
+        inside = np.ones(total, bool)
+        inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
+        if total and (int(listed.max()) >= vocab or int(gaps[inside].min(initial=1)) < 1):
+            raise CorruptPayload("table of successors: an id outside the vocabulary, or twice")
+        chances = from_planes(raw[5][: 2 * kernels.FLAGS], 2)
+        widths = from_planes(raw[5][2 * kernels.FLAGS :], 2).reshape(tables, kernels.SYMBOLS)
+        if (
+            int(raw[3].max(initial=0)) >= 64
+            or int(raw[4].max()) > 6
+            or not 0 < int(chances.min()) <= int(chances.max()) < kernels.ONE
+            or int(widths.min()) < 1
+            or (widths.sum(axis=1) != kernels.ONE).any()
+        ):
+            raise CorruptPayload("table of successors: impossible probabilities")
+        cumulative = np.zeros((tables, kernels.SYMBOLS + 1), np.uint16)
+        cumulative[:, 1:] = np.cumsum(widths, axis=1)
+        return cls(
+            ranks, starts, ranks.order[listed], raw[3], raw[4], shift,
+            chances.astype(np.uint16), cumulative,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The successors of a shard at the tokens of one sequence: int32 [P]."""
+
+    successors: Successors
+    tokens: Int32s
+
+    def __post_init__(self) -> None:
+        vocab = self.successors.ranks.vocab_size
+        if len(self.tokens) and not 0 <= self.tokens.min() <= self.tokens.max() < vocab:
+            raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
+
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(self.tokens.astype("<i4").tobytes(), self.successors.checksum) or 1
+
+    def symbols(self, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(contexts, symbols) [n] of all that is to be coded."""
+        sizes, counts = np.diff(self.successors.starts), grid.counts.astype(np.int64)
+        place, _ = compiled().matches(self.tokens)
+        asked = sizes[self.tokens].sum() + counts[:-1].sum() + counts[place[place >= 0]].sum()
+        # one for each candidate asked; of each entry at most 3 for its gap and 3 for its level
+        contexts, symbols = np.empty((2, int(asked) + 6 * len(grid.ids)), np.int32)
+        levels = levels_of(grid).astype(np.int32)
+        nothing = np.zeros(0, np.uint16)
+        _, written = self._walk(
+            False, grid.counts, grid.spreads, grid.ids.copy(), levels, nothing, contexts, symbols
+        )
+        return contexts[:written], symbols[:written]
+
+    def compress(self, contexts: Int32s, symbols: Int32s) -> UInt16s:
+        tables = self.successors
+        words: UInt16s = compiled().compress(contexts, symbols, tables.chances, tables.sums)
+        return words
+
+    def read(
+        self, counts: UInt16s, spreads: Integers, words: UInt16s
+    ) -> tuple[Int32s, Int32s, int]:
+        """(ids [E], levels [E], 0 or what is wrong)."""
+        ids, levels = np.zeros((2, int(counts.sum(dtype=np.int64))), np.int32)
+        nothing = np.zeros(0, np.int32)
+        words = np.array(words, np.uint16)
+        failure, _ = self._walk(True, counts, spreads, ids, levels, words, nothing, nothing)
+        return ids, levels, int(failure)
+
+    def _walk(self, reading: bool, counts: UInt16s, spreads: Integers, *arrays: Any) -> Any:
+        ids, levels, words, contexts, symbols = arrays
+        s = self.successors
+        return compiled().walk(
+            reading, self.tokens, counts, spreads.astype(np.int32), ids, levels,
+            s.starts, s.listed, s.kinds, s.ranks.order, s.ranks.rank_of, s.rank_kinds,
+            s.level_kinds, s.shift, s.chances, s.sums, s.hints, words, contexts, symbols,
+        )  # fmt: skip
+
+
+def fits(grid: Grid) -> bool:
+    """Whether version 2 can hold the grid; version 1 holds all."""
+    return int(grid.below.max(initial=0)) < MAX_LEVEL
+
+
+def levels_of(grid: Grid) -> UInt16s:
+    """uint16 [E]: grid points between an entry and the last one of its position."""
+    levels = np.repeat(grid.spreads, grid.counts) - grid.below
+    return np.asarray(np.minimum(levels, MAX_LEVEL - 1), np.uint16)
+
+
+def list_successors(
+    rows: Sequence[tuple[Int32s, Grid]], levels: UInt16s, ranks: Ranks
+) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
+    """(starts, listed, kinds) of Successors."""
+    none = np.zeros(0, np.int32)
+    tokens = np.concatenate([none, *(input_ids[:-1] for input_ids, _ in rows)])
+    counts = np.concatenate([none, *(grid.counts for _, grid in rows)])
+    ids = np.concatenate([none, *(grid.ids for _, grid in rows)])
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    shares = (0.15, 0.3, 0.42, 0.55, 0.68, 0.8, 0.9)
+    edges = np.quantile(levels, shares) if len(levels) else np.zeros(7)
+    sizes, listed, times, means, of = compiled().tally(
+        np.argsort(tokens, kind="stable"), tokens, offsets, ids, levels, ranks.rank_of,
+        SEEN, MOST_LISTED,
+    )  # fmt: skip
+    kinds = np.digitize(times / np.maximum(of, 1), KIND_CHANCES) * 8 + np.digitize(means, edges)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return starts, listed, kinds.astype(np.uint8)
+
+
+def to_chances(flags: Integers) -> UInt16s:
+    """[FLAGS, 2] how often yes and no -> [FLAGS] probability of yes, in 1/32768, never 0 nor 1.
+
+    What was rarely seen leans on all that was seen of the same candidates' kind.
+    """
+    kernels = compiled()
+    kinds = flags.reshape(kernels.LISTED + kernels.UNLISTED, -1, 2)
+    alike = (kinds.sum(axis=1) + 0.5) / (kinds.sum(axis=(1, 2)) + 1)[:, None]
+    chances = (kinds[..., 0] + alike[:, :1]) / (kinds.sum(axis=2) + 1)
+    one = kernels.ONE
+    return np.asarray(np.clip(chances.reshape(-1) * one, 1, one - 1), np.uint16)
+
+
+def to_sums(tables: Integers) -> UInt16s:
+    """[n, SYMBOLS] how often -> [n, SYMBOLS + 1] cumulative probabilities, each at least 1."""
+    one, symbols = compiled().ONE, tables.shape[1]
+    share = (tables + 1 / symbols) / (tables.sum(axis=1, keepdims=True) + 1)
+    widths = 1 + np.floor(share * (one - symbols)).astype(np.int64)
+    rows = np.arange(len(widths))
+    widths[rows, widths.argmax(axis=1)] += one - widths.sum(axis=1)
+    sums = np.zeros((len(tables), symbols + 1), np.uint16)
+    sums[:, 1:] = np.cumsum(widths, axis=1)
+    return sums
+
+
+def from_planes(raw: npt.NDArray[np.uint8], planes: int) -> npt.NDArray[np.int64]:
+    """The inverse of split_planes."""
+    parts = raw.reshape(planes, -1).astype(np.int64)
+    return np.asarray(sum(parts[plane] << (8 * plane) for plane in range(planes)))

@@ -1,0 +1,129 @@
+"""Coverage-guided fuzzing of everything that reads untrusted bytes: payloads and tables.
+
+    make fuzz FUZZ_SECONDS=600
+
+The first byte of an input chooses the reader; checksums are made right, so that what is behind them
+is reached. Whatever the bytes, a reader returns distributions or raises StorageError. The compiled
+code checks its bounds here (NUMBA_BOUNDSCHECK): what would read or write elsewhere is a crash.
+"""
+
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+os.environ["NUMBA_BOUNDSCHECK"] = "1"
+os.environ.setdefault("NUMBA_CACHE_DIR", "/tmp/numba-boundscheck")  # not the unchecked code's
+
+import atheris
+import numpy as np
+
+with atheris.instrument_imports(include=["storage"]):
+    import storage  # noqa: F401
+    from storage.codec import decode, unpack
+    from storage.errors import StorageError
+    from storage.frames import HEADER, Header, deflate, join
+    from storage.grid import dequantise, quantise
+    from storage.ranked import Ranks
+    from storage.successors import Successors
+    from storage.topk import TopK, check_topk
+
+POSITIONS, VOCAB = 12, 40
+RNG = np.random.default_rng(7)
+LOGITS = RNG.normal(0, 2, VOCAB) + RNG.normal(0, 1, (POSITIONS, VOCAB))
+FULL = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
+IDS = np.argsort(-FULL, axis=1)[:, :8]
+BEST = np.take_along_axis(FULL, IDS, 1)
+GRID = quantise(
+    TopK.from_dense(IDS, BEST, np.log(1 - np.exp(BEST).sum(axis=1))), VOCAB, 1 / 16
+)  # fmt: skip
+INPUT_IDS = np.arange(POSITIONS + 1, dtype=np.int32) % 3
+RANKS = Ranks.learn([GRID], VOCAB)
+TABLES = Successors.learn([(INPUT_IDS, GRID)], VOCAB)
+ROW = TABLES.row(INPUT_IDS)
+
+
+def with_checksums(data: bytes, needs: int) -> bytes:
+    """A payload whose header says `needs`, with its checksums right."""
+    if len(data) < HEADER.size + 4:
+        return data
+    head = data[: HEADER.size - 8] + struct.pack("<I", needs)
+    body = head + struct.pack("<I", zlib.crc32(head)) + data[HEADER.size : -4]
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def version_1(data: bytes, needs: int) -> bytes:
+    head = data[: HEADER.size - 8] + struct.pack("<I", needs)
+    return head + struct.pack("<I", zlib.crc32(head)) + data[HEADER.size :]
+
+
+def assembled(data: bytes) -> bytes:
+    """A version 1 payload of planes taken from the input, so that zstd's checksums are right."""
+    source = atheris.FuzzedDataProvider(data)
+    planes = [source.PickValueInList([0, 2]), *(source.ConsumeIntInRange(0, 4) for _ in range(4))]
+    positions = source.ConsumeIntInRange(0, 20)
+    counts = source.ConsumeBytes(2 if planes[0] == 0 and positions else 2 * positions)
+    half = len(counts) // 2
+    entries = sum(counts[:half]) + 256 * sum(counts[half:])
+    entries = entries * positions if planes[0] == 0 else entries
+    sizes = [half, half]
+    for number, size in zip(planes[1:], (entries, entries, positions, positions), strict=True):
+        sizes += [size] * number
+    parts = [counts[:half], counts[half:]]
+    parts += [source.ConsumeBytes(min(size, 4096)).ljust(size, b"\0") for size in sizes[2:]]
+    step = source.PickValueInList([1 / 16, 1e-300, 7.9])
+    header = Header(1, tuple(planes), step, 1 << 20, positions, entries, 0)
+    return join(header, deflate([parts]))
+
+
+def read(data: bytes) -> None:
+    if not data:
+        return
+    how, data = data[0] % 6, data[1:]
+    try:
+        if how == 0:
+            decode(data)
+        elif how == 1:
+            dequantise(unpack(version_1(data, RANKS.checksum), RANKS))
+        elif how == 2:
+            topk = decode(with_checksums(data, ROW.checksum), ROW)
+            check_topk(topk, VOCAB)
+        elif how == 3:
+            Successors.unpack(data)
+        elif how == 5:
+            dequantise(unpack(assembled(data)))
+        else:
+            tables = Successors.unpack(data[:-4] + struct.pack("<I", zlib.crc32(data[:-4])))
+            if tables.ranks.vocab_size == VOCAB:
+                row = tables.row(INPUT_IDS)
+                decode(with_checksums(SEED_2, row.checksum), row)
+    except StorageError:
+        pass
+
+
+def seeds() -> dict[str, bytes]:
+    """One good input for each reader."""
+    from storage.codec import pack
+
+    return {
+        "plain": b"\0" + pack(GRID),
+        "ranked": b"\1" + pack(GRID, RANKS),
+        "contextual": b"\2" + pack(GRID, ROW),
+        "tables": b"\4" + TABLES.pack(),
+        "planes": b"\5" + bytes(range(256)) * 4,
+    }
+
+
+SEED_2 = seeds()["contextual"][1:]
+
+if __name__ == "__main__":
+    corpus = Path(__file__).parent / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for folder in sys.argv[1:]:  # what is found goes to the first one
+        if not folder.startswith("-"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, seed in seeds().items():
+        (corpus / name).write_bytes(seed)
+    atheris.Setup([*sys.argv, "-max_len=16384"], read)
+    atheris.Fuzz()

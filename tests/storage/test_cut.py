@@ -1,0 +1,57 @@
+"""TopK.cut: what stays, and that the mass is kept exactly."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage import decode, encode
+from tests.storage.records import VOCAB, random_topk
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    st.sampled_from([0, 1e-9, 1e-3, 0.02, 0.9]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.3]),
+    st.integers(0, 99),
+)
+def test_against_a_plain_loop(counts: list[int], min_prob: float, top_p: float, seed: int) -> None:
+    topk = random_topk(len(counts), counts, seed=seed)
+    cut = topk.cut(min_prob, top_p)
+    at = kept_at = 0
+    for t, count in enumerate(topk.counts):
+        p = np.exp(topk.logprobs[at : at + count].astype(np.float64))
+        held, size = 0.0, 0
+        for probability in p:
+            if size and (probability < min_prob or (held >= top_p and top_p < 1)):
+                break
+            held, size = held + probability, size + 1
+        assert cut.counts[t] == size
+        same = slice(kept_at, kept_at + size)
+        np.testing.assert_array_equal(cut.ids[same], topk.ids[at : at + size])
+        np.testing.assert_array_equal(cut.logprobs[same], topk.logprobs[at : at + size])
+        tail = np.exp(topk.tail_logprob[t].astype(np.float64)) + p[size:].sum()
+        assert np.exp(cut.tail_logprob[t].astype(np.float64)) == pytest.approx(tail, rel=1e-5)
+        at, kept_at = at + count, kept_at + size
+
+
+def test_nothing_is_cut_without_a_cut_off() -> None:
+    topk = random_topk(5, [3, 0, 20, 1, 300])
+    cut = topk.cut()
+    for name in ("counts", "ids", "logprobs", "tail_logprob"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(topk, name))
+
+
+def test_a_cut_record_is_stored_as_any_other() -> None:
+    cut = random_topk(30, 40).cut(min_prob=0.01)
+    assert 1 <= cut.counts.min() < cut.counts.max() < 40
+    found = decode(encode(cut, vocab_size=VOCAB))
+    np.testing.assert_allclose(found.tail_logprob, cut.tail_logprob, atol=0.07)
+    total = found.kept_mass() + np.exp(found.tail_logprob.astype(np.float64))
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("min_prob", "top_p"), [(-0.1, 1), (1, 1), (0, 0), (0, 1.1)])
+def test_what_is_no_probability_is_refused(min_prob: float, top_p: float) -> None:
+    with pytest.raises(ValueError, match="min_prob in"):
+        random_topk(2, 3).cut(min_prob, top_p)
