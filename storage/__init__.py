@@ -13,6 +13,7 @@ from storage.errors import (
     InvalidRecord,
     PlanMismatch,
     StorageError,
+    StoreError,
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
 from storage.shard import ShardWriter
@@ -34,6 +35,7 @@ __all__ = [
     "Record",
     "ShardWriter",
     "StorageError",
+    "StoreError",
     "TopK",
     "create_dump",
     "decode",

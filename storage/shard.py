@@ -1,5 +1,6 @@
 """One Parquet data file: its schema, ShardWriter, and access to its rows."""
 
+import contextlib
 import hashlib
 import struct
 import uuid
@@ -107,16 +108,17 @@ class ShardWriter:
             }
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
-            self.file = pq.ParquetWriter(
-                self.local,
-                SCHEMA,
-                compression={name: "none" if name == "payload" else "zstd" for name in LEAVES},
-                compression_level={name: 9 for name in LEAVES if name != "payload"},
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-                store_schema=False,  # Parquet's own says all there is to say
-            )
+            with self.partition.dump.store.explaining("write", self.name):
+                self.file = pq.ParquetWriter(
+                    self.local,
+                    SCHEMA,
+                    compression={name: "none" if name == "payload" else "zstd" for name in LEAVES},
+                    compression_level={name: 9 for name in LEAVES if name != "payload"},
+                    use_dictionary=False,
+                    write_statistics=False,
+                    write_page_checksum=True,
+                    store_schema=False,  # Parquet's own says all there is to say
+                )
             self.file.add_key_value_metadata(metadata)
         payloads = []
         for record in self.pending:
@@ -140,7 +142,8 @@ class ShardWriter:
             pa.array([record.input_ids for record in self.pending], SCHEMA.field("input_ids").type),
             pa.array(payloads, pa.binary()),
         ]
-        self.file.write_table(pa.table(columns, schema=SCHEMA))
+        with self.partition.dump.store.explaining("write", self.name):
+            self.file.write_table(pa.table(columns, schema=SCHEMA))
         self.flushed_tokens += self.pending_tokens
         self.flushed_bytes = self.local.stat().st_size if self.local else 0
         self.pending, self.pending_tokens = [], 0
@@ -161,7 +164,8 @@ class ShardWriter:
                 self.flush()
             assert self.file is not None
             assert self.local is not None
-            self.file.close()
+            with store.explaining("write", self.name):
+                self.file.close()
             marker = {
                 "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
                 "sha256": sha256_of(self.local),
@@ -179,21 +183,25 @@ class ShardWriter:
             }
             check_rows(self.local, marker)
             target = f"{self.partition.name}/{marker['file']}"
+            self.partition.dump.check_plan()
             store.publish(self.local, target)
         except BaseException:
             self.abort()
             raise
+        # From here on a failure leaves the data file: its marker may be there all the same.
         if store.create(f"{self.name}.json", to_json(marker)):
             return marker
         store.remove(target)
-        return self.partition.shards[self.index].marker
+        return self.partition.shard(self.index).marker
 
     def abort(self) -> None:
         """Drop the open file; what is committed stays."""
-        if self.file is not None:
-            self.file.close()
-        if self.local is not None:
-            self.local.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk must not keep the reason from being told
+            if self.file is not None:
+                self.file.close()
+        with contextlib.suppress(OSError):
+            if self.local is not None:
+                self.local.unlink(missing_ok=True)
         self.pending, self.file, self.local = [], None, None
 
 
