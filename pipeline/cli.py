@@ -10,19 +10,21 @@ from pipeline.config import (
     BAD_INPUT,
     DAMAGED,
     DONE,
+    FAILED,
     INTERRUPTED,
     REFUSED,
     ConfigError,
     Interrupted,
     RefusedError,
 )
-from storage import IncompleteDump, PlanMismatch, StorageError
+from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 CODES: list[tuple[type[Exception], int]] = [
     (ConfigError, BAD_INPUT),
     (IncompleteDump, BAD_INPUT),
     (PlanMismatch, REFUSED),
     (RefusedError, REFUSED),
+    (StoreError, FAILED),
     (StorageError, DAMAGED),
     (Interrupted, INTERRUPTED),
 ]
@@ -34,7 +36,8 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         summary = work()
     except tuple(kind for kind, _ in CODES) as error:
         code = next(code for kind, code in CODES if isinstance(error, kind))
-        hint = "; run the same command again to go on" if code == INTERRUPTED else ""
+        again = code in (INTERRUPTED, FAILED)
+        hint = "; run the same command again to go on" if again else ""
         print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         return code
     if summary_file:

@@ -12,8 +12,8 @@ import jsonargparse
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Exit codes of every script. Schedulers act on them: refusals must not be retried, interruptions
-# should be. Any other failure is 1.
-DONE, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 2, 3, 4, 75
+# should be. Any other failure is 1: the cause is outside, such as a full disk.
+DONE, FAILED, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 75
 
 
 class ConfigError(Exception):

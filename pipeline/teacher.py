@@ -1,7 +1,7 @@
 """Teachers: sequences in, their top-k next-token distributions out, in the same order."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +15,17 @@ from pipeline.corpus import Sequence
 from storage import TopK
 
 
+Answers = Generator[tuple[Sequence, TopK], None, None]
+
+
 class Teacher(Protocol, AbstractContextManager["Teacher"]):
     """The base model, answering for whole sequences."""
 
-    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+    def topk(self, sequences: Iterable[Sequence]) -> Answers:
         """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
 
-        Takes no more from `sequences` than a bounded number ahead of what it has yielded.
+        Takes no more from `sequences` than a bounded number ahead of what it has yielded. Closing the
+        generator gives up what is under way; another call may follow.
         """
         ...
 
@@ -66,7 +70,7 @@ class TransformersTeacher:
         return None
 
     @torch.inference_mode()
-    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+    def topk(self, sequences: Iterable[Sequence]) -> Answers:
         for sequence in sequences:
             input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
             logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
@@ -110,6 +114,7 @@ class VllmTeacher:
         from pipeline.topk_model import PREFIX
 
         self.k, self.in_flight = k, in_flight
+        self.requests = 0
         overrides = {
             "architectures": [PREFIX + name for name in architectures],
             "topk_k": k,
@@ -139,30 +144,42 @@ class VllmTeacher:
     def __exit__(self, *_: object) -> None:
         self.engine.engine_core.shutdown(timeout=30)
 
-    def topk(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+    def topk(self, sequences: Iterable[Sequence]) -> Answers:
         waiting: dict[int, Sequence] = {}  # handed over, not yet yielded
         answers: dict[int, TopK] = {}  # done, but an earlier one is not
-        source, following, submitted = iter(sequences), 0, 0
+        names: dict[str, int] = {}  # requests that the engine works on
+        source, following = iter(sequences), self.requests
         exhausted = False
-        while True:
-            while not exhausted and len(waiting) < self.in_flight:
-                sequence = next(source, None)
-                if sequence is None:
-                    exhausted = True
-                    break
-                prompt = {"prompt_token_ids": sequence.input_ids.tolist()}
-                self.engine.add_request(str(submitted), prompt, self.params)
-                waiting[submitted] = sequence
-                submitted += 1
-            if not waiting:
-                return
-            for output in self.engine.step():
-                if output.finished:
-                    number = int(output.request_id)
-                    answers[number] = self.unpack(waiting[number], output.outputs.data)
-            while following in answers:
-                yield waiting.pop(following), answers.pop(following)
-                following += 1
+        try:
+            while True:
+                while not exhausted and len(waiting) < self.in_flight:
+                    sequence = next(source, None)
+                    if sequence is None:
+                        exhausted = True
+                        break
+                    number, self.requests = self.requests, self.requests + 1
+                    waiting[number] = sequence
+                    names[str(number)] = number
+                    self.submit(str(number), sequence)
+                if not waiting:
+                    return
+                for output in self.engine.step():
+                    if output.finished and output.request_id in names:
+                        number = names.pop(output.request_id)
+                        answers[number] = self.answer(waiting[number], output)
+                while following in answers:
+                    yield waiting.pop(following), answers.pop(following)
+                    following += 1
+        finally:
+            if names:
+                self.engine.abort_request(list(names))
+
+    def submit(self, name: str, sequence: Sequence) -> None:
+        prompt = {"prompt_token_ids": sequence.input_ids.tolist()}
+        self.engine.add_request(name, prompt, self.params)
+
+    def answer(self, sequence: Sequence, output: Any) -> TopK:
+        return self.unpack(sequence, output.outputs.data)
 
     def unpack(self, sequence: Sequence, packed: torch.Tensor) -> TopK:
         """int32 [T, 1 + 2k] from the plug-in -> TopK; the last row predicts what is not there."""
