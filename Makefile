@@ -8,7 +8,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types lock clean
+.PHONY: help setup demo test test-kill test-fast lint types lock clean
 
 help:  ## show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ demo: setup  ## the whole job in minutes: train a base, dump it with vLLM, train
 
 test: setup  ## every test but Airflow's
 	$(PYTHON) -m pytest
+
+test-kill: setup  ## kill one dump 200 times, also with a second writer alive, and compare every row
+	$(PYTHON) -m tests.pipeline.kills --kills 200
 
 test-fast: setup  ## the tests that start no engine and take no time
 	$(PYTHON) -m pytest -m "not slow and not vllm"

@@ -8,7 +8,7 @@ tokenized ahead of the engine, and shards are written behind it, each in a threa
 
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline import model_dir
@@ -138,13 +138,13 @@ def write_partitions(
 
     Returns those that are still not complete, because another writer cut a shard elsewhere.
     """
-    spans = [span(partition, corpus) for partition in todo]
-    done = sum(start - first for first, start, _ in spans)
+    spans = [what_is_missing(partition, len(corpus)) for partition in todo]
+    done = sum(span.next - span.first for span in spans)
     if done:
         say(f"{config.output}: going on after {done} documents that are committed")
-    meter.begin(sum(stop - first for first, _, stop in spans), done)
-    sequences = (sequence for _, start, stop in spans for sequence in corpus.sequences(start, stop))
-    writer = PartitionsWriter(todo, spans, config.shard_tokens, meter)
+    meter.begin(sum(span.stop - span.first for span in spans), done)
+    sequences = (sequence for span in spans for sequence in corpus.sequences(span.next, span.stop))
+    writer = PartitionsWriter(spans, config.shard_tokens, meter)
     behind = Behind(writer.write, limit=WAITING_TOKENS)
     try:
         with (
@@ -163,13 +163,28 @@ def write_partitions(
     return []
 
 
-def span(partition: Partition, corpus: Corpus) -> tuple[int, int, int]:
-    """(first, next, stop): the partition's documents, and the first one that is not committed."""
+@dataclass(frozen=True)
+class Span:
+    """Documents of a partition, first to stop; `next` begins shard number `shard`.
+
+    The two are read together: another writer may commit at any moment, and a shard number that is
+    newer than the document doubles its rows.
+    """
+
+    partition: Partition
+    first: int
+    next: int
+    stop: int
+    shard: int
+
+
+def what_is_missing(partition: Partition, documents: int) -> Span:
     number = partition.dump.plan["partitions"]
-    first = len(corpus) * partition.index // number
-    stop = len(corpus) * (partition.index + 1) // number
+    first = documents * partition.index // number
+    stop = documents * (partition.index + 1) // number
     shards = partition.shards
-    return first, int(shards[-1].marker["cursor"]["document"]) if shards else first, stop
+    following = int(shards[-1].marker["cursor"]["document"]) if shards else first
+    return Span(partition, first, following, stop, len(shards))
 
 
 class Overtaken(Exception):
@@ -181,14 +196,13 @@ class PartitionsWriter:
 
     def __init__(
         self,
-        partitions: list[Partition],
-        spans: list[tuple[int, int, int]],
+        spans: list[Span],
         shard_tokens: int,
         meter: "Meter",
     ) -> None:
-        self.todo = list(zip(partitions, spans, strict=True))
+        self.todo = list(spans)
         self.shard_tokens, self.meter = shard_tokens, meter
-        self.index: int | None = None  # of the next shard
+        self.index = spans[0].shard  # of the next shard
         self.writer: ShardWriter | None = None
         self.documents = 0
         self.last: Sequence | None = None
@@ -196,12 +210,10 @@ class PartitionsWriter:
     def write(self, answer: tuple[Sequence, TopK]) -> None:
         """Add the next row. Raises InvalidRecord, StoreError, Overtaken."""
         sequence, topk = answer
-        while sequence.document >= self.todo[0][1][2]:
+        while sequence.document >= self.todo[0].stop:
             self.finish_partition()
         if self.writer is None:
-            partition = self.todo[0][0]
-            self.index = len(partition.shards) if self.index is None else self.index
-            self.writer = ShardWriter(partition, self.index)
+            self.writer = ShardWriter(self.todo[0].partition, self.index)
         self.writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
         self.documents += sequence.ends_document
         self.last = sequence
@@ -211,7 +223,7 @@ class PartitionsWriter:
 
     def commit(self) -> None:
         """Commit the open shard, if there is one."""
-        if self.writer is None or self.last is None or self.index is None:
+        if self.writer is None or self.last is None:
             return
         cursor = {"document": self.last.document + 1}
         marker = self.writer.commit(cursor, stats={"documents": self.documents})
@@ -221,10 +233,10 @@ class PartitionsWriter:
 
     def finish_partition(self) -> None:
         self.commit()
-        partition, (first, _, stop) = self.todo.pop(0)
-        kept = sum(shard.marker["documents"] for shard in partition.shards)
-        partition.finish({"documents": kept, "skipped": stop - first - kept})
-        self.index = None
+        span = self.todo.pop(0)
+        kept = sum(shard.marker["documents"] for shard in span.partition.shards)
+        span.partition.finish({"documents": kept, "skipped": span.stop - span.first - kept})
+        self.index = self.todo[0].shard if self.todo else 0
 
     def finish(self) -> None:
         """Nothing more will come: commit what is open and complete the partitions."""

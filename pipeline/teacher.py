@@ -14,7 +14,6 @@ from pipeline.config import DumpConfig
 from pipeline.corpus import Sequence
 from storage import TopK
 
-
 Answers = Generator[tuple[Sequence, TopK], None, None]
 
 
@@ -24,8 +23,8 @@ class Teacher(Protocol, AbstractContextManager["Teacher"]):
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
         """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
 
-        Takes no more from `sequences` than a bounded number ahead of what it has yielded. Closing the
-        generator gives up what is under way; another call may follow.
+        Takes no more from `sequences` than a bounded number ahead of what it has yielded. Closing
+        the generator gives up what is under way; another call may follow.
         """
         ...
 
