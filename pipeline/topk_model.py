@@ -93,8 +93,14 @@ class TopKPooler(Pooler):
 
 
 def pack_topk(model: Any, hidden_states: torch.Tensor, k: int) -> torch.Tensor:
-    """hidden_states [N, D] -> int32 [N, 1 + 2k]; at most ROWS full-vocabulary rows at a time."""
-    return torch.cat([pack_rows(model, rows, k) for rows in hidden_states.split(ROWS)])
+    """hidden_states [N, D] -> int32 [N, 1 + 2k]; full-vocabulary rows exist a bounded number of
+    bytes at a time (LOGITS_BYTES), whatever the vocabulary and the number of tokens in a step."""
+    rows = rows_at_a_time(LOGITS_BYTES[hidden_states.device.type != "cpu"], vocabulary(model))
+    return torch.cat([pack_rows(model, part, k) for part in hidden_states.split(rows)])
+
+
+def rows_at_a_time(limit: int, vocab_size: int) -> int:
+    return max(1, limit // (4 * vocab_size))
 
 
 def pack_rows(model: Any, hidden_states: torch.Tensor, k: int) -> torch.Tensor:
@@ -105,13 +111,10 @@ def pack_rows(model: Any, hidden_states: torch.Tensor, k: int) -> torch.Tensor:
     """
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
-        logits = model.compute_logits(hidden_states).float()
-        best, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1)
+        best, ids, rest = top_and_rest(model.compute_logits(hidden_states), k)
     else:
         logits, first = local_logits(model, hidden_states)
-        best, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1)
+        best, ids, rest = top_and_rest(logits, k)
         ids = ids + first
         share = torch.cat([rest[:, None], best, ids.int().view(torch.float32)], dim=1)
         shares = tensor_model_parallel_all_gather(share, dim=-1).chunk(ranks, dim=-1)
@@ -126,6 +129,78 @@ def pack_rows(model: Any, hidden_states: torch.Tensor, k: int) -> torch.Tensor:
     total = torch.logaddexp(best.logsumexp(-1), rest)
     values = torch.cat([(rest - total)[:, None], best - total[:, None]], dim=1)
     return torch.cat([values.contiguous().view(torch.int32), ids.int()], dim=1)
+
+
+def top_and_rest(
+    logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits [N, V] -> the k best [N, k], their columns [N, k], logsumexp of all others [N].
+
+    On a CPU a few rows at a time, which stay in its cache: 65 us a row against 180 for all at once
+    (V = 32,768), 240 against 890 (V = 151,936), one core.
+    """
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = rows_at_a_time(CACHE_BYTES, logits.shape[1])
+    parts = [top_and_rest_of(part.float(), k) for part in logits.split(rows)]
+    best, ids, rest = (torch.cat(values) for values in zip(*parts, strict=True))
+    return best, ids, rest
+
+
+def top_and_rest_of(
+    logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for float32 logits, which are overwritten."""
+    if k >= logits.shape[1]:
+        best, ids = logits.sort(dim=-1, descending=True)
+        return best, ids, torch.full_like(best[:, 0], -torch.inf)
+    best, ids = largest(logits, k + 1)
+    following, target = best[:, k], ids[:, k]  # the largest of the others
+    logits.scatter_(1, ids[:, :k], -torch.inf)
+    # Cross-entropy is logsumexp - target in one pass; torch.logsumexp makes three.
+    rest = torch.nn.functional.cross_entropy(logits, target, reduction="none") + following
+    rest = torch.where(following == -torch.inf, following, rest)
+    return best[:, :k], ids[:, :k], rest
+
+
+def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """values.topk(k) over the last dimension of [N, V], for V far above k.
+
+    Columns form groups; the k largest are in the k groups whose maxima are largest, so one fast
+    pass for the maxima leaves k * GROUP candidates.
+    """
+    size = values.shape[1]
+    groups = size // GROUP
+    if groups < 4 * k:
+        best, ids = values.topk(k, dim=-1)
+        return best, ids
+    inside = GROUP * groups  # column c of it belongs to group c % groups
+    members = values[:, :inside].view(-1, GROUP, groups)
+    chosen = members.amax(dim=1).topk(k, dim=-1, sorted=False).indices
+    candidates = members.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
+    candidates = torch.cat([candidates, values[:, inside:]], dim=1)
+    best, at = candidates.topk(k, dim=-1)
+    grouped = chosen.gather(1, at % k) + at.div(k, rounding_mode="floor") * groups
+    return best, torch.where(at < GROUP * k, grouped, at + (inside - GROUP * k))
+
+
+def inner_model(model: Any) -> Any:
+    """The part that has the head: multimodal wrappers hold it as language_model."""
+    while not hasattr(model, "logits_processor"):
+        model = model.language_model
+    return model
+
+
+def head_of(model: Any) -> Any:
+    """The language model's head; a tied one may be the embedding."""
+    inner = inner_model(model)
+    head = getattr(inner, "lm_head", None)
+    return head if hasattr(head, "shard_indices") else inner.model.embed_tokens
+
+
+def vocabulary(model: Any) -> int:
+    """Columns of the logits that one rank computes."""
+    return int(head_of(model).weight_shape_rows)
 
 
 def local_logits(model: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -16,6 +16,7 @@ import zstandard
 from storage.codec import Ranks, decode, encode
 from storage.errors import CorruptPayload, CorruptShard, InvalidRecord, StorageError
 from storage.manifest import Json, Partition, Shard, to_json
+from storage.source import open_source
 from storage.store import Store
 from storage.topk import Record, TopK, codec_kl
 
@@ -245,10 +246,8 @@ class ShardReader:
 
     def __init__(self, store: Store, shard: Shard) -> None:
         self.shard, self.name = shard, shard.file
-        path = store / shard.file
         try:
-            # A local file is mapped: row groups are read without copying the file.
-            source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
+            source = open_source(store, shard)
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
             if metadata.get(b"format") != b"mol-topk/1":
