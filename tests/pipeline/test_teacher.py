@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.corpus import Sequence
-from pipeline.teacher import Teacher, TransformersTeacher, VllmTeacher
+from pipeline.teacher import PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
 from storage import TopK
 from tests.models import tiny_model
 
@@ -117,8 +116,48 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
     assert_agree(found, answers(TransformersTeacher(model, K, "float32"), given))
 
 
-def test_unpack_refuses_rows_that_do_not_fit() -> None:
-    teacher = VllmTeacher.__new__(VllmTeacher)
-    teacher.k = K
-    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
-        teacher.unpack(sequences([5])[0], torch.zeros(9, 1 + 2 * K, dtype=torch.int32))
+def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism: each rank's top-k of its columns, merged; 510 ids do not split evenly."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    given = sequences([2, 40, 333, 900])
+    with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
+        found = answers(teacher, given)
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipeline parallelism: only the last rank has a head. vLLM runs it on a CPU only compiled."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    given = sequences([2, 40, 333, 900])
+    with engine(
+        long_model,
+        "qwen3",
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        max_num_batched_tokens=128,
+    ) as teacher:
+        found = answers(teacher, given)
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_a_model_that_the_plugin_cannot_wrap(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """prompt_logprobs instead, said so, and the same answers; also as long as the model reads."""
+    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    given = sequences([2, 40, 333, 2048])
+    with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
+        assert isinstance(teacher.path, PromptLogprobs)
+        found = answers(teacher, given)
+    assert "prompt_logprobs, which is slower" in capsys.readouterr().err
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
+    given = sequences([30] * 40)
+    with engine(long_model, "qwen3", in_flight=10) as teacher:
+        first = teacher.topk(iter(given))
+        next(first)
+        first.close()
+        found = answers(teacher, given[:5])
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given[:5]))
