@@ -14,6 +14,7 @@ from pipeline.config import (
     INTERRUPTED,
     REFUSED,
     ConfigError,
+    FailedError,
     Interrupted,
     RefusedError,
 )
@@ -24,6 +25,7 @@ CODES: list[tuple[type[Exception], int]] = [
     (IncompleteDump, BAD_INPUT),
     (PlanMismatch, REFUSED),
     (RefusedError, REFUSED),
+    (FailedError, FAILED),
     (StoreError, FAILED),
     (StorageError, DAMAGED),
     (Interrupted, INTERRUPTED),

@@ -24,6 +24,10 @@ class RefusedError(Exception):
     """Parts that do not fit together, such as a student and another model's dump. Exit code 3."""
 
 
+class FailedError(Exception):
+    """Something outside stopped the work, and another attempt may end well. Exit code 1."""
+
+
 class Interrupted(Exception):
     """Stopped by a signal with everything committed; the same command goes on. Exit code 75."""
 
@@ -80,11 +84,13 @@ class DumpConfig:
     """Passed to vLLM's engine as they are, e.g. {tensor_parallel_size: 2}."""
     in_flight: int = 256
     """Sequences handed to the engine at a time."""
+    workers: int = 1
+    """Engines at a time, each a process with its own GPUs and its own partition."""
 
     def __post_init__(self) -> None:
         require_temperature_one(self.temperature)
         require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
-        for name in ("k", "partitions", "shard_tokens", "in_flight"):
+        for name in ("k", "partitions", "shard_tokens", "in_flight", "workers"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: at least 1, found {value}")
         require(self.k <= 65535, f"k: at most 65535, found {self.k}")

@@ -7,11 +7,12 @@ tokenized ahead of the engine, and shards are written behind it, each in a threa
 """
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline import model_dir
+from pipeline import model_dir, workers
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Corpus, Sequence
 from pipeline.progress import Progress, say
@@ -43,6 +44,40 @@ def run(
             return run_with(progress, config, partition, only)
     finally:
         progress.close()
+
+
+def run_workers(config: DumpConfig, command: list[str]) -> Summary:
+    """Dump all partitions, `config.workers` at a time, each by `command` with --partition.
+
+    Returns and raises what `run` does, and FailedError where a partition failed for good.
+    """
+    if config.partitions < config.workers:
+        raise ConfigError(
+            f"workers {config.workers}: there are only {config.partitions} partitions; set "
+            f"partitions to {config.workers} or more"
+        )
+    parallel = ("tensor_parallel_size", "pipeline_parallel_size")
+    devices = math.prod(config.engine_args.get(name, 1) for name in parallel)
+    progress = Progress(unit="document")
+    progress.status = "reading the corpus and the model's files"
+    try:
+        with stop_on_signals(limit=STOP_SECONDS + workers.STOP_SECONDS):
+            run_with(progress, config, None, "plan")
+            dump = Dump(config.output)
+            todo = [part.index for part in dump.partitions if part.summary is None]
+            began, before = time.monotonic(), tokens_of(dump)
+            progress.begin(0, 0)
+            pool = workers.Pool(command, todo, config.partitions, config.workers, devices)
+            pool.run(progress)
+            rate = (tokens_of(dump) - before) / (time.monotonic() - began)
+            return finalize(dump, range(config.partitions), None, rate if todo else None)
+    finally:
+        progress.close()
+
+
+def tokens_of(dump: Dump) -> int:
+    """Tokens committed so far."""
+    return sum(shard.tokens for shard in dump.shards())
 
 
 def run_with(

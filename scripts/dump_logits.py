@@ -2,6 +2,7 @@
 
     python scripts/dump_logits.py --config scripts/configs/dump.yaml
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 --k 32
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
 
 Interrupt it, run the same command again: it goes on from the last committed shard. It ends with
 the process that started it, except under nohup. Exit codes: 0 done, 1 failed (such as a full disk;
@@ -49,6 +50,9 @@ def main() -> int:
             parser.error(f"--partition: {error}")
     from pipeline import cli, dump  # late: this takes seconds
 
+    if config.workers > 1 and index is None and own.only is None:
+        command = [sys.executable, *sys.argv]
+        return cli.main(lambda: dump.run_workers(config, command), own.summary)
     return cli.main(lambda: dump.run(config, index, own.only), own.summary)
 
 
