@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import dump
-from pipeline.config import ConfigError
-from pipeline.workers import visible_devices
+from pipeline.config import ConfigError, FailedError
+from pipeline.progress import Progress
+from pipeline.workers import Pool, visible_devices
 from storage import LogitDataset, verify
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import SCRIPT, rows, settings
@@ -19,7 +20,7 @@ from tests.pipeline.test_dump import SCRIPT, rows, settings
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "corpus.jsonl", some_texts(1500))
+    return write_texts(tmp_path / "corpus.jsonl", some_texts(700))
 
 
 def command(tmp_path: Path, model_path: Path, corpus: Path) -> list[str]:
@@ -55,19 +56,39 @@ def test_a_killed_worker_is_started_again_and_an_interrupt_stops_all(
         assert process.wait(60) == 75
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         assert verify(tmp_path / "many", partial=True).ok
-        (tmp_path / "many" / "00002").mkdir(exist_ok=True)
-        blocked = tmp_path / "many" / "00001" / "complete.json"
-        blocked.mkdir()  # partition 1 cannot be finished; the others are
-        assert subprocess.run(words, stderr=log).returncode == 1
-    text = (tmp_path / "log").read_text()
-    assert "partition 1: failed with exit code 1, given up" in text
-    assert "[0] " in text
-    done = [(tmp_path / "many" / f"0000{n}" / "complete.json").is_file() for n in range(3)]
-    assert done == [True, False, True]
-    blocked.rmdir()
-    subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(words, check=True, stderr=log)
     assert rows(tmp_path / "many") == rows(tmp_path / "dump")
     assert len(LogitDataset(tmp_path / "many").manifest.partitions) == 3
+
+
+FAKE = """
+import json, os, pathlib, sys
+partition = int(sys.argv[-1].split("/")[0])
+tries = pathlib.Path(sys.argv[1]) / str(partition)
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+state = {"done": 10, "total": 10, "status": "reading"}
+os.write(int(os.environ["MOL_PROGRESS_FD"]), (json.dumps(state) + "\\n").encode())
+if partition == 1: sys.exit(4)  # damaged: every time
+if partition == 2: sys.exit(2)  # bad input: no second attempt
+if partition == 3 and tries.read_text() == "x": os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_failed_partition_is_tried_again_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", FAKE, str(tmp_path)]
+    pool = Pool(command, list(range(6)), of=6, workers=2, devices=1)
+    progress = Progress(unit="document")
+    with pytest.raises(FailedError, match=r"1 \(exit code 4\)") as failed:
+        pool.run(progress)
+    progress.close()
+    assert "2 (exit code 2)" in str(failed.value)
+    tries = [len((tmp_path / str(partition)).read_text()) for partition in range(6)]
+    assert tries == [1, 3, 1, 2, 1, 1]
+    assert set(pool.finished) == {0, 3, 4, 5}
+    assert (progress.done, progress.total) == (40, 40)
+    assert "partition 3: ended with exit code -9; it is started again" in capsys.readouterr().err
 
 
 def test_fewer_partitions_than_workers_are_refused(
