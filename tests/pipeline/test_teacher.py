@@ -1,5 +1,9 @@
 """The real engine against the reference: chunked prefill, preemption, both shapes of head."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,3 +165,44 @@ def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
         first.close()
         found = answers(teacher, given[:5])
     assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given[:5]))
+
+
+def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
+    """SIGKILL for the process in front; vLLM's own processes follow."""
+    code = (
+        "import os, time, pathlib\n"
+        "from pipeline.teacher import VllmTeacher\n"
+        "if __name__ == '__main__':\n"
+        f"    VllmTeacher(pathlib.Path({str(long_model)!r}), ['Qwen3ForCausalLM'], 4, 256)\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    script = tmp_path / "front.py"
+    script.write_text(code)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with (tmp_path / "log").open("w") as log:
+        front = subprocess.Popen(
+            [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=log, env=environment
+        )
+    try:
+        assert front.stdout is not None
+        assert front.stdout.readline() == b"up\n", (tmp_path / "log").read_text()[-3000:]
+        engines = descendants(front.pid)
+        assert engines, "the engine runs in the same process, so the test shows nothing"
+    finally:
+        front.kill()
+        front.wait()
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in engines if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"{left} live on"
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    children = [int(word) for word in words]
+    return children + [below for child in children for below in descendants(child)]

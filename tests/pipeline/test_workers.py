@@ -20,13 +20,13 @@ from tests.pipeline.test_dump import SCRIPT, rows, settings
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "corpus.jsonl", some_texts(700))
+    return write_texts(tmp_path / "corpus.jsonl", some_texts(400))
 
 
 def command(tmp_path: Path, model_path: Path, corpus: Path) -> list[str]:
     given = [f"--model={model_path}", f"--corpus.path={corpus}", f"--output={tmp_path / 'many'}"]
     given += ["--k=8", "--max_length=100", "--shard_tokens=500", "--engine=transformers"]
-    return [sys.executable, str(SCRIPT), *given, "--partitions=3", "--workers=2"]
+    return [sys.executable, str(SCRIPT), *given, "--partitions=2", "--workers=2"]
 
 
 def children(pid: int) -> list[int]:
@@ -58,7 +58,7 @@ def test_a_killed_worker_is_started_again_and_an_interrupt_stops_all(
         assert verify(tmp_path / "many", partial=True).ok
         subprocess.run(words, check=True, stderr=log)
     assert rows(tmp_path / "many") == rows(tmp_path / "dump")
-    assert len(LogitDataset(tmp_path / "many").manifest.partitions) == 3
+    assert len(LogitDataset(tmp_path / "many").manifest.partitions) == 2
 
 
 FAKE = """
