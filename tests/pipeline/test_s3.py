@@ -241,3 +241,32 @@ def test_the_cache_is_bounded(
     for _ in range(2):
         assert rows(output) == expected
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
+
+
+def test_training_from_s3_is_training_from_disk(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any
+) -> None:
+    """Two steps, read in a forked worker process: the same losses."""
+    from pipeline import train
+    from tests.pipeline import test_train
+
+    dump.run(settings(tmp_path, model_path, corpus))
+    for path in (tmp_path / "dump").rglob("*"):
+        if path.is_file():
+            key = f"copied/{path.relative_to(tmp_path / 'dump')}"
+            client.upload_file(str(path), BUCKET, key)
+    logged = {}
+    for name, place in [("disk", str(tmp_path / "dump")), ("s3", f"s3://{BUCKET}/copied")]:
+        config = test_train.settings(
+            tmp_path,
+            model_path,
+            Path("none"),
+            corpus,
+            output=str(tmp_path / name),
+            training={"max_steps": 2, "dataloader_num_workers": 1},
+        )
+        config.dump = place
+        train.run(config)
+        logged[name] = test_train.steps(tmp_path / name)
+    assert len(logged["disk"]) == 2
+    assert logged["s3"] == logged["disk"]

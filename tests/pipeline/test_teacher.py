@@ -121,7 +121,7 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
 
 
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallelism: each rank's top-k of its columns, merged; 510 ids do not split evenly."""
+    """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     given = sequences([2, 40, 333, 900])
     with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
