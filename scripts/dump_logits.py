@@ -28,7 +28,8 @@ def partition_number(text: str) -> tuple[int, int]:
 
 def main() -> int:
     die_with_parent()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # until the dump takes over
+    for known in (signal.SIGINT, signal.SIGTERM):  # until the dump takes over
+        signal.signal(known, lambda *_: sys.exit(INTERRUPTED))
     parser = script_parser(DumpConfig, __doc__ or "")
     parser.add_argument(
         "--partition",

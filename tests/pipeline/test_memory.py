@@ -23,7 +23,7 @@ def peak_of(pid: int) -> tuple[float, int]:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_times_the_corpus_takes_no_more_memory(
     tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

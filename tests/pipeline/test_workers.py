@@ -33,7 +33,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_is_started_again_and_an_interrupt_stops_all(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
