@@ -98,6 +98,53 @@ class DumpConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """The base model writes the general corpus, where its own training data is not to be had."""
+
+    model: str
+    """The base model: a Hugging Face directory or hub name."""
+    output: str
+    """Directory of JSONL files, local or s3://… An unfinished corpus there is gone on with."""
+    tokens: int
+    """Tokens to write, at least."""
+    revision: str | None = None
+    """The hub revision of the model."""
+    prompts: CorpusConfig | None = None
+    """Texts whose beginnings start the documents, in turn; without them the end-of-text token."""
+    prompt_tokens: int = 16
+    """Tokens taken of each prompt."""
+    seed: int = 0
+    """Decides every sampled token, together with the engine's own rounding."""
+    temperature: float = 1.0
+    """Of the sampling; 1 is the model's own distribution."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that hold this mass."""
+    max_length: int = 1024
+    """Longest document in tokens, prompt included."""
+    min_length: int = 16
+    """Shorter documents are dropped."""
+    max_repetition: float = 0.5
+    """Documents are dropped of which more than this share of 8-token windows stood before."""
+    batch: int = 256
+    """Documents written at a time; each batch is one file."""
+    dtype: str = "auto"
+    """Weights' dtype: auto (the model's own), bfloat16, float16, float32."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's engine as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "prompt_tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: at least 1, found {value}")
+        require(self.temperature > 0, f"temperature: above 0, found {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p: above 0 and up to 1, found {self.top_p}")
+        require(
+            self.max_length > self.prompt_tokens,
+            f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
+        )
+
+
+@dataclass
 class LossConfig:
     """CE on the domain + alpha · KL on the general corpus, each a mean over the step's tokens."""
 

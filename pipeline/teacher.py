@@ -103,33 +103,9 @@ class VllmTeacher:
         in_flight: int = 256,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        given = dict(engine_args or {})
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
-        on_cpu = {}
-        if not torch.cuda.is_available():
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-            ranks = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
-            if ranks == 1:
-                # vLLM's processes spin while they wait for each other, on the cores that compute:
-                # 3,300 tokens/s against 19,700 in one process (11 M parameters, bf16, 2 cores).
-                os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-                on_cpu = {"distributed_executor_backend": "uni"}
         check_interface()
         self.in_flight, self.requests = in_flight, 0
-        settings = {
-            "model": str(model),
-            "dtype": dtype,
-            "max_model_len": max_length,
-            "enable_prefix_caching": False,  # a cached prefix would have no rows
-            "skip_tokenizer_init": True,
-            "disable_log_stats": True,
-            # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
-            "enforce_eager": not torch.cuda.is_available(),
-            **on_cpu,
-            **given,
-        }
+        settings = engine_settings(model, dtype, max_length, engine_args or {})
         self.path: Pooled | PromptLogprobs = Pooled(k)
         if not can_wrap(architectures):
             say(
@@ -187,6 +163,91 @@ class VllmTeacher:
         finally:
             if names:
                 self.engine.abort_request(list(names))
+
+
+def engine_settings(
+    model: Path, dtype: str, max_length: int, given: dict[str, Any]
+) -> dict[str, Any]:
+    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
+    on_cpu = {}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        ranks = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
+        if ranks == 1:
+            # vLLM's processes spin while they wait for each other, on the cores that compute:
+            # 3,300 tokens/s against 19,700 in one process (11 M parameters, bf16, 2 cores).
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            on_cpu = {"distributed_executor_backend": "uni"}
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "max_model_len": max_length,
+        "enable_prefix_caching": False,  # a cached prefix would have no rows
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
+        "enforce_eager": not torch.cuda.is_available(),
+        **on_cpu,
+        **given,
+    }
+
+
+class VllmGenerator:
+    """vLLM writing text: prompts in, tokens out; each request has a seed of its own."""
+
+    def __init__(
+        self, model: Path, dtype: str, max_length: int, engine_args: dict[str, Any]
+    ) -> None:
+        check_interface()
+        settings = engine_settings(model, dtype, max_length, engine_args)
+        from vllm import EngineArgs, LLMEngine
+
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        self.max_length, self.requests = max_length, 0
+
+    def __enter__(self) -> "VllmGenerator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.engine_core.shutdown(timeout=30)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        temperature: float,
+        top_p: float,
+        stop: int | None,
+    ) -> list[list[int]]:
+        """The continuation of each prompt, up to and without the `stop` token."""
+        from vllm import SamplingParams
+
+        numbers: dict[str, int] = {}
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            params = SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=self.max_length - len(prompt),
+                stop_token_ids=[] if stop is None else [stop],
+                ignore_eos=True,  # without its tokenizer vLLM knows none; stop says it
+                detokenize=False,
+            )
+            name = f"w{self.requests}"
+            self.requests += 1
+            numbers[name] = number
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        found: list[list[int]] = [[] for _ in prompts]
+        while numbers:
+            for output in self.engine.step():
+                if output.finished:
+                    tokens = list(output.outputs[0].token_ids)
+                    ends = bool(tokens) and tokens[-1] == stop
+                    found[numbers.pop(output.request_id)] = tokens[:-1] if ends else tokens
+        return found
 
 
 class Pooled:
@@ -287,7 +348,8 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "LLMEngine.step", ""),
     ("vllm", "LLMEngine.abort_request", "request_ids"),
     ("vllm", "PoolingParams", "task"),
-    ("vllm", "SamplingParams", "prompt_logprobs flat_logprobs detokenize max_tokens temperature"),
+    ("vllm", "SamplingParams", "prompt_logprobs flat_logprobs detokenize max_tokens temperature "
+     "top_p seed stop_token_ids ignore_eos"),
     ("vllm.logprobs", "FlatLogprobs", "token_ids logprobs"),
     ("vllm.plugins", "load_general_plugins", ""),
     ("vllm.model_executor.models", "ModelRegistry.register_model", "model_arch model_cls"),
