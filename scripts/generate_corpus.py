@@ -1,6 +1,6 @@
 """The base model writes the general corpus that stage one then reads.
 
-    python scripts/generate_corpus.py --model Qwen/Qwen3-8B-Base --output runs/text --tokens 100000000
+    python scripts/generate_corpus.py --model Qwen/Qwen3-8B-Base --output text --tokens 100000000
 
 Interrupt it, run the same command again: it goes on behind the last file. Exit codes: 0 done,
 1 failed (such as a full disk; run it again), 2 bad input, 3 refused (the directory holds documents
