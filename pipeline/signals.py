@@ -27,17 +27,20 @@ def stop_on_signals(
         for known in (signal.SIGINT, signal.SIGTERM):
             signal.signal(known, signal.SIG_IGN)
         if limit is not None:
-            timer = threading.Timer(limit, os._exit, [INTERRUPTED])
-            timer.daemon = True
-            timer.start()
+            timers.append(threading.Timer(limit, os._exit, [INTERRUPTED]))
+            timers[0].daemon = True
+            timers[0].start()
         name = signal.Signals(number).name
         if not ask(name):
             raise Interrupted(f"stopped by {name}")
 
+    timers: list[threading.Timer] = []
     before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         for known, handler in before.items():
             signal.signal(known, handler)
 
