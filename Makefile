@@ -21,11 +21,15 @@ setup:  ## make .venv, or repair it
 demo: setup  ## the whole job in minutes: train a base, dump it with vLLM, train two students, compare
 	$(PYTHON) scripts/quickstart.py --output runs/demo
 
-test: setup  ## every test but Airflow's
-	$(PYTHON) -m pytest
+test: setup  ## every test but Airflow's and the long ones
+	$(PYTHON) -m pytest -m "not long"
+
+test-kill: setup  ## kill one dump 200 times, also with a second writer alive, and compare every row
+	$(PYTHON) -m tests.pipeline.kills --kills 200
+	$(PYTHON) -m pytest -m long
 
 test-fast: setup  ## the tests that start no engine and take no time
-	$(PYTHON) -m pytest -m "not slow and not vllm"
+	$(PYTHON) -m pytest -m "not slow and not vllm and not long"
 
 FUZZ_SECONDS ?= 60
 .venv-fuzz:

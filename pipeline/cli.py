@@ -10,19 +10,23 @@ from pipeline.config import (
     BAD_INPUT,
     DAMAGED,
     DONE,
+    FAILED,
     INTERRUPTED,
     REFUSED,
     ConfigError,
+    FailedError,
     Interrupted,
     RefusedError,
 )
-from storage import IncompleteDump, PlanMismatch, StorageError
+from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 CODES: list[tuple[type[Exception], int]] = [
     (ConfigError, BAD_INPUT),
     (IncompleteDump, BAD_INPUT),
     (PlanMismatch, REFUSED),
     (RefusedError, REFUSED),
+    (FailedError, FAILED),
+    (StoreError, FAILED),
     (StorageError, DAMAGED),
     (Interrupted, INTERRUPTED),
 ]
@@ -34,7 +38,8 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         summary = work()
     except tuple(kind for kind, _ in CODES) as error:
         code = next(code for kind, code in CODES if isinstance(error, kind))
-        hint = "; run the same command again to go on" if code == INTERRUPTED else ""
+        again = code in (INTERRUPTED, FAILED)
+        hint = "; run the same command again to go on" if again else ""
         print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         return code
     if summary_file:

@@ -12,8 +12,8 @@ import jsonargparse
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Exit codes of every script. Schedulers act on them: refusals must not be retried, interruptions
-# should be. Any other failure is 1.
-DONE, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 2, 3, 4, 75
+# should be. Any other failure is 1: the cause is outside, such as a full disk.
+DONE, FAILED, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 75
 
 
 class ConfigError(Exception):
@@ -22,6 +22,10 @@ class ConfigError(Exception):
 
 class RefusedError(Exception):
     """Parts that do not fit together, such as a student and another model's dump. Exit code 3."""
+
+
+class FailedError(Exception):
+    """Something outside stopped the work, and another attempt may end well. Exit code 1."""
 
 
 class Interrupted(Exception):
@@ -88,17 +92,66 @@ class DumpConfig:
     """Passed to vLLM's engine as they are, e.g. {tensor_parallel_size: 2}."""
     in_flight: int = 256
     """Sequences handed to the engine at a time."""
+    workers: int = 1
+    """Engines at a time, each a process with its own GPUs and its own partition."""
 
     def __post_init__(self) -> None:
         require_temperature_one(self.temperature)
         require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
-        for name in ("k", "partitions", "shard_tokens", "in_flight"):
+        for name in ("k", "partitions", "shard_tokens", "in_flight", "workers"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: at least 1, found {value}")
         require(0 <= self.min_prob < 1, f"min_prob: from 0 to under 1, found {self.min_prob}")
         require(0 < self.top_p <= 1, f"top_p: above 0, at most 1, found {self.top_p}")
         require(self.k <= 65535, f"k: at most 65535, found {self.k}")
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+
+
+@dataclass
+class GenerateConfig:
+    """The base model writes the general corpus, where its own training data is not to be had."""
+
+    model: str
+    """The base model: a Hugging Face directory or hub name."""
+    output: str
+    """Directory of JSONL files, local or s3://… An unfinished corpus there is gone on with."""
+    tokens: int
+    """Tokens to write, at least."""
+    revision: str | None = None
+    """The hub revision of the model."""
+    prompts: CorpusConfig | None = None
+    """Texts whose beginnings start the documents, in turn; without them the end-of-text token."""
+    prompt_tokens: int = 16
+    """Tokens taken of each prompt."""
+    seed: int = 0
+    """Decides every sampled token, together with the engine's own rounding."""
+    temperature: float = 1.0
+    """Of the sampling; 1 is the model's own distribution."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that hold this mass."""
+    max_length: int = 1024
+    """Longest document in tokens, prompt included."""
+    min_length: int = 16
+    """Shorter documents are dropped."""
+    max_repetition: float = 0.5
+    """Documents are dropped of which more than this share of 8-token windows stood before."""
+    batch: int = 256
+    """Documents written at a time; each batch is one file."""
+    dtype: str = "auto"
+    """Weights' dtype: auto (the model's own), bfloat16, float16, float32."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's engine as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "prompt_tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: at least 1, found {value}")
+        require(self.temperature > 0, f"temperature: above 0, found {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p: above 0 and up to 1, found {self.top_p}")
+        require(
+            self.max_length > self.prompt_tokens,
+            f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
+        )
 
 
 @dataclass

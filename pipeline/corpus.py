@@ -3,7 +3,6 @@
 One sequence is one document, or one chunk of a long one: no sequence sees another document.
 """
 
-import glob
 import hashlib
 import io
 import json
@@ -95,7 +94,7 @@ class Corpus:
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
         if self.files:
-            root = os.path.commonpath([Path(file).parent for file in self.files])
+            root = os.path.commonpath([os.path.dirname(file) for file in self.files])
             found += [[os.path.relpath(file, root), scan(file)] for file in self.files]
         else:
             found += [config.path, config.split, self.documents._fingerprint]
@@ -156,20 +155,29 @@ class Corpus:
 
 
 def find_files(path: str) -> list[str]:
-    """The files of a local file, directory or glob, sorted; empty for a hub name."""
+    """The files of a file, directory or glob, local or remote (s3://…), sorted; empty for a hub
+    name."""
     path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        below = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        files = [file for file in below if format_of(file)]
-        if not files:
-            raise ConfigError(f"corpus {path}: no JSONL, Parquet or text file in this directory")
-    elif os.path.isfile(path):
-        files = [path]
-    else:
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-        looks_local = path.startswith((".", "/")) or path.count("/") > 1 or format_of(path)
-        if not files and (looks_local or glob.has_magic(path)):
-            raise ConfigError(f"corpus {path}: no such file, directory or match")
+    remote = "://" in path
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        if fs.isdir(root):
+            files = [file for file in sorted(fs.find(root)) if format_of(file)]
+            if not files:
+                raise ConfigError(
+                    f"corpus {path}: no JSONL, Parquet or text file in this directory"
+                )
+        elif fs.isfile(root):
+            files = [root]
+        else:
+            files = sorted(file for file in fs.glob(root) if fs.isfile(file))
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"corpus {path}: cannot be read: {error}") from error
+    if remote:
+        files = [fs.unstrip_protocol(file) for file in files]
+    looks_local = path.startswith((".", "/")) or path.count("/") > 1 or format_of(path)
+    if not files and (remote or looks_local or fsspec.core.has_magic(path)):
+        raise ConfigError(f"corpus {path}: no such file, directory or match")
     formats = {format_of(file) for file in files}
     if None in formats:
         wrong = next(file for file in files if not format_of(file))
@@ -195,11 +203,12 @@ def load(config: CorpusConfig, files: list[str]) -> datasets.Dataset:
     try:
         if not files:
             return datasets.load_dataset(config.path, split=config.split)
-        if all(os.path.getsize(file) == 0 for file in files):
+        copies = [local_copy(file) for file in files]
+        if all(os.path.getsize(copy) == 0 for copy in copies):
             raise ConfigError(f"corpus {config.path}: empty")
         kind = format_of(files[0])
         options = {"sample_by": "document"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=files, split="train", **options)
+        return datasets.load_dataset(kind, data_files=copies, split="train", **options)
     except ConfigError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
@@ -214,10 +223,11 @@ def load(config: CorpusConfig, files: list[str]) -> datasets.Dataset:
 
 def scan(file: str) -> str:
     """sha256 of the file's bytes; ConfigError where a text file is not UTF-8, with the line."""
-    with open(file, "rb") as raw:
+    copy = local_copy(file)
+    with open(copy, "rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
     if format_of(file) != "parquet":
-        opened = fsspec.open(file, "rb", compression="infer")
+        opened = fsspec.open(copy, "rb", compression="infer")
         with opened as plain, io.BufferedReader(plain) as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -228,3 +238,19 @@ def scan(file: str) -> str:
                         f"{error.start}). Convert the file, e.g. with iconv, or drop the line"
                     ) from None
     return digest
+
+
+def local_copy(file: str) -> str:
+    """A remote file's copy beside the Arrow cache, made once for each version of its content;
+    `datasets` itself reaches for nothing remote where HF_HUB_OFFLINE is set."""
+    if "://" not in file:
+        return file
+    fs, root = fsspec.core.url_to_fs(file)
+    version = hashlib.sha256(f"{file} {fs.ukey(root)}".encode()).hexdigest()[:20]
+    copy = Path(datasets.config.HF_DATASETS_CACHE) / "remote" / version / os.path.basename(root)
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        own = copy.with_name(f".{os.getpid()}-{copy.name}")
+        fs.get_file(root, str(own))
+        os.replace(own, copy)
+    return str(copy)

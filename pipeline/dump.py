@@ -2,22 +2,28 @@
 
 A shard is a deterministic function of the plan, the corpus and the place where it starts: rows in
 corpus order, cut at the first document end after `shard_tokens`. So two writers of one shard write
-the same rows, and whoever commits second goes on from where the first did.
+the same rows, and whoever commits second goes on from where the first did. The corpus is read and
+tokenized ahead of the engine, and shards are written behind it, each in a thread.
 """
 
+import contextlib
+import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline import model_dir
+from pipeline import model_dir, workers
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Corpus, Sequence
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
+from pipeline.stages import Behind, ahead
 from pipeline.teacher import Teacher, engine_version, make_teacher
-from storage import Dump, Partition, Record, ShardWriter, create_dump
+from storage import Dump, Partition, Record, ShardWriter, TopK, create_dump
 
 Summary = dict[str, Any]
+WAITING_TOKENS = 65_536  # of answers that wait for the writer: 34 MB at k = 64
+STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine is doing
 
 
 def run(
@@ -29,8 +35,57 @@ def run(
 
     `only="plan"` writes plan.json and stops; `only="finalize"` writes manifest.json. Returns what
     was done: rows, tokens, bytes_per_token, tokens_per_s and so on. Raises ConfigError,
-    PlanMismatch, InvalidRecord, Interrupted; what was committed before stays.
+    PlanMismatch, InvalidRecord, StoreError, Interrupted; what was committed before stays.
     """
+    progress = Progress(unit="document")
+    progress.status = "reading the corpus and the model's files"
+    try:
+        with stop_on_signals(limit=STOP_SECONDS):
+            return run_with(progress, config, partition, only)
+    finally:
+        progress.close()
+
+
+def run_workers(config: DumpConfig, command: list[str]) -> Summary:
+    """Dump all partitions, `config.workers` at a time, each by `command` with --partition.
+
+    Returns and raises what `run` does, and FailedError where a partition failed for good.
+    """
+    if config.partitions < config.workers:
+        raise ConfigError(
+            f"workers {config.workers}: there are only {config.partitions} partitions; set "
+            f"partitions to {config.workers} or more"
+        )
+    parallel = ("tensor_parallel_size", "pipeline_parallel_size")
+    devices = math.prod(config.engine_args.get(name, 1) for name in parallel)
+    progress = Progress(unit="document")
+    progress.status = "reading the corpus and the model's files"
+    try:
+        with stop_on_signals(limit=STOP_SECONDS + workers.STOP_SECONDS):
+            run_with(progress, config, None, "plan")
+            dump = Dump(config.output)
+            todo = [part.index for part in dump.partitions if part.summary is None]
+            began, before = time.monotonic(), tokens_of(dump)
+            progress.begin(0, 0)
+            pool = workers.Pool(command, todo, config.partitions, config.workers, devices)
+            pool.run(progress)
+            rate = (tokens_of(dump) - before) / (time.monotonic() - began)
+            return finalize(dump, range(config.partitions), None, rate if todo else None)
+    finally:
+        progress.close()
+
+
+def tokens_of(dump: Dump) -> int:
+    """Tokens committed so far."""
+    return sum(shard.tokens for shard in dump.shards())
+
+
+def run_with(
+    progress: Progress,
+    config: DumpConfig,
+    partition: int | None,
+    only: Literal["plan", "finalize"] | None,
+) -> Summary:
     folder = model_dir.resolve(config.model, config.revision)
     tokenizer = model_dir.load_tokenizer(folder)
     corpus = Corpus(config.corpus, tokenizer, config.max_length, config.add_eos)
@@ -50,8 +105,12 @@ def run(
     tokens_per_s = None
     if only is None and todo:
         architectures = list(model_config.architectures or [])
-        with stop_on_signals():
-            tokens_per_s = run_partitions(config, todo, corpus, folder, architectures)
+        progress.status = f"starting {config.engine}"
+        meter = Meter(progress)
+        with make_teacher(config, folder, architectures) as teacher:
+            while todo:
+                todo = write_partitions(config, todo, corpus, teacher, meter)
+        tokens_per_s = meter.rate
     elif only is None:
         say(f"{config.output}: nothing left to do")
     return finalize(dump, wanted, only, tokens_per_s)
@@ -107,77 +166,128 @@ def make_plan(config: DumpConfig, corpus: Corpus, model_config: Any, folder: Any
     }
 
 
-def run_partitions(
-    config: DumpConfig, todo: list[Partition], corpus: Corpus, folder: Any, architectures: list[str]
-) -> float:
-    """Write what is missing of these partitions with one engine; returns tokens per second."""
-    spans = [span(partition, corpus) for partition in todo]
-    done = sum(start - first for first, start, _ in spans)
-    if done:
-        say(f"{config.output}: going on after {done} documents that are committed")
-    progress = Progress(sum(stop - first for first, _, stop in spans), "document", done)
-    progress.status = f"starting {config.engine}"
-    try:
-        with make_teacher(config, folder, architectures) as teacher:
-            progress.begin()
-            meter = Meter(progress)
-            for partition, (_, start, stop) in zip(todo, spans, strict=True):
-                run_partition(config, partition, corpus, teacher, start, stop, meter)
-    finally:
-        progress.close()
-    return meter.tokens / max(time.monotonic() - progress.started, 1e-9)
-
-
-def span(partition: Partition, corpus: Corpus) -> tuple[int, int, int]:
-    """(first, next, stop): the partition's documents, and the first one that is not committed."""
-    number = partition.dump.plan["partitions"]
-    first = len(corpus) * partition.index // number
-    stop = len(corpus) * (partition.index + 1) // number
-    shards = partition.shards
-    return first, int(shards[-1].marker["cursor"]["document"]) if shards else first, stop
-
-
-def run_partition(
+def write_partitions(
     config: DumpConfig,
-    partition: Partition,
+    todo: list[Partition],
     corpus: Corpus,
     teacher: Teacher,
-    start: int,
-    stop: int,
     meter: "Meter",
-) -> None:
-    """Write the shards of documents start to stop, then the partition's marker."""
-    index = len(partition.shards)
-    writer: ShardWriter | None = None
-    documents = 0
-    last: Sequence | None = None
-    answers = teacher.topk(corpus.sequences(start, stop))
+) -> list[Partition]:
+    """Write what is missing of these partitions; the engine never waits between two of them.
+
+    Returns those that are still not complete, because another writer cut a shard elsewhere.
+    """
+    spans = [what_is_missing(partition, len(corpus)) for partition in todo]
+    done = sum(span.next - span.first for span in spans)
+    if done:
+        say(f"{config.output}: going on after {done} documents that are committed")
+    meter.begin(sum(span.stop - span.first for span in spans), done)
+    sequences = (sequence for span in spans for sequence in corpus.sequences(span.next, span.stop))
+    writer = PartitionsWriter(config, spans, meter)
+    behind = Behind(writer.write, limit=WAITING_TOKENS)
     try:
-        for sequence, topk in answers:
-            if writer is None:
-                writer = ShardWriter(partition, index)
-            if config.min_prob > 0 or config.top_p < 1:
-                topk = topk.cut(config.min_prob, config.top_p)
-            writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
-            documents += sequence.ends_document
-            last = sequence
-            meter.count(sequence, writer)
-            if sequence.ends_document and writer.tokens >= config.shard_tokens:
-                commit(writer, sequence, documents)
-                writer, index, documents = None, index + 1, 0
-        if writer is not None and last is not None:
-            commit(writer, last, documents)
-            writer = None
+        with (
+            ahead(sequences, config.in_flight) as source,
+            behind,
+            contextlib.closing(teacher.topk(source)) as answers,
+        ):
+            for sequence, topk in answers:
+                behind.put((sequence, topk), len(sequence.input_ids))
+        writer.finish()
+    except Overtaken:
+        return [partition for partition in todo if partition.summary is None]
     finally:
-        if writer is not None:
+        if not behind.running:
             writer.abort()
-    kept = sum(shard.marker["documents"] for shard in partition.shards)
-    first, _, _ = span(partition, corpus)
-    partition.finish({"documents": kept, "skipped": stop - first - kept})
+    return []
 
 
-def commit(writer: ShardWriter, last: Sequence, documents: int) -> None:
-    writer.commit(cursor={"document": last.document + 1}, stats={"documents": documents})
+@dataclass(frozen=True)
+class Span:
+    """Documents of a partition, first to stop; `next` begins shard number `shard`.
+
+    The two are read together: another writer may commit at any moment, and a shard number that is
+    newer than the document doubles its rows.
+    """
+
+    partition: Partition
+    first: int
+    next: int
+    stop: int
+    shard: int
+
+
+def what_is_missing(partition: Partition, documents: int) -> Span:
+    number = partition.dump.plan["partitions"]
+    first = documents * partition.index // number
+    stop = documents * (partition.index + 1) // number
+    shards = partition.shards
+    following = int(shards[-1].marker["cursor"]["document"]) if shards else first
+    return Span(partition, first, following, stop, len(shards))
+
+
+class Overtaken(Exception):
+    """Another writer committed this shard, and cut it at another document."""
+
+
+class PartitionsWriter:
+    """Writes answers, in corpus order, as the shards of one partition after the other."""
+
+    def __init__(
+        self,
+        config: DumpConfig,
+        spans: list[Span],
+        meter: "Meter",
+    ) -> None:
+        self.config, self.todo, self.meter = config, list(spans), meter
+        self.index = spans[0].shard  # of the next shard
+        self.writer: ShardWriter | None = None
+        self.documents = 0
+        self.last: Sequence | None = None
+
+    def write(self, answer: tuple[Sequence, TopK]) -> None:
+        """Add the next row. Raises InvalidRecord, StoreError, Overtaken."""
+        sequence, topk = answer
+        while sequence.document >= self.todo[0].stop:
+            self.finish_partition()
+        if self.writer is None:
+            self.writer = ShardWriter(self.todo[0].partition, self.index)
+        if self.config.min_prob > 0 or self.config.top_p < 1:
+            topk = topk.cut(self.config.min_prob, self.config.top_p)
+        self.writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
+        self.documents += sequence.ends_document
+        self.last = sequence
+        self.meter.count(sequence, self.writer)
+        if sequence.ends_document and self.writer.tokens >= self.config.shard_tokens:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit the open shard, if there is one."""
+        if self.writer is None or self.last is None:
+            return
+        cursor = {"document": self.last.document + 1}
+        marker = self.writer.commit(cursor, stats={"documents": self.documents})
+        self.writer, self.index, self.documents = None, self.index + 1, 0
+        if marker["cursor"] != cursor:
+            raise Overtaken
+
+    def finish_partition(self) -> None:
+        self.commit()
+        span = self.todo.pop(0)
+        kept = sum(shard.marker["documents"] for shard in span.partition.shards)
+        span.partition.finish({"documents": kept, "skipped": span.stop - span.first - kept})
+        self.index = self.todo[0].shard if self.todo else 0
+
+    def finish(self) -> None:
+        """Nothing more will come: commit what is open and complete the partitions."""
+        while self.todo:
+            self.finish_partition()
+
+    def abort(self) -> None:
+        """Drop the open shard; what is committed stays."""
+        if self.writer is not None:
+            self.writer.abort()
+            self.writer = None
 
 
 def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | None) -> Summary:
@@ -227,9 +337,19 @@ class Meter:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.tokens = self.positions = 0
-        self.mass = 0.0
-        self.documents = progress.done
+        self.tokens = self.documents = 0
+        self.started: float | None = None
+
+    def begin(self, documents: int, done: int) -> None:
+        """The engine is up: so many documents are there, so many of them done."""
+        self.progress.begin(documents, done)
+        self.documents = done
+        self.started = self.started or time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second since the engine was up."""
+        return self.tokens / max(time.monotonic() - (self.started or 0.0), 1e-9)
 
     def count(self, sequence: Sequence, writer: ShardWriter) -> None:
         self.tokens += len(sequence.input_ids)
@@ -237,8 +357,7 @@ class Meter:
         self.progress.update(self.documents, lambda: self.status(writer))
 
     def status(self, writer: ShardWriter) -> str:
-        rate = self.tokens / max(time.monotonic() - self.progress.started, 1e-9)
         per_token = writer.bytes_per_token
         mass = writer.mass / max(writer.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
-        return f"{self.tokens:,} tokens, {rate:,.0f} tokens/s{size}, mass held {mass:.3f}"
+        return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}, mass held {mass:.3f}"

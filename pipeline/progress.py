@@ -1,5 +1,7 @@
 """Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
+import json
+import os
 import sys
 import threading
 import time
@@ -8,25 +10,35 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 SECONDS = 5.0
+REPORT_SECONDS = 0.5
+REPORT_TO = "MOL_PROGRESS_FD"  # set by a process that shows the progress of several
 
 
 class Progress:
     """Counts units done of a total and shows them with a status text.
 
     Off a terminal a thread prints a line every SECONDS, also while nothing moves, so that a
-    scheduler sees that the process lives.
+    scheduler sees that the process lives. Under a process that shows several, it reports to that.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int = 0, unit: str = "", done: int = 0) -> None:
         self.total, self.unit, self.done, self.first = total, unit, done, done
         self.status = "starting"
+        self.make_status: Callable[[], str] | None = None
         self.started = time.monotonic()
+        self.shown = 0.0
         self.bar = None
         self.stopped = threading.Event()
-        if sys.stderr.isatty():
+        report_to = os.environ.get(REPORT_TO)
+        if report_to:
+            self._start(self._report, int(report_to))
+        elif sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
         else:
-            threading.Thread(target=self._print_lines, daemon=True).start()
+            self._start(self._print_lines)
+
+    def _start(self, work: Callable[..., None], *arguments: int) -> None:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
 
     def update(self, done: int, status: Callable[[], str]) -> None:
         """Set the units done; `status` is called only when it is going to be shown."""
@@ -34,27 +46,49 @@ class Progress:
         if self.bar is not None:
             self.bar.update(done - self.done)
             now = time.monotonic()
-            if now - getattr(self, "shown", 0) > 0.5:
+            if now - self.shown > 0.5:
                 self.shown = now
                 self.bar.set_postfix_str(status())
         self.done = done
 
-    def begin(self) -> None:
+    def begin(self, total: int | None = None, done: int | None = None) -> None:
         """Start the clock: what came before (an engine's start) is not counted in the rate."""
+        self.total = self.total if total is None else total
+        self.done = self.done if done is None else done
         self.started, self.first = time.monotonic(), self.done
+        if self.bar is not None:
+            self.bar.total, self.bar.initial = self.total, self.done
+            self.bar.reset(self.total)
+            self.bar.update(self.done)
+
+    def text(self) -> str:
+        return self.make_status() if self.make_status else self.status
 
     def line(self) -> str:
-        status = self.make_status() if hasattr(self, "make_status") else self.status
         elapsed = time.monotonic() - self.started
+        if not self.total:
+            return f"{self.text()}, {elapsed:.0f} s"
         moved = self.done - self.first
         left = ""
-        if moved:
+        if moved > 0:
             left = f", {elapsed * (self.total - self.done) / moved:.0f} s left"
-        return f"{self.done}/{self.total} {self.unit}s, {elapsed:.0f} s{left}: {status}"
+        return f"{self.done}/{self.total} {self.unit}s, {elapsed:.0f} s{left}: {self.text()}"
 
     def _print_lines(self) -> None:
         while not self.stopped.wait(SECONDS):
             print(self.line(), file=sys.stderr, flush=True)
+
+    def _report(self, handle: int) -> None:
+        """One JSON object a line to the process that started this one."""
+        while True:
+            ended = self.stopped.wait(REPORT_SECONDS)
+            state = {"done": self.done, "total": self.total, "status": self.text()}
+            try:
+                os.write(handle, (json.dumps(state) + "\n").encode())
+            except OSError:
+                return  # nobody listens any more
+            if ended:
+                return
 
     def close(self) -> None:
         self.stopped.set()

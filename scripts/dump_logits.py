@@ -2,17 +2,21 @@
 
     python scripts/dump_logits.py --config scripts/configs/dump.yaml
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 --k 32
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
 
-Interrupt it, run the same command again: it goes on from the last committed shard. Exit codes:
-0 done, 2 bad input, 3 refused (the directory holds another plan), 4 damaged data, 75 interrupted.
+Interrupt it, run the same command again: it goes on from the last committed shard. It ends with
+the process that started it, except under nohup. Exit codes: 0 done, 1 failed (such as a full disk;
+run it again), 2 bad input, 3 refused (the directory holds another plan), 4 damaged data,
+75 interrupted.
 """
 
 import argparse
 import re
+import signal
 import sys
 
-from pipeline import cli, dump
-from pipeline.config import DumpConfig, parse, script_parser
+from pipeline.config import INTERRUPTED, DumpConfig, parse, script_parser
+from pipeline.signals import die_with_parent
 
 
 def partition_number(text: str) -> tuple[int, int]:
@@ -23,6 +27,9 @@ def partition_number(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
+    die_with_parent()
+    for known in (signal.SIGINT, signal.SIGTERM):  # until the dump takes over
+        signal.signal(known, lambda *_: sys.exit(INTERRUPTED))
     parser = script_parser(DumpConfig, __doc__ or "")
     parser.add_argument(
         "--partition",
@@ -42,6 +49,11 @@ def main() -> int:
             index, config.partitions = partition_number(own.partition)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--partition: {error}")
+    from pipeline import cli, dump  # late: this takes seconds
+
+    if config.workers > 1 and index is None and own.only is None:
+        command = [sys.executable, *sys.argv]
+        return cli.main(lambda: dump.run_workers(config, command), own.summary)
     return cli.main(lambda: dump.run(config, index, own.only), own.summary)
 
 

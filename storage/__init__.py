@@ -13,6 +13,7 @@ from storage.errors import (
     InvalidRecord,
     PlanMismatch,
     StorageError,
+    StoreError,
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
 from storage.ranked import Ranks
@@ -37,6 +38,7 @@ __all__ = [
     "Row",
     "ShardWriter",
     "StorageError",
+    "StoreError",
     "Successors",
     "TopK",
     "create_dump",

@@ -1,4 +1,4 @@
-"""python -m storage inspect | verify | export"""
+"""python -m storage inspect | verify | export | gc"""
 
 import argparse
 import sys
@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from storage.dataset import LogitDataset
-from storage.errors import IncompleteDump, StorageError
+from storage.errors import IncompleteDump, StorageError, StoreError
 from storage.export import export
+from storage.gc import DEFAULT_HOURS, leftovers, remove
 from storage.inspect import describe, describe_row, token_decoder
 from storage.verify import verify
 
-BAD_INPUT, DAMAGED = 2, 4  # exit codes
+FAILED, BAD_INPUT, DAMAGED = 1, 2, 4  # exit codes
 
 
 def inspect_command(args: argparse.Namespace) -> int:
@@ -36,7 +37,7 @@ def inspect_command(args: argparse.Namespace) -> int:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    report = verify(args.dump)
+    report = verify(args.dump, partial=args.partial)
     for note in report.notes:
         print(f"note   {note}")
     for fault in report.faults:
@@ -55,6 +56,19 @@ def export_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def gc_command(args: argparse.Namespace) -> int:
+    found = leftovers(args.dump, args.older_than)
+    for leftover in found:
+        print(f"{leftover.bytes:>14,} bytes  {leftover.age / 3600:>8.1f} h  {leftover.name}")
+    total = f"{len(found)} leftovers, {sum(leftover.bytes for leftover in found):,} bytes"
+    if not args.delete:
+        print(f"{total}; none of them is ever read. --delete removes them" if found else total)
+        return 0
+    remove(args.dump, found)
+    print(f"{total}: removed")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m storage", description="Look into a dump.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -69,7 +83,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--row", type=int, help="show this row: text and the teacher's candidates")
     sub.add_argument("--top", type=int, default=4, help="candidates per position (default 4)")
     sub.add_argument("--positions", type=int, default=40, help="positions shown (default 40)")
-    command("verify", verify_command, "read every byte again; exit code 4 where something is wrong")
+    sub = command(
+        "verify", verify_command, "read every byte again; exit code 4 where something is wrong"
+    )
+    sub.add_argument("--partial", action="store_true", help="what is committed so far")
+    sub = command("gc", gc_command, "list what dead writers left behind; with --delete, remove it")
+    sub.add_argument("--delete", action="store_true", help="remove them; without it only list")
+    sub.add_argument(
+        "--older-than",
+        type=float,
+        default=DEFAULT_HOURS,
+        metavar="HOURS",
+        help="leave younger files, a live writer's may be among them (default %(default)s)",
+    )
     sub = command("export", export_command, "plain Parquet columns for DuckDB, Polars and pandas")
     sub.add_argument("target", help="the Parquet file to write")
     sub.add_argument("--per", choices=["position", "sequence"], default="position")
@@ -83,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     except IncompleteDump as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return FAILED
     except (StorageError, pa.ArrowException) as error:
         print(error, file=sys.stderr)
         return DAMAGED

@@ -28,3 +28,8 @@ class PlanMismatch(StorageError):
 
 class IncompleteDump(StorageError):
     """A dump whose partitions are not all there yet."""
+
+
+class StoreError(StorageError):
+    """A directory or object store that fails now: full, read-only, gone. What is committed stays,
+    and the same command goes on when the cause is put right."""

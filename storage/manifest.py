@@ -11,13 +11,20 @@ writer wins and any process may die at any instant. Readers trust nothing that n
     manifest.json         all partitions are complete
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import CorruptShard, FormatVersionError, IncompleteDump, PlanMismatch
+from storage.errors import (
+    CorruptShard,
+    FormatVersionError,
+    IncompleteDump,
+    PlanMismatch,
+    StoreError,
+)
 from storage.store import Store
 
 FORMAT_VERSION = 1
@@ -90,10 +97,18 @@ class Partition:
     def shards(self) -> list[Shard]:
         """Committed shards, in order, as they are on disk now."""
         found: list[Shard] = []
-        while data := self.dump.store.read(f"{self.name}/{len(found):05d}.json"):
-            name = f"{self.name}/{len(found):05d}"
-            found.append(Shard(name, from_json(data, f"{name}.json")))
+        with contextlib.suppress(IncompleteDump):
+            while True:
+                found.append(self.shard(len(found)))
         return found
+
+    def shard(self, index: int) -> Shard:
+        """One committed shard; IncompleteDump where there is none of that number."""
+        name = f"{self.name}/{index:05d}"
+        data = self.dump.store.read(f"{name}.json")
+        if data is None:
+            raise IncompleteDump(f"{name}.json: not committed yet")
+        return Shard(name, from_json(data, f"{name}.json"))
 
     @property
     def summary(self) -> Json | None:
@@ -130,6 +145,18 @@ class Dump:
                 f"{self.store.path}: format version {self.plan.get('format_version')}; this "
                 f"release reads version {FORMAT_VERSION}: use the release that wrote it"
             )
+
+    def check_plan(self) -> None:
+        """Raise StoreError or PlanMismatch where plan.json is not what it was when this began: a
+        directory that was removed or given to another dump must not get shards of this one."""
+        data = self.store.read("plan.json")
+        if data is None:
+            raise StoreError(
+                f"{self.store.path}: plan.json is gone: was the directory removed or unmounted "
+                "under the run? Put it back, or start again"
+            )
+        if data != to_json(self.plan):
+            raise PlanMismatch(f"{self.store.path}: holds another plan.json than at the start")
 
     def partition(self, index: int) -> Partition:
         if not 0 <= index < self.plan["partitions"]:
@@ -195,6 +222,7 @@ def create_dump(
     """
     plan = {"format_version": FORMAT_VERSION, **plan}
     store = Store(path)
+    store.make_root()
     for name, data in (tokenizer_files or {}).items():
         if store.read("plan.json") is None:
             store.create(f"tokenizer/{name}", data)

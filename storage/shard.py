@@ -1,5 +1,6 @@
 """One Parquet data file: its schema, ShardWriter, and access to its rows."""
 
+import contextlib
 import hashlib
 import struct
 import uuid
@@ -24,6 +25,7 @@ from storage.errors import (
 from storage.grid import Grid, dequantise, quantise
 from storage.manifest import Json, Partition, Shard, to_json
 from storage.ranked import Ranks
+from storage.source import open_source
 from storage.store import Store
 from storage.successors import Row, Successors
 from storage.topk import Int32s, Record, TopK, codec_kl
@@ -136,18 +138,20 @@ class ShardWriter:
                 self.tables = Successors.learn(rows, self.vocab_size)
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
-            self.file = pq.ParquetWriter(
-                self.local,
-                SCHEMA if self.codec == "v1" else SCHEMA_2,
-                compression={
-                    name: "none" if name in PAYLOADS else "zstd" for name in (*LEAVES, "successors")
-                },
-                compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-                store_schema=False,  # Parquet's own says all there is to say
-            )
+            with self.partition.dump.store.explaining("write", self.name):
+                self.file = pq.ParquetWriter(
+                    self.local,
+                    SCHEMA if self.codec == "v1" else SCHEMA_2,
+                    compression={
+                        name: "none" if name in PAYLOADS else "zstd"
+                        for name in (*LEAVES, "successors")
+                    },
+                    compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
+                    use_dictionary=False,
+                    write_statistics=False,
+                    write_page_checksum=True,
+                    store_schema=False,  # Parquet's own says all there is to say
+                )
             self.file.add_key_value_metadata(metadata)
         while self.pending:
             self.write_group()
@@ -172,7 +176,8 @@ class ShardWriter:
         if isinstance(self.tables, Successors):
             first = self.tables.pack() if self.flushed_tokens == 0 else None
             columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
-        self.file.write_table(pa.table(columns, schema=self.file.schema))
+        with self.partition.dump.store.explaining("write", self.name):
+            self.file.write_table(pa.table(columns, schema=self.file.schema))
         self.pending_tokens -= tokens
         self.flushed_tokens += tokens
         self.flushed_bytes = self.local.stat().st_size
@@ -202,7 +207,8 @@ class ShardWriter:
                 self.flush()
             assert self.file is not None
             assert self.local is not None
-            self.file.close()
+            with store.explaining("write", self.name):
+                self.file.close()
             marker = {
                 "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
                 "sha256": sha256_of(self.local),
@@ -221,21 +227,25 @@ class ShardWriter:
             }
             check_rows(self.local, marker)
             target = f"{self.partition.name}/{marker['file']}"
+            self.partition.dump.check_plan()
             store.publish(self.local, target)
         except BaseException:
             self.abort()
             raise
+        # From here on a failure leaves the data file: its marker may be there all the same.
         if store.create(f"{self.name}.json", to_json(marker)):
             return marker
         store.remove(target)
-        return self.partition.shards[self.index].marker
+        return self.partition.shard(self.index).marker
 
     def abort(self) -> None:
         """Drop the open file; what is committed stays."""
-        if self.file is not None:
-            self.file.close()
-        if self.local is not None:
-            self.local.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk must not keep the reason from being told
+            if self.file is not None:
+                self.file.close()
+        with contextlib.suppress(OSError):
+            if self.local is not None:
+                self.local.unlink(missing_ok=True)
         self.pending, self.file, self.local = [], None, None
 
 
@@ -295,10 +305,8 @@ class ShardReader:
 
     def __init__(self, store: Store, shard: Shard) -> None:
         self.shard, self.name = shard, shard.file
-        path = store / shard.file
         try:
-            # A local file is mapped: row groups are read without copying the file.
-            source: Any = pa.memory_map(path) if store.local else store.fs.open(path, "rb")
+            source = open_source(store, shard)
             expected = shard.marker.get("footer_crc32")
             if expected is not None and footer_crc32(source) != expected:
                 raise CorruptShard("its footer is not the one that was committed")

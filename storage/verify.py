@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.errors import IncompleteDump, StorageError
+from storage.errors import IncompleteDump, StorageError, StoreError
+from storage.gc import MARKER
 from storage.manifest import Dump, Shard, to_json
 from storage.shard import ShardReader
 from storage.store import Store
@@ -26,17 +27,23 @@ class Report:
         return not self.faults
 
 
-def verify(path: str | os.PathLike[str], progress: Callable[[Shard], None] | None = None) -> Report:
+def verify(
+    path: str | os.PathLike[str],
+    progress: Callable[[Shard], None] | None = None,
+    *,
+    partial: bool = False,
+) -> Report:
     """Re-read a finished dump: hashes, row counts, plan, decodability, doubled rows, stray files.
 
-    Never raises for damage: each fault is one line of the report that names the file and, where
-    there is one, the row. Raises IncompleteDump where there is no dump or it is not finished.
+    `partial=True` takes a dump that is not finished: what is committed so far. Never raises for
+    damage: each fault is one line of the report that names the file and, where there is one, the
+    row. Raises IncompleteDump where there is no dump or it is not finished.
     """
     dump = Dump(path)
     report = Report()
     try:
-        manifest = dump.manifest()
-    except IncompleteDump:
+        shards = dump.shards() if partial else list(dump.manifest().shards)
+    except (IncompleteDump, StoreError):
         raise
     except StorageError as error:
         report.faults.append(str(error))
@@ -44,16 +51,21 @@ def verify(path: str | os.PathLike[str], progress: Callable[[Shard], None] | Non
     files = dump.store.files()
     plan_sha256 = hashlib.sha256(to_json(dump.plan)).hexdigest()
     seen: dict[tuple[str, int], str] = {}
-    for shard in manifest.shards:
+    for shard in shards:
         fault = check_shard(dump.store, shard, files, plan_sha256, seen, report)
         if fault:
             report.faults.append(fault)
         report.shards += 1
         if progress:
             progress(shard)
-    named = {shard.file for shard in manifest.shards}
+    named = {shard.file for shard in shards}
+    markers = {f"{shard.name}.json" for shard in shards}
     for name, size in sorted(files.items()):
-        if name.endswith(".parquet") and name not in named:
+        if MARKER.fullmatch(name) and name not in markers and not partial:
+            report.faults.append(f"{name}: a marker of which manifest.json knows nothing")
+        elif MARKER.fullmatch(name) and name not in markers:
+            report.notes.append(f"{name}: a shard before it has no marker yet; not read")
+        elif name.endswith(".parquet") and name not in named:
             report.notes.append(f"{name}: {size} bytes that no marker names; never read")
         elif "/.writing-" in name or "/.creating-" in name:
             report.notes.append(f"{name}: left over by a writer that died; never read")
@@ -69,17 +81,19 @@ def check_shard(
     report: Report,
 ) -> str | None:
     """One line that says what is wrong with the shard, or None."""
-    if store.read(f"{shard.name}.json") != to_json(shard.marker):
+    marker = store.read(f"{shard.name}.json")
+    if marker is None and shard.file not in files:
+        return f"{shard.name}.json: missing, and its data file {shard.file} too"
+    if marker is None:
+        return f"{shard.name}.json: missing, though its data file {shard.file} is there"
+    if marker != to_json(shard.marker):
         return f"{shard.name}.json: the marker is not the one in the manifest"
     if shard.file not in files:
         return f"{shard.file}: missing, though {shard.name}.json names it"
     if files[shard.file] != shard.marker["bytes"]:
         return f"{shard.file}: {files[shard.file]} bytes, {shard.marker['bytes']} were committed"
-    digest = hashlib.sha256()
-    with store.fs.open(store / shard.file, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    damaged = digest.hexdigest() != shard.marker["sha256"]
+    sha256 = store.attempt("read", shard.file, lambda: sha256_of(store, shard.file))
+    damaged = sha256 != shard.marker["sha256"]
     try:
         reader = ShardReader(store, shard)
         metadata = reader.file.metadata.metadata
@@ -97,6 +111,8 @@ def check_shard(
                 )
             seen[key] = shard.file
             tokens += len(record.input_ids)
+    except StoreError:
+        raise
     except StorageError as error:
         return str(error)
     if damaged:
@@ -106,3 +122,11 @@ def check_shard(
     report.rows += shard.rows
     report.tokens += tokens
     return None
+
+
+def sha256_of(store: Store, name: str) -> str:
+    digest = hashlib.sha256()
+    with store.fs.open(store / name, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,15 +1,18 @@
 """The real engine against the reference: chunked prefill, preemption, both shapes of head."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.corpus import Sequence
-from pipeline.teacher import Teacher, TransformersTeacher, VllmTeacher
+from pipeline.teacher import PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
 from storage import TopK
 from tests.models import tiny_model
 
@@ -117,8 +120,90 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
     assert_agree(found, answers(TransformersTeacher(model, K, "float32"), given))
 
 
-def test_unpack_refuses_rows_that_do_not_fit() -> None:
-    teacher = VllmTeacher.__new__(VllmTeacher)
-    teacher.k = K
-    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
-        teacher.unpack(sequences([5])[0], torch.zeros(9, 1 + 2 * K, dtype=torch.int32))
+def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    given = sequences([2, 40, 333, 900])
+    with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
+        found = answers(teacher, given)
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipeline parallelism: only the last rank has a head. vLLM runs it on a CPU only compiled."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    given = sequences([2, 40, 333, 900])
+    with engine(
+        long_model,
+        "qwen3",
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        max_num_batched_tokens=128,
+    ) as teacher:
+        found = answers(teacher, given)
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_a_model_that_the_plugin_cannot_wrap(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """prompt_logprobs instead, said so, and the same answers; also as long as the model reads."""
+    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    given = sequences([2, 40, 333, 2048])
+    with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
+        assert isinstance(teacher.path, PromptLogprobs)
+        found = answers(teacher, given)
+    assert "prompt_logprobs, which is slower" in capsys.readouterr().err
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
+    given = sequences([30] * 40)
+    with engine(long_model, "qwen3", in_flight=10) as teacher:
+        first = teacher.topk(iter(given))
+        next(first)
+        first.close()
+        found = answers(teacher, given[:5])
+    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given[:5]))
+
+
+def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
+    """SIGKILL for the process in front; vLLM's own processes follow."""
+    code = (
+        "import os, time, pathlib\n"
+        "from pipeline.teacher import VllmTeacher\n"
+        "if __name__ == '__main__':\n"
+        f"    VllmTeacher(pathlib.Path({str(long_model)!r}), ['Qwen3ForCausalLM'], 4, 256)\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    script = tmp_path / "front.py"
+    script.write_text(code)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with (tmp_path / "log").open("w") as log:
+        front = subprocess.Popen(
+            [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=log, env=environment
+        )
+    try:
+        assert front.stdout is not None
+        up = any(line == b"up\n" for line in front.stdout)
+        assert up, (tmp_path / "log").read_text()[-3000:]
+        engines = descendants(front.pid)
+        assert engines, "the engine runs in the same process, so the test shows nothing"
+    finally:
+        front.kill()
+        front.wait()
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in engines if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"{left} live on"
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    children = [int(word) for word in words]
+    return children + [below for child in children for below in descendants(child)]

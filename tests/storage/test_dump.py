@@ -214,6 +214,33 @@ def damage_missing(dump: Dump, path: Path) -> str:
     return file.name
 
 
+def damage_missing_marker(dump: Dump, path: Path) -> str:
+    """A file without a marker."""
+    (path / f"{dump.shards()[1].name}.json").unlink()
+    return "though its data file"
+
+
+def damage_missing_shard(dump: Dump, path: Path) -> str:
+    """Neither file nor marker."""
+    shard = dump.shards()[1]
+    (path / shard.file).unlink()
+    (path / f"{shard.name}.json").unlink()
+    return f"{shard.name}.json: missing"
+
+
+def damage_extra_marker(dump: Dump, path: Path) -> str:
+    """A marker that was made after the manifest."""
+    writer = ShardWriter(dump.partition(0))
+    writer.write(random_record(99))
+    writer.commit({})
+    return "00000/00002.json"
+
+
+def damage_plan(dump: Dump, path: Path) -> str:
+    (path / "plan.json").write_text(json.dumps({**dump.plan, "k": 9}))
+    return "manifest.json belongs to another plan.json"
+
+
 def damage_swap(dump: Dump, path: Path) -> str:
     one, other = (path / shard.file for shard in dump.shards()[:2])
     data, foreign = one.read_bytes(), other.read_bytes()
@@ -264,6 +291,10 @@ def damage_other_plan(dump: Dump, path: Path) -> str:
         damage_flip,
         damage_cut,
         damage_missing,
+        damage_missing_marker,
+        damage_missing_shard,
+        damage_extra_marker,
+        damage_plan,
         damage_swap,
         damage_marker,
         damage_doubled_row,

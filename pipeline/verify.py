@@ -1,0 +1,85 @@
+"""Check a dump against a model: recompute rows with transformers, and tell the KL of each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import model_dir
+from pipeline.config import ConfigError
+from storage import LogitDataset, Record
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail."""
+
+    row: int
+    doc_id: str
+    chunk: int
+    kl_mean: float
+    kl_max: float
+
+
+def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]:
+    """Check `rows` rows, drawn by `seed`. Raises ConfigError where the vocabularies differ."""
+    dataset = LogitDataset(dump)
+    folder = model_dir.resolve(model)
+    vocab_size = model_dir.vocab_size(model_dir.load_config(folder))
+    if vocab_size != dataset.plan["vocab_size"]:
+        raise ConfigError(
+            f"model {model}: {vocab_size} ids, the dump has {dataset.plan['vocab_size']}: it was "
+            "made with another model"
+        )
+    dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
+    loaded = model_dir.load_model(folder, dtype)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(len(dataset), min(rows, len(dataset)), replace=False))
+    return [check_row(int(row), dataset[int(row)], loaded) for row in chosen]
+
+
+def check_row(row: int, record: Record, model: torch.nn.Module) -> RowCheck:
+    kl = row_kl(record, model)
+    return RowCheck(row, record.doc_id, record.chunk, float(kl.mean()), float(kl.max()))
+
+
+@torch.inference_mode()
+def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
+    """[P] KL in nats of the stored distributions to the model's own."""
+    device = next(model.parameters()).device
+    input_ids = torch.from_numpy(record.input_ids[None].astype(np.int64)).to(device)
+    logits = model(input_ids, use_cache=False).logits[0, :-1].float()
+    logprobs = logits.log_softmax(-1).cpu()
+    ids, stored = (torch.from_numpy(np.array(part)) for part in record.topk.dense())
+    kept = torch.isfinite(stored)  # the rest is padding
+    p = stored.double().exp()
+    q = logprobs.gather(1, ids.long()).double()
+    terms = torch.where(kept, p * (stored.double() - q), 0)
+    tail = torch.from_numpy(np.array(record.topk.tail_logprob)).double()
+    # Padding stands for no id: it takes nothing from the model's tail.
+    columns = torch.where(kept, ids.long(), logprobs.shape[1])
+    others = torch.nn.functional.pad(logprobs, (0, 1), value=-torch.inf)
+    rest = others.scatter(1, columns, -torch.inf).double().logsumexp(-1)
+    tail_term = torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0)
+    found: npt.NDArray[np.float64] = (terms.sum(1) + tail_term).numpy()
+    return found
+
+
+def report(checks: list[RowCheck], bound: float) -> tuple[list[str], bool]:
+    """(lines for a person, whether every row's mean is within `bound` nats)."""
+    lines = [f"{'row':>10}  {'KL mean':>9}  {'KL max':>9}  document, chunk"]
+    for check in checks:
+        mark = "" if check.kl_mean <= bound else "   <- FAULT"
+        lines.append(
+            f"{check.row:>10}  {check.kl_mean:>9.1e}  {check.kl_max:>9.1e}  "
+            f"{check.doc_id}, {check.chunk}{mark}"
+        )
+    wrong = sum(not check.kl_mean <= bound for check in checks)  # NaN is wrong too
+    mean = float(np.mean([check.kl_mean for check in checks])) if checks else 0.0
+    lines.append(
+        f"{len(checks)} rows recomputed, mean KL {mean:.1e} nats; {wrong} above the bound of "
+        f"{bound:g}" + (": the dump is not this model's answers" if wrong else "")
+    )
+    return lines, wrong == 0

@@ -1,0 +1,237 @@
+"""Stage one against its floors: tokens per second, and CPU that the front end costs.
+
+    python scripts/benchmarks/dump.py --corpus corpus.jsonl --model MODEL --random --rounds 3
+
+floor 1   the engine's prefill, no output at all
+floor 2   prefill and the head on every position, nothing else
+dump      scripts/dump_logits.py to disk: corpus, tokens, top-k, codec, shards, markers
+flat      vLLM's prompt_logprobs as flat lists; dict: as dictionaries
+hf        transformers, one sequence at a time
+
+Every run is a process with one engine in it; rounds go through all of them in turn, and a ratio
+compares runs of one round. --random adds a model made on the spot whose body outweighs its head,
+as that of large models does. Front-end CPU is what this side's threads use, what vLLM does with the
+answers included and its engine left out, in microseconds per token.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.pop(0)  # this file's folder: its name would hide pipeline.dump
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not be counted
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the floors replace the plug-in's pooler
+
+RUNS = ("floor 1", "floor 2", "dump", "flat", "dict", "hf")
+SLOW = 8  # flat, dict and hf get this share of the tokens
+
+
+def random_model(folder: Path, texts: list[str]) -> Path:
+    """A Qwen3 with random weights, 8 layers of width 512 and 8,192 ids: the head is 12 % of it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def settings(given: argparse.Namespace, output: str) -> Any:
+    from pipeline.config import CorpusConfig, DumpConfig
+
+    share = SLOW if given.run in ("flat", "dict", "hf") else 1
+    return DumpConfig(
+        model=given.model[0],
+        corpus=CorpusConfig(given.corpus, limit=max(1, given.documents // share)),
+        output=output,
+        k=given.k,
+        max_length=512,
+        engine="transformers" if given.run == "hf" else "vllm",
+    )
+
+
+def replace_pooler(with_head: bool) -> None:
+    """Have the plug-in return nothing, having applied the head or not."""
+    import torch
+
+    from pipeline import topk_model
+
+    def pack(model: Any, hidden: Any, k: int, vocab_size: int) -> Any:
+        rows = topk_model.rows_at_a_time(topk_model.LOGITS_BYTES_CPU, vocab_size)
+        for part in hidden.split(rows) if with_head else ():
+            model.compute_logits(part)
+        return torch.zeros(len(hidden), 1, dtype=torch.int32)
+
+    topk_model.pack_topk = pack
+
+
+def run_one(given: argparse.Namespace) -> dict[str, float]:
+    """One contender in this process: tokens, seconds, CPU seconds of the front end."""
+    from dataclasses import replace
+
+    from pipeline import dump, model_dir, teacher
+    from pipeline.corpus import Corpus
+
+    cpu: Counter[str] = Counter()
+    run = threading.Thread.run
+
+    def counted(thread: threading.Thread) -> None:
+        run(thread)
+        cpu[thread.name] += time.thread_time()  # type: ignore[assignment]
+
+    threading.Thread.run = counted  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(given, folder + "/dump")
+        model = model_dir.resolve(config.model)
+        about = model_dir.load_config(model)
+        config = replace(config, dtype=model_dir.own_dtype(about))
+        if given.run.startswith("floor"):
+            replace_pooler(with_head=given.run == "floor 2")
+            teacher.Pooled.answer = lambda path, sequence, output: None  # type: ignore
+        if given.run in ("flat", "dict"):
+            teacher.can_wrap = lambda architectures: False
+        made: list[Any] = []
+        clock = {"inside": 0.0, "began": 0.0}
+        make = teacher.make_teacher
+
+        def watched(*arguments: Any) -> Any:
+            found = make(*arguments)
+            made.append(found)
+            if hasattr(found, "engine"):
+                step = found.engine.step
+
+                def timed() -> Any:
+                    before = time.thread_time()
+                    outputs = step()
+                    clock["inside"] += time.thread_time() - before
+                    return outputs
+
+                found.engine.step = timed
+                processor = found.engine.output_processor
+                process = processor.process_outputs
+
+                def processed(*outputs: Any, **named: Any) -> Any:
+                    before = time.thread_time()
+                    made = process(*outputs, **named)
+                    clock["inside"] -= time.thread_time() - before
+                    return made
+
+                processor.process_outputs = processed
+            if given.run == "dict":
+                found.path.params.flat_logprobs = False
+                found.path.answer = lambda sequence, output: None
+            clock["began"] = time.thread_time()
+            return found
+
+        if given.run == "dump":
+            dump.make_teacher = watched
+            summary = dump.run(config)
+            seconds = summary["tokens"] / summary["tokens_per_s"]
+            tokens = summary["tokens"]
+        else:
+            tokenizer = model_dir.load_tokenizer(model)
+            corpus = Corpus(config.corpus, tokenizer, config.max_length)
+            sequences = list(corpus.sequences())
+            tokens = sum(len(sequence.input_ids) for sequence in sequences)
+            started = watched(config, model, list(about.architectures))
+            begin = time.monotonic()
+            for _ in started.topk(iter(sequences)):
+                pass
+            seconds = time.monotonic() - begin
+        outside = time.thread_time() - clock["began"] - clock["inside"]
+    threads = sum(cpu[name] for name in ("reading ahead", "writing behind"))
+    return {"tokens": tokens, "seconds": seconds, "cpu": outside + threads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", required=True, help="documents, as for dump_logits.py")
+    parser.add_argument("--model", action="append", default=[], help="may be given several times")
+    parser.add_argument("--random", action="store_true", help="a random model with a heavy body")
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run:
+        print(json.dumps(run_one(given)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if given.random:
+            import datasets
+
+            from pipeline.config import CorpusConfig
+            from pipeline.corpus import find_files, load
+
+            datasets.disable_progress_bars()
+            documents = load(CorpusConfig(given.corpus), find_files(given.corpus))
+            texts = [row["text"] for row in islice(documents, 500)]
+            given.model.append(str(random_model(Path(folder) / "random-body-heavy", texts)))
+        for model in given.model:
+            compare(given, model)
+
+
+def compare(given: argparse.Namespace, model: str) -> None:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
+    for _ in range(given.rounds):
+        for name in given.only:
+            words = [sys.executable, __file__, "--run", name, "--corpus", given.corpus]
+            words += ["--model", model, "--documents", str(given.documents), "--k", str(given.k)]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr[-3000:]}")
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    rates = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in found.items()}
+    print(f"\n{Path(model).name}, k = {given.k}, {given.rounds} rounds, {os.cpu_count()} cores")
+    print(f"{'':<10}{'tokens':>9}{'tokens/s':>10}{'of floor 2':>12}{'front-end us/token':>20}")
+    floor = rates.get("floor 2")
+    for name, runs in found.items():
+        ratio = ""
+        if floor:
+            ratios = sorted(a / b for a, b in zip(rates[name], floor, strict=True))
+            ratio = f"{median(ratios):.2f}"
+        cpu = median(1e6 * run["cpu"] / run["tokens"] for run in runs)
+        shown = "" if name == "hf" else f"{cpu:.1f}"
+        print(
+            f"{name:<10}{runs[0]['tokens']:>9,.0f}{median(rates[name]):>10,.0f}{ratio:>12}"
+            f"{shown:>20}"
+        )
+
+
+if __name__ == "__main__":
+    main()

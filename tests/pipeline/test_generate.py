@@ -1,0 +1,120 @@
+"""A corpus that the base model writes: filters, resuming, and the real engine."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import dump, generate
+from pipeline.config import ConfigError, CorpusConfig, GenerateConfig, Interrupted, RefusedError
+from pipeline.corpus import Corpus
+from pipeline.model_dir import load_tokenizer
+from pipeline.progress import Progress
+from tests.pipeline.corpora import some_texts, write_texts
+from tests.pipeline.test_dump import settings
+
+EOS = 0
+
+
+class Fake:
+    """Writes by the seeds; every fourth document repeats itself, every fifth is always the same."""
+
+    def __init__(self, batches: int | None = None) -> None:
+        self.left, self.prompts = batches, []  # type: ignore[var-annotated]
+
+    def generate(self, prompts: Any, seeds: Any, temperature: Any, top_p: Any, stop: Any) -> Any:
+        assert stop == EOS
+        if self.left == 0:
+            raise Interrupted("cut off")
+        self.left = None if self.left is None else self.left - 1
+        self.prompts += prompts
+        found = []
+        for seed in seeds:
+            rng = random.Random(seed % 5 == 0 or seed)
+            length = rng.randint(20, 60)
+            found.append(
+                [300] * length if seed % 4 == 0 else [rng.randint(50, 500) for _ in range(length)]
+            )
+        return found
+
+
+def config(tmp_path: Path, **changes: Any) -> GenerateConfig:
+    given = {"model": "m", "output": str(tmp_path / "out"), "tokens": 5000, "batch": 20, **changes}
+    return GenerateConfig(**given)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path: Path):  # type: ignore[no-untyped-def]
+    return load_tokenizer(model_path)
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    files = sorted(path.glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_what_repeats_or_stands_already_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    totals = generate.write(config(tmp_path), tokenizer, Fake(), Progress(unit="token"))
+    documents = written(tmp_path / "out")
+    assert totals["documents"] == len(documents)
+    assert totals["tokens"] == sum(document["tokens"] for document in documents) >= 5000
+    assert totals["dropped"] == 20 * totals["files"] - len(documents) > 0
+    assert len({document["text"] for document in documents}) == len(documents)
+    assert len({document["id"] for document in documents}) == len(documents)
+    repeated = tokenizer.decode([300] * 10)
+    assert not any(repeated in document["text"] for document in documents)
+
+
+def test_cut_off_work_goes_on_to_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
+    generate.write(config(tmp_path), tokenizer, Fake(), Progress(unit="token"))
+    other = config(tmp_path, output=str(tmp_path / "cut"))
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            generate.write(other, tokenizer, Fake(batches=2), Progress(unit="token"))
+    generate.write(other, tokenizer, Fake(), Progress(unit="token"))
+    assert written(tmp_path / "cut") == written(tmp_path / "out")
+    with pytest.raises(RefusedError, match="seed differ"):
+        generate.write(config(tmp_path, seed=1), tokenizer, Fake(), Progress(unit="token"))
+    more = generate.write(config(tmp_path, tokens=9000), tokenizer, Fake(), Progress(unit="token"))
+    assert more["tokens"] >= 9000
+    corpus = Corpus(CorpusConfig(str(tmp_path / "out")), tokenizer, 100)
+    assert len(corpus) == more["documents"]
+
+
+def test_prompts_start_the_documents(tmp_path: Path, tokenizer: Any) -> None:
+    texts = some_texts(6)[1:]
+    prompts = CorpusConfig(str(write_texts(tmp_path / "prompts.jsonl", texts)))
+    fake = Fake()
+    generate.write(
+        config(tmp_path, prompts=prompts, prompt_tokens=4), tokenizer, fake, Progress(unit="token")
+    )
+    starts = [tokenizer(text)["input_ids"][:4] for text in texts]
+    assert fake.prompts[:7] == [*starts, *starts[:2]]
+    assert written(tmp_path / "out")[0]["text"].startswith(texts[0][:3])
+
+
+def test_settings_that_yield_nothing_end(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="in a row were dropped"):
+        generate.write(config(tmp_path, min_length=100), tokenizer, Fake(), Progress(unit="token"))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_engine_writes_a_corpus_that_stage_one_reads(tmp_path: Path, model_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "generate_corpus.py"
+    command = [sys.executable, str(script), f"--model={model_path}", f"--output={tmp_path / 'out'}"]
+    command += ["--tokens=1500", "--batch=16", "--max_length=64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    documents = written(tmp_path / "out")
+    assert sum(document["tokens"] for document in documents) >= 1500
+    assert len({document["text"] for document in documents}) == len(documents)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert written(tmp_path / "out") == documents
+    summary = dump.run(settings(tmp_path, model_path, tmp_path / "out"))
+    assert summary["documents"] == len(documents)

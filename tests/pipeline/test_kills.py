@@ -1,0 +1,19 @@
+"""No death of a process at any instant loses, doubles or tears a row; `make test-kill` for 200."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_twelve_kills() -> None:
+    command = [sys.executable, "-m", "tests.pipeline.kills", "--kills=12", "--seed=3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert re.search(r"12 kills \(\d+ inside a step of a commit", result.stdout)
+    assert "lost 0, doubled 0, torn 0" in result.stdout

@@ -1,0 +1,272 @@
+"""Stage one on an object store: a real S3 server, a store that fails, and training from it."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from pipeline import cli, dump
+from pipeline.config import ConfigError, CorpusConfig
+from storage import CorruptShard, LogitDataset, StoreError, verify
+from storage.__main__ import main as storage_main
+from tests.pipeline.corpora import some_texts, write_texts
+from tests.pipeline.test_dump import SCRIPT, rows, settings
+from tests.s3 import FAULTS, FaultyProxy, MotoServer, environment
+
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MotoServer]:
+    with MotoServer() as started:
+        started.client().create_bucket(Bucket=BUCKET)
+        yield started
+
+
+@pytest.fixture
+def client(server: MotoServer) -> Any:
+    """The server's own view, past any proxy; the bucket is empty at the start."""
+    client = server.client()
+    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    return client
+
+
+@pytest.fixture(autouse=True)
+def settings_for_s3(monkeypatch: pytest.MonkeyPatch, server: MotoServer) -> Iterator[None]:
+    use(server.port, monkeypatch)
+    yield
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(port).items():
+        monkeypatch.setenv(name, value)
+    # Short waits and no retries below ours: what is tested is this package's own patience.
+    impatient = {"read_timeout": 1, "connect_timeout": 2, "retries": {"max_attempts": 0}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": impatient})
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "corpus.jsonl", some_texts(30))
+
+
+def keys(client: Any) -> set[str]:
+    found = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+    return {entry["Key"] for entry in found}
+
+
+def test_dump_resume_verify_and_gc_on_s3(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any, capsys: Any
+) -> None:
+    """Interrupted through the real script, gone on with, checked, and equal to a local dump."""
+    dump.run(settings(tmp_path, model_path, corpus))
+    client.upload_file(str(corpus), BUCKET, "texts/corpus.jsonl")
+    output = f"s3://{BUCKET}/dump"
+    words = [sys.executable, str(SCRIPT), f"--model={model_path}", f"--output={output}", "--k=8"]
+    words += [f"--corpus.path={corpus}", "--max_length=100", "--shard_tokens=500"]
+    process = subprocess.Popen([*words, "--engine=transformers"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while "dump/00000/00001.json" not in keys(client):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {key for key in keys(client) if key.endswith(".json")}
+    assert "dump/manifest.json" not in before
+    # What a writer leaves that dies between its data file and its marker:
+    client.put_object(Bucket=BUCKET, Key="dump/00000/00003-feedbeef.parquet", Body=b"half")
+    dump.run(settings(tmp_path, model_path, corpus, output=output))
+    assert before <= keys(client)
+    assert rows(output) == rows(tmp_path / "dump")
+    report = verify(output)
+    assert report.ok
+    assert any("feedbeef" in note for note in report.notes)
+    assert storage_main(["gc", output, "--older-than=-1"]) == 0
+    assert "00003-feedbeef" in capsys.readouterr().out
+    assert storage_main(["gc", output, "--older-than=-1", "--delete"]) == 0
+    assert not verify(output).notes
+    assert rows(output) == rows(tmp_path / "dump")
+    assert not list(LogitDataset(output).dump.store.remote_staging.glob("*"))
+
+
+def test_the_corpus_may_be_on_s3(tmp_path: Path, model_path: Path, client: Any) -> None:
+    for part in range(2):
+        path = write_texts(tmp_path / f"{part}.jsonl", some_texts(20)[10 * part : 10 * part + 10])
+        client.upload_file(str(path), BUCKET, f"texts/{part}.jsonl")
+    whole = write_texts(tmp_path / "whole.jsonl", some_texts(20))
+    dump.run(settings(tmp_path, model_path, whole))
+    for path in [f"s3://{BUCKET}/texts", f"s3://{BUCKET}/texts/*.jsonl"]:
+        output = str(tmp_path / f"dump-{len(path)}")
+        config = settings(tmp_path, model_path, whole, output=output)
+        config.corpus = CorpusConfig(path)
+        dump.run(config)
+        assert rows(output) == rows(tmp_path / "dump")
+    config.corpus = CorpusConfig(f"s3://{BUCKET}/none")
+    with pytest.raises(ConfigError, match="no such file"):
+        dump.run(config)
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_for_a_time_costs_only_time(
+    tmp_path: Path,
+    model_path: Path,
+    corpus: Path,
+    client: Any,
+    server: MotoServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fifth of all requests fails, also after the server did as it was told; all the while a
+    reader sees whole shards only."""
+    dump.run(settings(tmp_path, model_path, corpus))
+    output = f"s3://{BUCKET}/dump"
+    with FaultyProxy(server.port, rate=0.1, seed=1, stall=1.3) as proxy:
+        use(proxy.port, monkeypatch)
+        monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.02)
+        seen, stop = [], threading.Event()
+        watcher = threading.Thread(target=watch, args=(client, seen, stop))
+        watcher.start()
+        dump.run(settings(tmp_path, model_path, corpus, output=output))
+        stop.set()
+        watcher.join()
+        assert rows(output) == rows(tmp_path / "dump")
+        report = verify(output)
+        assert report.ok, report.faults
+        assert set(proxy.happened) == set(FAULTS), proxy.happened
+    assert len(seen) > 3
+    assert all(data is not None for _, data in seen), "a marker named a file that was not there"
+    named = {f"dump/{shard.file}" for shard in LogitDataset(output).shards}
+    assert named <= keys(client)
+
+
+def watch(client: Any, seen: list[Any], stop: threading.Event) -> None:
+    """For each marker, in the moment it appears, the data file that it names."""
+    import hashlib
+    import json
+
+    known: set[str] = set()
+    while not stop.is_set():
+        for key in sorted(keys(client) - known):
+            known.add(key)
+            if key.startswith("dump/00000/0") and key.endswith(".json"):
+                marker = json.loads(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+                data = client.get_object(Bucket=BUCKET, Key=f"dump/00000/{marker['file']}")
+                whole = hashlib.sha256(data["Body"].read()).hexdigest() == marker["sha256"]
+                seen.append((key, True if whole else None))
+        time.sleep(0.01)
+
+
+def test_a_store_that_stays_away_is_an_error_and_the_rest_follows_later(
+    tmp_path: Path,
+    model_path: Path,
+    corpus: Path,
+    client: Any,
+    server: MotoServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dump.run(settings(tmp_path, model_path, corpus))
+    config = settings(tmp_path, model_path, corpus, output=f"s3://{BUCKET}/dump")
+    monkeypatch.setattr("storage.store.PATIENCE", 2.0)
+    commit = dump.PartitionsWriter.commit
+    with FaultyProxy(server.port, rate=0) as proxy:
+        use(proxy.port, monkeypatch)
+
+        def then_down(writer: dump.PartitionsWriter) -> None:
+            commit(writer)
+            proxy.down = writer.index >= 3
+
+        monkeypatch.setattr(dump.PartitionsWriter, "commit", then_down)
+        assert cli.main(lambda: dump.run(config), None) == 1
+        message = capsys.readouterr().err
+        assert "the store did not answer for 2 s" in message
+        assert "run the same command again" in message
+        with pytest.raises(StoreError):
+            LogitDataset(config.output, partial=True)
+        proxy.down = False
+        monkeypatch.setattr(dump.PartitionsWriter, "commit", commit)
+        assert verify(config.output, partial=True).ok
+        assert len(LogitDataset(config.output, partial=True).shards) == 3
+        dump.run(config)
+    assert rows(config.output) == rows(tmp_path / "dump")
+
+
+def test_readers_keep_a_local_copy(
+    tmp_path: Path,
+    model_path: Path,
+    corpus: Path,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = f"s3://{BUCKET}/dump"
+    dump.run(settings(tmp_path, model_path, corpus, output=output))
+    expected = rows(output)
+    shards = LogitDataset(output).shards
+    sizes = [shard.marker["bytes"] for shard in shards]
+    monkeypatch.setenv("MOL_CACHE", str(tmp_path / "cache"))
+    assert rows(output) == expected
+    kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert kept == sorted(f"{shard.marker['sha256']}.parquet" for shard in shards)
+    for shard in shards:  # now it must come from the copies
+        client.delete_object(Bucket=BUCKET, Key=f"dump/{shard.file}")
+    assert rows(output) == expected
+    monkeypatch.setenv("MOL_CACHE", str(tmp_path / "other"))
+    with pytest.raises(CorruptShard, match="missing"):
+        rows(output)
+    client.put_object(Bucket=BUCKET, Key=f"dump/{shards[0].file}", Body=b"x" * sizes[0])
+    with pytest.raises(CorruptShard, match="changed after commit"):
+        rows(output)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_the_cache_is_bounded(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = f"s3://{BUCKET}/dump"
+    dump.run(settings(tmp_path, model_path, corpus, output=output))
+    expected = rows(output)
+    sizes = [shard.marker["bytes"] for shard in LogitDataset(output).shards]
+    limit = 2.5 * max(sizes)
+    assert sum(sizes) > limit
+    monkeypatch.setenv("MOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOL_CACHE_GB", str(limit / 1e9))
+    for _ in range(2):
+        assert rows(output) == expected
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
+
+
+def test_training_from_s3_is_training_from_disk(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any
+) -> None:
+    """Two steps, read in a forked worker process: the same losses."""
+    from pipeline import train
+    from tests.pipeline import test_train
+
+    dump.run(settings(tmp_path, model_path, corpus))
+    for path in (tmp_path / "dump").rglob("*"):
+        if path.is_file():
+            key = f"copied/{path.relative_to(tmp_path / 'dump')}"
+            client.upload_file(str(path), BUCKET, key)
+    logged = {}
+    for name, place in [("disk", str(tmp_path / "dump")), ("s3", f"s3://{BUCKET}/copied")]:
+        config = test_train.settings(
+            tmp_path,
+            model_path,
+            Path("none"),
+            corpus,
+            output=str(tmp_path / name),
+            training={"max_steps": 2, "dataloader_num_workers": 1},
+        )
+        config.dump = place
+        train.run(config)
+        logged[name] = test_train.steps(tmp_path / name)
+    assert len(logged["disk"]) == 2
+    assert logged["s3"] == logged["disk"]

@@ -1,0 +1,68 @@
+"""A dump against the model it was made with, and against others."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import verify
+from pipeline.config import ConfigError
+from tests.models import tiny_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_dump.py"
+
+
+def test_its_own_model_agrees_and_another_does_not(
+    dump_path: Path, model_path: Path, tmp_path: Path
+) -> None:
+    checks = verify.recompute(str(dump_path), str(model_path), rows=12)
+    assert len({check.row for check in checks}) == 12
+    assert all(0 <= check.kl_mean < 1e-3 for check in checks)  # the codec's rounding
+    lines, good = verify.report(checks, bound=0.02)
+    assert good
+    assert len(lines) == 14
+    other = tiny_model(tmp_path / "other", seed=1)
+    checks = verify.recompute(str(dump_path), str(other), rows=3)
+    lines, good = verify.report(checks, bound=0.02)
+    assert not good
+    assert sum("FAULT" in line for line in lines) == 3
+    small = tiny_model(tmp_path / "small", vocab_size=400)
+    with pytest.raises(ConfigError, match="400 ids, the dump has 512"):
+        verify.recompute(str(dump_path), str(small), rows=3)
+
+
+def test_kl_counts_the_tail_and_is_the_one_over_kept_ids_and_tail(
+    dump_path: Path, model_path: Path
+) -> None:
+    """Against the sum written out in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from storage import LogitDataset
+
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    record = LogitDataset(dump_path)[4]
+    ids = torch.from_numpy(record.input_ids[None].astype(np.int64))
+    q = model(ids).logits[0, :-1].detach().double().softmax(-1).numpy()
+    kept, stored = record.topk.dense()
+    for at, found in enumerate(verify.row_kl(record, model)):
+        p, a = np.exp(stored[at].astype(float)), np.exp(float(record.topk.tail_logprob[at]))
+        mass = q[at, kept[at]]
+        wanted = (p * np.log(p / mass)).sum() + a * np.log(a / (1 - mass.sum()))
+        assert found == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_script_exit_codes(dump_path: Path, model_path: Path, tmp_path: Path) -> None:
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    good = run(dump_path, "--against", model_path, "--sample", 2)
+    assert good.returncode == 0, good.stderr
+    assert "2 rows recomputed" in good.stdout
+    other = tiny_model(tmp_path / "other", seed=1)
+    assert run(dump_path, "--against", other, "--sample", 2).returncode == 4
+    assert run(tmp_path / "none").returncode == 2

@@ -1,0 +1,101 @@
+"""create-if-absent on a store that is not a local disk, and whose answers may be lost."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import LogitDataset, ShardWriter, StoreError, create_dump, verify
+from storage.store import Store
+from tests.storage.records import assert_same, plan, random_record
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of fsspec's memory file system, of this test alone."""
+    monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.001)
+    return f"memory://{tmp_path}"
+
+
+def losing(work: Any, times: int, after: bool) -> Any:
+    """`work`, whose answer or whose request is lost so many times."""
+    left = [times]
+
+    def lossy(*arguments: Any, **named: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            if after:
+                work(*arguments, **named)
+            raise ConnectionResetError("planted")
+        return work(*arguments, **named)
+
+    return lossy
+
+
+def test_the_first_create_wins(place: str) -> None:
+    store = Store(place)
+    assert store.create("a.json", b"one")
+    assert not store.create("a.json", b"two")
+    assert store.read("a.json") == b"one"
+    assert store.read("b.json") is None
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_lost_answer_is_not_a_lost_race(
+    place: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store made the marker, the writer was not told: its data file must stay."""
+    dump = create_dump(place, plan())
+    writer = ShardWriter(dump.partition(0))
+    for number in range(3):
+        writer.write(random_record(number))
+    monkeypatch.setattr(dump.store.fs, "pipe_file", losing(dump.store.fs.pipe_file, 2, after))
+    marker = writer.commit({})
+    dump.partition(0).finish({})
+    dump.finish()
+    assert verify(place).ok
+    assert [shard.marker for shard in LogitDataset(place).shards] == [marker]
+    for number, record in enumerate(LogitDataset(place)):
+        assert_same(record, random_record(number))
+    assert not list(dump.store.remote_staging.iterdir())
+
+
+def test_patience_ends(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(place)
+    store.create("a", b"1")
+    monkeypatch.setattr(store.fs, "cat_file", losing(store.fs.cat_file, 3, False))
+    assert store.read("a") == b"1"
+    monkeypatch.setattr(store.fs, "cat_file", losing(store.fs.cat_file, 10**9, False))
+    monkeypatch.setattr("storage.store.PATIENCE", 0.05)
+    with pytest.raises(StoreError, match=r"cannot read .*/a: the store did not answer for"):
+        store.read("a")
+
+
+def test_an_upload_that_arrives_short_is_done_again(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, whole = Store(place), b"x" * 1000
+    (tmp_path / "file").write_bytes(whole)
+    put, calls = store.fs.put_file, []
+
+    def short(local: str, remote: str, **named: Any) -> None:
+        calls.append(remote)
+        put(local, remote, **named)
+        if len(calls) == 1:
+            store.fs.pipe_file(remote, whole[:100])
+
+    monkeypatch.setattr(store.fs, "put_file", short)
+    store.publish(tmp_path / "file", "data")
+    assert store.read("data") == whole
+    assert len(calls) == 2
+    assert not (tmp_path / "file").exists()
+
+
+def test_only_the_start_of_a_dump_makes_its_directory(tmp_path: Path) -> None:
+    store = Store(tmp_path / "gone")
+    with pytest.raises(StoreError, match="the directory is gone"):
+        store.create("00000/00000.json", b"")
+    with pytest.raises(StoreError, match="the directory is gone"):
+        store.staging_folder("00000")
+    assert not os.path.exists(tmp_path / "gone")
