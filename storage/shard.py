@@ -6,6 +6,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,14 @@ class ShardWriter:
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
         doc_ids, chunks, input_ids, grids = zip(*rows, strict=True)
+        with ThreadPoolExecutor() as pool:  # what takes time lets other threads run
+            payloads = list(pool.map(self.payload, input_ids, grids))
         columns = [
             pa.array(doc_ids, pa.string()),
             pa.array(chunks, pa.int32()),
             pa.array([len(ids) for ids in input_ids], pa.int32()),
             pa.array(input_ids, SCHEMA.field("input_ids").type),
-            pa.array(map(self.payload, input_ids, grids), pa.binary()),
+            pa.array(payloads, pa.binary()),
         ]
         if isinstance(self.tables, Successors):
             first = self.tables.pack() if self.flushed_tokens == 0 else None

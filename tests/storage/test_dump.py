@@ -22,6 +22,7 @@ from storage import (
 )
 from storage.manifest import Dump
 from storage.shard import ShardReader
+from tests.fuzz.corrupt_shard import corrupt
 from tests.storage.records import assert_same, make_dump, plan, random_record
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
@@ -317,3 +318,12 @@ def test_reading_a_cut_or_flipped_shard_names_it(tmp_path: Path, codec: str) -> 
     for name, rows in zip(names, (range(5), range(5, 10)), strict=True):
         with pytest.raises(CorruptShard, match=name):
             [dataset[row] for row in rows]
+
+
+@CODECS
+def test_every_changed_byte_of_a_shard_is_detected(tmp_path: Path, codec: str) -> None:
+    """A few hundred of what tests/fuzz/corrupt_shard.py does a hundred thousand times."""
+    dump = make_dump(tmp_path, shards=1, rows=4, codec=codec)
+    found = corrupt(dump, 300, np.random.default_rng(1))
+    assert sum(found.values()) == 300
+    assert found["by the hash and by reading"] > 280
