@@ -44,10 +44,10 @@ def interpreter() -> str:
 
 
 @contextlib.contextmanager
-def hold(names: list[str]) -> Iterator[tuple[str, int]]:
-    """(name, open file) of the first lock of this machine that is free; waits for one.
+def hold(names: list[str]) -> Iterator[str]:
+    """The name of the first lock of this machine that is free; waits for one.
 
-    The script inherits the file, so an orphan of an earlier try keeps what it still uses.
+    The task's process holds it, so an orphan of an earlier try keeps what its script still uses.
     """
     while True:
         for name in names:
@@ -59,7 +59,7 @@ def hold(names: list[str]) -> Iterator[tuple[str, int]]:
                 os.close(file)
                 continue
             try:
-                yield name, file
+                yield name
             finally:
                 os.close(file)
             return
@@ -85,14 +85,12 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
         contextlib.ExitStack() as held,
         tempfile.TemporaryDirectory(prefix="mol-distill-") as scratch,
     ):
-        files = []
         if alone is not None:
             digest = hashlib.sha256(str(where / alone).encode()).hexdigest()[:16]
-            files.append(held.enter_context(hold([f"output-{digest}"]))[1])
+            held.enter_context(hold([f"output-{digest}"]))
         gpus = Variable.get("mol_distill_gpus", default="").split() if gpu else []
         if gpus:
-            name, file = held.enter_context(hold([f"gpu-{ids}" for ids in gpus]))
-            files.append(file)
+            name = held.enter_context(hold([f"gpu-{ids}" for ids in gpus]))
             env["CUDA_VISIBLE_DEVICES"] = name.removeprefix("gpu-")
         summary = Path(scratch, "summary.json")
         shown = [argument.replace("{summary}", str(summary)) for argument in arguments]
@@ -109,7 +107,6 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             text=True,
             errors="replace",
             start_new_session=True,
-            pass_fds=files,
         )
         threading.Thread(target=clear_up, args=[script.pid], daemon=True).start()
         before = signal.signal(signal.SIGTERM, lambda *_: script.terminate())
