@@ -63,7 +63,7 @@ class ShardWriter:
 
     The plan's `codec` says how payloads are written. "v1" (also where there is none) writes row
     group after row group; "v2" learns from the whole shard, so it keeps the rows until `commit`: 6
-    bytes for each entry, and twice that while it writes.
+    bytes for each entry, and about 20 while it writes.
     """
 
     def __init__(self, partition: Partition, index: int | None = None) -> None:
