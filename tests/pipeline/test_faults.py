@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,12 @@ def test_a_shard_cut_elsewhere_is_gone_on_from(
                 dump.run(config)
             monkeypatch.setattr(dump.PartitionsWriter, "__init__", other_cut)
         commit(writer)
-        if len(ran) == 1 and writer.shard_tokens == 120 and writer.index == 5:
+        if len(ran) == 1 and writer.config.shard_tokens == 120 and writer.index == 5:
             ran.append(True)
             raise Interrupted("the other writer ends here")
 
-    def short_shards(writer, spans, shard_tokens, meter) -> None:  # type: ignore[no-untyped-def]
-        other_cut(writer, spans, 120, meter)
+    def short_shards(writer, config, spans, meter) -> None:  # type: ignore[no-untyped-def]
+        other_cut(writer, replace(config, shard_tokens=120), spans, meter)
 
     monkeypatch.setattr(dump.PartitionsWriter, "commit", first_let_the_other)
     monkeypatch.setattr(dump, "stop_on_signals", lambda limit: contextlib.nullcontext())
