@@ -52,13 +52,21 @@ def tokenizer(model_path: Path):  # type: ignore[no-untyped-def]
     return load_tokenizer(model_path)
 
 
+def write(settings: GenerateConfig, tokenizer: Any, generator: Fake) -> dict[str, Any]:
+    progress = Progress(unit="token")
+    try:
+        return generate.write(settings, tokenizer, generator, progress)
+    finally:
+        progress.close()
+
+
 def written(path: Path) -> list[dict[str, Any]]:
     files = sorted(path.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def test_what_repeats_or_stands_already_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
-    totals = generate.write(config(tmp_path), tokenizer, Fake(), Progress(unit="token"))
+    totals = write(config(tmp_path), tokenizer, Fake())
     documents = written(tmp_path / "out")
     assert totals["documents"] == len(documents)
     assert totals["tokens"] == sum(document["tokens"] for document in documents) >= 5000
@@ -70,16 +78,16 @@ def test_what_repeats_or_stands_already_is_dropped(tmp_path: Path, tokenizer: An
 
 
 def test_cut_off_work_goes_on_to_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
-    generate.write(config(tmp_path), tokenizer, Fake(), Progress(unit="token"))
+    write(config(tmp_path), tokenizer, Fake())
     other = config(tmp_path, output=str(tmp_path / "cut"))
     for _ in range(3):
         with pytest.raises(Interrupted):
-            generate.write(other, tokenizer, Fake(batches=2), Progress(unit="token"))
-    generate.write(other, tokenizer, Fake(), Progress(unit="token"))
+            write(other, tokenizer, Fake(batches=2))
+    write(other, tokenizer, Fake())
     assert written(tmp_path / "cut") == written(tmp_path / "out")
     with pytest.raises(RefusedError, match="seed differ"):
-        generate.write(config(tmp_path, seed=1), tokenizer, Fake(), Progress(unit="token"))
-    more = generate.write(config(tmp_path, tokens=9000), tokenizer, Fake(), Progress(unit="token"))
+        write(config(tmp_path, seed=1), tokenizer, Fake())
+    more = write(config(tmp_path, tokens=9000), tokenizer, Fake())
     assert more["tokens"] >= 9000
     corpus = Corpus(CorpusConfig(str(tmp_path / "out")), tokenizer, 100)
     assert len(corpus) == more["documents"]
@@ -89,9 +97,7 @@ def test_prompts_start_the_documents(tmp_path: Path, tokenizer: Any) -> None:
     texts = some_texts(6)[1:]
     prompts = CorpusConfig(str(write_texts(tmp_path / "prompts.jsonl", texts)))
     fake = Fake()
-    generate.write(
-        config(tmp_path, prompts=prompts, prompt_tokens=4), tokenizer, fake, Progress(unit="token")
-    )
+    write(config(tmp_path, prompts=prompts, prompt_tokens=4), tokenizer, fake)
     starts = [tokenizer(text)["input_ids"][:4] for text in texts]
     assert fake.prompts[:7] == [*starts, *starts[:2]]
     assert written(tmp_path / "out")[0]["text"].startswith(texts[0][:3])
@@ -99,7 +105,7 @@ def test_prompts_start_the_documents(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_settings_that_yield_nothing_end(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="in a row were dropped"):
-        generate.write(config(tmp_path, min_length=100), tokenizer, Fake(), Progress(unit="token"))
+        write(config(tmp_path, min_length=100), tokenizer, Fake())
 
 
 @pytest.mark.vllm
