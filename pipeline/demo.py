@@ -210,6 +210,7 @@ def plot(folder: Path) -> None:
     for axis, title in zip(axes, ("domain: Python code", "general: English prose"), strict=True):
         axis.set(title=title, xlabel="optimizer step", ylabel="held-out perplexity", yscale="log")
         axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter("{x:.0f}")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.savefig(folder / "perplexities.png", dpi=120)
