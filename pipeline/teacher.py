@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
@@ -203,9 +204,7 @@ class VllmGenerator:
     ) -> None:
         check_interface()
         settings = engine_settings(model, dtype, max_length, engine_args)
-        from vllm import EngineArgs, LLMEngine
-
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        self.engine = start_engine(settings)
         self.max_length, self.requests = max_length, 0
 
     def __enter__(self) -> "VllmGenerator":
@@ -250,6 +249,20 @@ class VllmGenerator:
         return found
 
 
+def start_engine(settings: dict[str, Any]) -> Any:
+    """vLLM's engine with these EngineArgs."""
+    from vllm import EngineArgs, LLMEngine
+
+    # On a CPU vLLM 0.32 looks through every loaded module for kernels to replace, and trips over
+    # one of numba's (which codec version 2 uses) that makes up any attribute it is asked for.
+    numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**settings))
+    finally:
+        if numba_library is not None:
+            sys.modules["llvmlite.binding.ffi"] = numba_library
+
+
 class Pooled:
     """The plug-in's way: tensors from the device to here."""
 
@@ -257,7 +270,7 @@ class Pooled:
         self.k = k
 
     def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
-        from vllm import EngineArgs, LLMEngine, PoolingParams
+        from vllm import PoolingParams
 
         from pipeline.topk_model import PREFIX
 
@@ -267,8 +280,7 @@ class Pooled:
             **settings.get("hf_overrides", {}),
         }
         self.params = PoolingParams(task="token_classify")
-        made = EngineArgs(**{**settings, "runner": "pooling", "hf_overrides": overrides})
-        return LLMEngine.from_engine_args(made)
+        return start_engine({**settings, "runner": "pooling", "hf_overrides": overrides})
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
         """int32 [T, 1 + 2k] from the plug-in -> TopK; the last row predicts what is not there."""
@@ -298,7 +310,7 @@ class PromptLogprobs:
     def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
         # One token is generated behind each sequence; the model never reads it.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        from vllm import EngineArgs, LLMEngine, SamplingParams
+        from vllm import SamplingParams
 
         self.params = SamplingParams(
             prompt_logprobs=self.k,
@@ -308,8 +320,7 @@ class PromptLogprobs:
             temperature=0,
         )
         longer = settings["max_model_len"] + 1
-        made = EngineArgs(**{**settings, "max_logprobs": self.k, "max_model_len": longer})
-        return LLMEngine.from_engine_args(made)
+        return start_engine({**settings, "max_logprobs": self.k, "max_model_len": longer})
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
         """Entries of each position: the next token itself, then the k best."""

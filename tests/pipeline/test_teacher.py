@@ -14,10 +14,14 @@ import pytest
 from pipeline.corpus import Sequence
 from pipeline.teacher import PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
 from storage import TopK
+from storage.successors import compiled
 from tests.models import tiny_model
 
 K = 16
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+compiled()  # numba is loaded, as after version 2 was read: vLLM starts all the same
 
 
 def sequences(lengths: list[int], vocab_size: int = 512) -> list[Sequence]:
