@@ -137,7 +137,7 @@ def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Re
     rng = random.Random(seed)
     result = Result()
     model = tiny_model(folder / "model")
-    documents = documents or 100 + 40 * kills
+    documents = documents or 300 + 60 * kills  # an idle machine commits 44 between two kills
     corpus = write_texts(folder / "corpus.jsonl", some_texts(documents))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
 
