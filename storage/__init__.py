@@ -17,6 +17,7 @@ from storage.errors import (
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
 from storage.ranked import Ranks
+from storage.samples import Samples
 from storage.shard import ShardWriter
 from storage.successors import Row, Successors
 from storage.topk import Record, TopK
@@ -36,6 +37,7 @@ __all__ = [
     "Ranks",
     "Record",
     "Row",
+    "Samples",
     "ShardWriter",
     "StorageError",
     "StoreError",

@@ -54,7 +54,7 @@ def pack(grid: Grid, row: Row) -> bytes:
         len(grid.ids),
         row.checksum,
     )
-    body = join(header, [*deflate(groups), words.astype("<u2").tobytes(), bytes(4)])
+    body = join(header.pack(), [*deflate(groups), words.astype("<u2").tobytes(), bytes(4)])
     return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
 
 

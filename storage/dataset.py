@@ -21,12 +21,15 @@ class LogitDataset:
 
     Picklable and safe in forked workers: each process opens its own files. `partial=True` reads
     what is committed so far of a dump that is not finished; the rows it sees then do not change.
+    `samples=False` does not read those that the dump may hold of its tails.
     Raises IncompleteDump, CorruptShard (with file and row) and IndexError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, partial: bool = False, samples: bool = True
+    ) -> None:
         self.dump = Dump(path)
-        self.partial = partial
+        self.partial, self.samples = partial, samples
         manifest = None if partial else self.dump.manifest()
         self._manifest = manifest
         self.shards = tuple(self.dump.shards()) if manifest is None else manifest.shards
@@ -46,6 +49,11 @@ class LogitDataset:
     @property
     def plan(self) -> Json:
         return self.dump.plan
+
+    @property
+    def draws(self) -> int:
+        """Ids drawn from each tail, in the records of this dataset; 0 for none."""
+        return int(self.plan.get("samples", 0)) if self.samples else 0
 
     @property
     def fingerprint(self) -> str:
@@ -98,7 +106,7 @@ class LogitDataset:
             self._forget()
         reader = self._readers.pop(number, None)
         if reader is None:
-            reader = ShardReader(self.dump.store, self.shards[number])
+            reader = ShardReader(self.dump.store, self.shards[number], self.samples)
         self._readers[number] = reader
         if len(self._readers) > OPEN_SHARDS:
             self._readers.popitem(last=False)

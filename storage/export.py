@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.dataset import LogitDataset
-from storage.topk import Record
+from storage.topk import Int32s, Record, UInt16s
 
 PER_POSITION = pa.schema(
     [
@@ -34,19 +34,28 @@ PER_SEQUENCE = pa.schema(
     ]
 )
 
+SAMPLED_PER_POSITION = [
+    ("sampled_ids", pa.list_(pa.int32())),
+    ("sampled_times", pa.list_(pa.uint16())),
+]
+SAMPLED_PER_SEQUENCE = [("sampled_counts", pa.list_(pa.uint16())), *SAMPLED_PER_POSITION]
+
 
 def export(dataset: LogitDataset, target: str | os.PathLike[str], per: str = "position") -> int:
     """Write all rows to one Parquet file, a sequence at a time; returns the rows written.
 
-    per="position": one row per distribution. per="sequence": one row per stored row.
+    per="position": one row per distribution. per="sequence": one row per stored row. A dump with
+    samples has columns for them: ids drawn from the tail, and how often each of its `draws`.
     """
-    to_table, schema = {
-        "position": (by_position, PER_POSITION),
-        "sequence": (by_sequence, PER_SEQUENCE),
+    to_table, schema, sampled = {
+        "position": (by_position, PER_POSITION, SAMPLED_PER_POSITION),
+        "sequence": (by_sequence, PER_SEQUENCE, SAMPLED_PER_SEQUENCE),
     }[per]
+    if dataset.draws:
+        schema = pa.schema([*schema, *sampled])
     written = 0
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for tables in batched((to_table(record) for record in dataset), 64):
+        for tables in batched((to_table(record, schema) for record in dataset), 64):
             table = pa.concat_tables(tables)
             writer.write_table(table)
             written += len(table)
@@ -64,9 +73,9 @@ def batched(tables: Iterator[pa.Table], size: int) -> Iterator[list[pa.Table]]:
         yield batch
 
 
-def by_position(record: Record) -> pa.Table:
-    positions = len(record.topk)
-    offsets = np.concatenate([[0], np.cumsum(record.topk.counts, dtype=np.int64)]).astype(np.int32)
+def by_position(record: Record, schema: pa.Schema) -> pa.Table:
+    positions, samples = len(record.topk), record.topk.samples
+    offsets = offsets_of(record.topk.counts)
     columns = [
         pa.array([record.doc_id] * positions, pa.string()),
         pa.array(np.full(positions, record.chunk, np.int32)),
@@ -77,15 +86,28 @@ def by_position(record: Record) -> pa.Table:
         pa.ListArray.from_arrays(offsets, pa.array(record.topk.logprobs)),
         pa.array(record.topk.tail_logprob),
     ]
-    return pa.table(columns, schema=PER_POSITION)
+    if samples is not None:
+        offsets = offsets_of(samples.counts)
+        columns += [
+            pa.ListArray.from_arrays(offsets, pa.array(values))
+            for values in (samples.ids, samples.times)
+        ]
+    return pa.table(columns, schema=schema)
 
 
-def by_sequence(record: Record) -> pa.Table:
-    topk = record.topk
+def offsets_of(counts: UInt16s) -> Int32s:
+    """Where each position's entries start, and where the last ones end: int32 [P + 1]."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32)
+
+
+def by_sequence(record: Record, schema: pa.Schema) -> pa.Table:
+    topk, samples = record.topk, record.topk.samples
     values = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+    if samples is not None:
+        values += [samples.counts, samples.ids, samples.times]
     columns = [pa.array([record.doc_id]), pa.array([record.chunk], pa.int32())]
     columns += [
         pa.array([value], field.type)
-        for value, field in zip(values, list(PER_SEQUENCE)[2:], strict=True)
+        for value, field in zip(values, list(schema)[2:], strict=True)
     ]
-    return pa.table(columns, schema=PER_SEQUENCE)
+    return pa.table(columns, schema=schema)

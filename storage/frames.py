@@ -80,20 +80,20 @@ def deflate(groups: list[list[bytes]]) -> list[bytes]:
     return [compressor.compress(plane) for group in groups for plane in group]
 
 
-def join(header: Header, parts: list[bytes]) -> bytes:
+def join(header: bytes, parts: list[bytes]) -> bytes:
     """Header, length of each part, parts."""
     lengths = struct.pack(f"<{len(parts)}I", *(len(part) for part in parts))
-    return b"".join([header.pack(), lengths, *parts])
+    return b"".join([header, lengths, *parts])
 
 
 class Frames:
     """The parts behind a payload's header, read in order; nothing is allocated unchecked."""
 
-    def __init__(self, data: bytes, number: int) -> None:
-        end = HEADER.size + 4 * number
+    def __init__(self, data: bytes, number: int, start: int = HEADER.size) -> None:
+        end = start + 4 * number
         if len(data) < end:
             raise CorruptPayload(f"cut short: {len(data)} bytes")
-        self.lengths = list(struct.unpack_from(f"<{number}I", data, HEADER.size))
+        self.lengths = list(struct.unpack_from(f"<{number}I", data, start))
         if end + sum(self.lengths) != len(data):
             raise CorruptPayload(f"{end + sum(self.lengths)} bytes expected, {len(data)} found")
         self.data, self.at = memoryview(data), end

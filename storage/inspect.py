@@ -30,6 +30,15 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
     entries = sum(marker["entries"] for marker in markers)
     yield f"bytes      {size:,}  ({size / tokens:.1f} per token)"
     yield f"entries    {entries / positions:.1f} per position"
+    if any("sampled_ids" in marker for marker in markers):
+        ids, taken = (
+            sum(marker.get(name, 0) for marker in markers)
+            for name in ("sampled_ids", "sample_bytes")
+        )
+        yield (
+            f"samples    {dataset.plan['samples']} draws, {ids / positions:.1f} ids per position, "
+            f"{taken / tokens:.1f} bytes per token"
+        )
     yield f"kept mass  {sum(marker['mass'] for marker in markers) / positions:.4f} on average"
     error = sum(marker["kl_sum"] for marker in markers) / positions
     worst = max(marker["kl_max"] for marker in markers)
@@ -73,12 +82,28 @@ def describe_row(
             if np.isfinite(logprob)
         ]
         tail = np.exp(record.topk.tail_logprob[at])
+        candidates += [
+            f"{'*' if token == following else ''}{show(decode(token))} {times}/{draws} of the tail"
+            for token, times, draws in most_drawn(record, at, top)
+        ]
         yield (
             f"{at:>4} {show(tokens[at]):<14} {show(tokens[at + 1]):<14} {tail:6.3f}  "
             + "  ".join(candidates)
         )
     if len(record.topk) > positions:
         yield f"  … {len(record.topk) - positions} more positions; --positions N shows more"
+
+
+def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
+    """(id, times drawn, draws) of the ids that were drawn most often at a position."""
+    samples = record.topk.samples
+    if samples is None:
+        return []
+    end = int(samples.counts[: at + 1].sum(dtype=np.int64))
+    here = slice(end - int(samples.counts[at]), end)
+    drawn = zip(samples.ids[here].tolist(), samples.times[here].tolist(), strict=True)
+    best = sorted(drawn, key=lambda pair: -pair[1])[:top]
+    return [(token, times, samples.draws) for token, times in best]
 
 
 def show(token: str, width: int = 14) -> str:

@@ -84,7 +84,7 @@ def pack(grid: Grid, ranks: Ranks | None) -> bytes:
         len(grid.ids),
         0 if ranks is None else ranks.checksum,
     )
-    return join(header, deflate(groups))
+    return join(header.pack(), deflate(groups))
 
 
 def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:

@@ -7,6 +7,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from storage import sampled
 from storage.codec import decode, pack, unpack
 from storage.errors import (
     CorruptPayload,
@@ -29,7 +31,7 @@ from storage.ranked import Ranks
 from storage.source import open_source
 from storage.store import Store
 from storage.successors import Row, Successors
-from storage.topk import Int32s, Record, TopK, codec_kl
+from storage.topk import Int32s, Record, TopK, check_samples_belong, codec_kl
 
 SCHEMA = pa.schema(
     [
@@ -40,13 +42,13 @@ SCHEMA = pa.schema(
         pa.field("payload", pa.binary(), nullable=False),
     ]
 )
-# A shard of version 2 carries its tables as one value, in its first row.
-SCHEMA_2 = SCHEMA.append(pa.field("successors", pa.binary()))
+SUCCESSORS = pa.field("successors", pa.binary())  # version 2's tables: one value, in the first row
+SAMPLES = pa.field("samples", pa.binary(), nullable=False)  # only where the plan has samples
 FORMATS = {b"mol-topk/1": "v1", b"mol-topk/2": "v2"}
 LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
 # A row group is what one random read costs; version 1 learns its ranks from the first one.
 ROW_GROUP_TOKENS = 16_384
-PAYLOADS = ("payload", "successors")  # compressed already
+PAYLOADS = ("payload", "samples", "successors")  # compressed already
 MASS_BINS = 20  # of the histogram of kept mass, over [0, 1]
 
 
@@ -73,14 +75,17 @@ class ShardWriter:
         plan = partition.dump.plan
         self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
         self.codec = str(plan.get("codec", "v1"))
+        self.draws = int(plan.get("samples", 0))
         if self.codec not in FORMATS.values():
             raise FormatVersionError(
                 f"the plan's codec is {self.codec!r}; this release writes v1 and v2: update it"
             )
         self.rows = self.tokens = self.positions = self.entries = 0
+        self.sampled_ids = self.sample_bytes = 0
         self.mass = self.kl_sum = self.kl_max = 0.0
         self.histogram = np.zeros(MASS_BINS, np.int64)
-        self.pending: list[tuple[str, int, Int32s, Grid]] = []  # doc_id, chunk, input_ids
+        # doc_id, chunk, input_ids, the encoded samples, the exact part
+        self.pending: list[tuple[str, int, Int32s, bytes, Grid]] = []
         self.pending_tokens = 0
         self.tables: Ranks | Successors | None = None
         self.file: pq.ParquetWriter | None = None
@@ -96,8 +101,9 @@ class ShardWriter:
                 f"distributions, found {len(record.topk)}"
             )
         mass = record.topk.kept_mass()
-        if not np.isfinite(mass).all():
-            at = int(np.flatnonzero(~np.isfinite(mass))[0])
+        broken = ~np.isfinite(mass) | np.isnan(record.topk.tail_logprob)
+        if broken.any():
+            at = int(np.flatnonzero(broken)[0])
             raise InvalidRecord(
                 f"{where}: the teacher gave NaN or Inf at position {at}; nothing of this shard "
                 "is committed. Check the model's weights, or load it in float32"
@@ -105,6 +111,9 @@ class ShardWriter:
         ids = np.asarray(record.input_ids, np.int32)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InvalidRecord(f"{where}: input ids outside the vocabulary of {self.vocab_size}")
+        drawn = record.topk.samples.draws if record.topk.samples else 0
+        if drawn != self.draws:
+            raise InvalidRecord(f"{where}: {drawn} draws, the plan has samples: {self.draws}")
         try:
             grid = quantise(record.topk, self.vocab_size, self.step)
         except InvalidRecord as error:
@@ -112,7 +121,8 @@ class ShardWriter:
         kl = codec_kl(record.topk, dequantise(grid))
         self.kl_sum += float(kl.sum())
         self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
-        self.pending.append((record.doc_id, record.chunk, ids, grid.narrow()))
+        samples = self.encode_samples(record.topk)
+        self.pending.append((record.doc_id, record.chunk, ids, samples, grid.narrow()))
         self.pending_tokens += len(ids)
         self.rows += 1
         self.tokens += len(ids)
@@ -122,6 +132,17 @@ class ShardWriter:
         self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
         if self.codec == "v1" and self.pending_tokens >= ROW_GROUP_TOKENS:
             self.flush()
+
+    def encode_samples(self, topk: TopK) -> bytes:
+        """The samples' bytes, which need no tables; what is committed has been read back."""
+        if topk.samples is None:
+            return b""
+        data = sampled.pack(topk.samples, self.vocab_size)
+        if not sampled.unpack(data).same(topk.samples):
+            raise CorruptShard(f"{self.name}: samples read back as others; nothing is committed")
+        self.sampled_ids += len(topk.samples.ids)
+        self.sample_bytes += len(data)
+        return data
 
     def flush(self) -> None:
         """Write the pending rows: one row group of version 1, all of them of version 2."""
@@ -135,17 +156,16 @@ class ShardWriter:
                 self.tables = Ranks.learn((row[-1] for row in self.pending), self.vocab_size)
                 metadata["ranks"] = pack_ranks(self.tables)
             else:
-                rows = [(input_ids, grid) for _, _, input_ids, grid in self.pending]
+                rows = [(input_ids, grid) for _, _, input_ids, _, grid in self.pending]
                 self.tables = Successors.learn(rows, self.vocab_size)
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
             with self.partition.dump.store.explaining("write", self.name):
                 self.file = pq.ParquetWriter(
                     self.local,
-                    SCHEMA if self.codec == "v1" else SCHEMA_2,
+                    schema_of(self.codec, self.draws > 0),
                     compression={
-                        name: "none" if name in PAYLOADS else "zstd"
-                        for name in (*LEAVES, "successors")
+                        name: "none" if name in PAYLOADS else "zstd" for name in (*LEAVES, *PAYLOADS)
                     },
                     compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
                     use_dictionary=False,
@@ -166,7 +186,7 @@ class ShardWriter:
             tokens += len(self.pending[size][2])
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
-        doc_ids, chunks, input_ids, grids = zip(*rows, strict=True)
+        doc_ids, chunks, input_ids, samples, grids = zip(*rows, strict=True)
         # What takes time lets other threads run.
         with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
             payloads = list(pool.map(self.payload, input_ids, grids))
@@ -177,6 +197,8 @@ class ShardWriter:
             pa.array(input_ids, SCHEMA.field("input_ids").type),
             pa.array(payloads, pa.binary()),
         ]
+        if self.draws:
+            columns.append(pa.array(samples, pa.binary()))
         if isinstance(self.tables, Successors):
             first = self.tables.pack() if self.flushed_tokens == 0 else None
             columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
@@ -222,6 +244,11 @@ class ShardWriter:
                 "tokens": self.tokens,
                 "positions": self.positions,
                 "entries": self.entries,
+                **(
+                    {"sampled_ids": self.sampled_ids, "sample_bytes": self.sample_bytes}
+                    if self.draws
+                    else {}
+                ),
                 "mass": self.mass,
                 "mass_histogram": self.histogram.tolist(),
                 "kl_sum": self.kl_sum,
@@ -251,6 +278,11 @@ class ShardWriter:
             if self.local is not None:
                 self.local.unlink(missing_ok=True)
         self.pending, self.file, self.local = [], None, None
+
+
+def schema_of(codec: str, has_samples: bool) -> pa.Schema:
+    schema = SCHEMA.append(SAMPLES) if has_samples else SCHEMA
+    return schema if codec == "v1" else schema.append(SUCCESSORS)
 
 
 def check_rows(local: Path, marker: Json) -> None:
@@ -305,9 +337,9 @@ def unpack_ranks(value: bytes) -> Ranks:
 
 
 class ShardReader:
-    """Rows of one committed data file."""
+    """Rows of one committed data file; `samples=False` leaves theirs out."""
 
-    def __init__(self, store: Store, shard: Shard) -> None:
+    def __init__(self, store: Store, shard: Shard, samples: bool = True) -> None:
         self.shard, self.name = shard, shard.file
         try:
             source = open_source(store, shard)
@@ -325,6 +357,7 @@ class ShardReader:
             self._tables: Ranks | Successors | None = None
             if self.codec == "v1":
                 self._tables = unpack_ranks(metadata[b"ranks"])
+            self.has_samples = samples and "samples" in self.file.schema_arrow.names
         except FileNotFoundError:
             raise CorruptShard(
                 f"{self.name}: the data file is missing, its marker is there; restore it, or "
@@ -355,7 +388,8 @@ class ShardReader:
 
     def read_group(self, group: int) -> pa.Table:
         try:
-            return self.file.read_row_group(group, columns=SCHEMA.names)
+            names = [*SCHEMA.names, "samples"] if self.has_samples else SCHEMA.names
+            return self.file.read_row_group(group, columns=names)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(f"{self.name}, row group {group}: {error}") from None
 
@@ -378,6 +412,10 @@ class ShardReader:
         try:
             payload = table.column("payload")[at].as_buffer().to_pybytes()
             topk: TopK = decode(payload, self.ranks(input_ids))
+            if self.has_samples:
+                found = sampled.unpack(table.column("samples")[at].as_buffer().to_pybytes())
+                check_samples_belong(topk, found)
+                topk = replace(topk, samples=found)
         except StorageError as error:
             raise CorruptShard(f"{where}: {error}") from None
         if len(topk) != len(input_ids) - 1 or table.column("tokens")[at].as_py() != len(input_ids):

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import InvalidRecord
+from storage.samples import Samples, fault
 
 UInt16s = npt.NDArray[np.uint16]
 Int32s = npt.NDArray[np.int32]
@@ -20,6 +21,7 @@ class TopK:
     ids           int32   [E]  token ids, E = counts.sum(); within a position by descending logprob
     logprobs      float32 [E]  full-vocabulary log-probabilities in nats, temperature 1
     tail_logprob  float32 [P]  log of the probability mass outside the kept ids; -inf where none
+    samples       ids drawn from that tail, where the dump has them; with k = 0 from everything
 
     Entry t is the distribution over `input_ids[t + 1]`.
     """
@@ -28,17 +30,28 @@ class TopK:
     ids: Int32s
     logprobs: Floats
     tail_logprob: Floats
+    samples: Samples | None = None
 
     def __len__(self) -> int:
         """Positions P."""
         return len(self.counts)
 
     @classmethod
-    def from_dense(cls, ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike) -> "TopK":
-        """From ids [P, k], logprobs [P, k] (descending) and tail [P]: k entries everywhere."""
+    def from_dense(
+        cls,
+        ids: npt.ArrayLike,
+        logprobs: npt.ArrayLike,
+        tail: npt.ArrayLike,
+        drawn: npt.ArrayLike | None = None,
+    ) -> "TopK":
+        """From ids [P, k], logprobs [P, k] (descending) and tail [P]: k entries everywhere; with
+        drawn [P, N], see Samples.from_drawn."""
         ids, logprobs = np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
         counts = np.full(ids.shape[0], ids.shape[1], np.uint16)
-        return cls(counts, ids.reshape(-1), logprobs.reshape(-1), np.asarray(tail, np.float32))
+        samples = None if drawn is None else Samples.from_drawn(drawn)
+        return cls(
+            counts, ids.reshape(-1), logprobs.reshape(-1), np.asarray(tail, np.float32), samples
+        )
 
     def dense(self, k: int | None = None) -> tuple[Int32s, Floats]:
         """(ids [P, k], logprobs [P, k]); entries that are not there have id 0 and logprob -inf.
@@ -63,6 +76,8 @@ class TopK:
         Keeps the entries of at least `min_prob`, of those the fewest that hold `top_p` of the
         mass, and always a position's best one. Raises ValueError for what is no probability.
         """
+        if self.samples is not None:
+            raise ValueError("samples of the tail are none of a larger one: cut before drawing")
         if not (0 <= min_prob < 1 and 0 < top_p <= 1):
             raise ValueError(f"min_prob in [0, 1) and top_p in (0, 1], found {min_prob}, {top_p}")
         p = np.exp(self.logprobs.astype(np.float64))
@@ -80,6 +95,27 @@ class TopK:
             tail = np.logaddexp(self.tail_logprob.astype(np.float64), np.log(dropped))
         return TopK(counts, self.ids[keep], self.logprobs[keep], tail.astype(np.float32))
 
+    def spread_tail(self) -> "TopK":
+        """The tail's mass on its sampled ids, tail · times / draws each, and no tail: what to train
+        on, with the forward direction. Over the draws it is the teacher's whole distribution.
+
+        The sampled ids stand behind the kept ones, ascending. Without samples it is itself.
+        """
+        samples = self.samples
+        if samples is None:
+            return self
+        shares = np.log(samples.times.astype(np.float32) / np.float32(samples.draws))
+        shares += np.repeat(self.tail_logprob, samples.counts)
+        counts = self.counts + samples.counts
+        starts = np.cumsum(counts, dtype=np.int64) - counts
+        ids = np.empty(len(self.ids) + len(samples.ids), np.int32)
+        logprobs = np.empty(len(ids), np.float32)
+        sampled = np.zeros(len(ids), bool)
+        sampled[within(starts + self.counts, samples.counts)] = True
+        ids[sampled], logprobs[sampled] = samples.ids, shares
+        ids[~sampled], logprobs[~sampled] = self.ids, self.logprobs
+        return TopK(counts, ids, logprobs, np.full(len(self), -np.inf, np.float32))
+
     def kept_mass(self) -> npt.NDArray[np.float64]:
         """[P] probability that the kept ids hold at each position."""
         return position_sums(np.exp(self.logprobs.astype(np.float64)), self.counts)
@@ -93,6 +129,14 @@ class Record:
     chunk: int
     input_ids: Int32s
     topk: TopK
+
+
+def within(starts: npt.NDArray[np.int64], counts: UInt16s) -> npt.NDArray[np.int64]:
+    """[counts.sum()] the indices starts[t], starts[t] + 1, …, counts[t] of them for each t."""
+    before = np.cumsum(counts, dtype=np.int64) - counts
+    indices = np.repeat(starts - before, counts)
+    indices += np.arange(len(indices))
+    return indices
 
 
 def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDArray[np.float64]:
@@ -161,3 +205,29 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     empty = np.flatnonzero((counts == 0) & np.isneginf(tail))
     if len(empty):
         fail(int(empty[0]), "neither an entry nor a tail: no mass at all")
+    samples = topk.samples
+    if samples is None:
+        return
+    wrong_samples = fault(samples, vocab_size)
+    if wrong_samples:
+        raise InvalidRecord(wrong_samples)
+    check_samples_belong(topk, samples)
+    sampled = np.repeat(np.arange(len(topk)), samples.counts) * vocab_size + samples.ids
+    both = sampled[np.isin(sampled, keys, assume_unique=True)]
+    if len(both):
+        where, token = divmod(int(both[0]), vocab_size)
+        fail(where, f"id {token} is kept and sampled from the tail")
+
+
+def check_samples_belong(topk: TopK, samples: Samples) -> None:
+    """Raise InvalidRecord where samples are not of these distributions' tails."""
+    if len(samples.counts) != len(topk):
+        raise InvalidRecord(f"{len(topk)} positions, samples for {len(samples.counts)}")
+    wrong = np.flatnonzero((samples.counts > 0) != np.isfinite(topk.tail_logprob))
+    if len(wrong):
+        at = int(wrong[0])
+        raise InvalidRecord(
+            f"position {at}: {samples.counts[at]} sampled ids, tail {topk.tail_logprob[at]}"
+        )
+    if int((topk.counts.astype(np.int64) + samples.counts).max(initial=0)) > 65535:
+        raise InvalidRecord("more than 65535 ids, kept and sampled, at a position")

@@ -27,7 +27,9 @@ def contents(reader: ShardReader) -> list[bytes]:
 
 def digest(record: Record) -> bytes:
     topk = record.topk
-    arrays = (record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob)
+    arrays = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+    if topk.samples is not None:
+        arrays += [topk.samples.counts, topk.samples.ids, topk.samples.times]
     name = f"{record.doc_id}/{record.chunk}".encode()
     return hashlib.sha256(b"|".join([name, *(array.tobytes() for array in arrays)])).digest()
 
@@ -63,11 +65,11 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    for codec in ("v1", "v2"):
+    for codec, samples in (("v1", 0), ("v2", 0), ("v1", 12)):
         with tempfile.TemporaryDirectory() as folder:
-            dump = make_dump(Path(folder), shards=1, rows=4, codec=codec)
-            found = corrupt(dump, given.changes // 2, np.random.default_rng(given.seed))
-        print(codec, found, flush=True)
+            dump = make_dump(Path(folder), shards=1, rows=4, codec=codec, samples=samples)
+            found = corrupt(dump, given.changes // 3, np.random.default_rng(given.seed))
+        print(codec, "with samples" if samples else "", found, flush=True)
 
 
 if __name__ == "__main__":

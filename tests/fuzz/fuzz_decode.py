@@ -74,7 +74,7 @@ def assembled(data: bytes) -> bytes:
     parts += [source.ConsumeBytes(min(size, 4096)).ljust(size, b"\0") for size in sizes[2:]]
     step = source.PickValueInList([1 / 16, 1e-300, 7.9])
     header = Header(1, tuple(planes), step, 1 << 20, positions, entries, 0)
-    return join(header, deflate([parts]))
+    return join(header.pack(), deflate([parts]))
 
 
 def read(data: bytes) -> None:

@@ -1,10 +1,11 @@
 """Records for the tests of storage: random distributions of any shape."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from storage import Dump, Record, ShardWriter, TopK, create_dump
+from storage import Dump, Record, Samples, ShardWriter, TopK, create_dump
 
 VOCAB = 300
 
@@ -32,10 +33,25 @@ def random_topk(
     )
 
 
-def random_record(number: int, tokens: int = 20, k: int = 8, chunk: int = 0) -> Record:
+def with_samples(topk: TopK, draws: int, vocab_size: int = VOCAB, seed: int = 0) -> TopK:
+    """The same with `draws` ids, some of them often, from what it does not keep."""
+    rng = np.random.default_rng(seed)
+    drawn = np.full((len(topk), draws), -1)
+    for row, kept in zip(drawn, np.split(topk.ids, np.cumsum(topk.counts)[:-1]), strict=False):
+        left = np.setdiff1d(np.arange(vocab_size), kept)
+        if len(left):
+            row[:] = left[(rng.random(draws) ** 3 * len(left)).astype(int)]
+    return replace(topk, samples=Samples.from_drawn(drawn))
+
+
+def random_record(
+    number: int, tokens: int = 20, k: int = 8, chunk: int = 0, samples: int = 0
+) -> Record:
     rng = np.random.default_rng(number)
     ids = rng.integers(0, VOCAB, tokens).astype(np.int32)
-    return Record(f"doc-{number}", chunk, ids, random_topk(tokens - 1, k, seed=number))
+    topk = random_topk(tokens - 1, k, seed=number)
+    topk = with_samples(topk, samples, seed=number) if samples else topk
+    return Record(f"doc-{number}", chunk, ids, topk)
 
 
 def plan(**changes: object) -> dict:
@@ -47,12 +63,13 @@ def make_dump(
 ) -> Dump:
     """A finished dump of `shards` shards of `rows` rows in each partition."""
     dump = create_dump(path, plan(partitions=partitions, **changes))
+    k, samples = dump.plan["k"], dump.plan.get("samples", 0)
     number = 0
     for partition in dump.partitions:
         for _ in range(shards):
             writer = ShardWriter(partition)
             for _ in range(rows):
-                writer.write(random_record(number))
+                writer.write(random_record(number, k=k, samples=samples))
                 number += 1
             writer.commit(cursor={"document": number})
         partition.finish({})

@@ -1,0 +1,97 @@
+"""The payload of samples: gaps between ascending ids, and times, in byte planes. It is lossless.
+
+A column of its own beside the payload of the exact part, which is the same with samples or without.
+"""
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from storage.errors import CorruptPayload, FormatVersionError
+from storage.frames import MAX_ENTRIES, MAX_POSITIONS, Frames, deflate, join, split_planes
+from storage.samples import Samples, fault
+
+MAGIC, VERSION = b"MoLs", 1
+# magic, version, planes of counts / gaps / times, draws, vocabulary, positions, entries, checksum
+HEADER = struct.Struct("<4sBBBBHxxIIQI")
+
+
+class Header(NamedTuple):
+    """The first 32 bytes, checked."""
+
+    planes: tuple[int, ...]  # of counts, gaps, times
+    draws: int
+    vocab_size: int
+    positions: int
+    entries: int
+
+    def pack(self) -> bytes:
+        numbers = (self.draws, self.vocab_size, self.positions, self.entries)
+        head = HEADER.pack(MAGIC, VERSION, *self.planes, *numbers, 0)[:-4]
+        return head + struct.pack("<I", zlib.crc32(head))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Header":
+        """Raises CorruptPayload or FormatVersionError."""
+        if len(data) < HEADER.size or data[:4] != MAGIC:
+            raise CorruptPayload(f"no samples: {len(data)} bytes starting with {data[:4]!r}")
+        _, version, *planes, draws, vocab_size, positions, entries, checksum = HEADER.unpack(
+            data[: HEADER.size]
+        )
+        if version != VERSION:
+            raise FormatVersionError(
+                f"samples of version {version}; this release reads version {VERSION}: update it"
+            )
+        if zlib.crc32(data[: HEADER.size - 4]) != checksum:
+            raise CorruptPayload("samples: header checksum does not match: they are damaged")
+        most = min(MAX_ENTRIES, positions * min(draws, vocab_size))
+        if positions > MAX_POSITIONS or entries > most:
+            raise CorruptPayload(f"impossible samples: {positions} positions, {entries} entries")
+        # Gaps always have a plane: its frame bounds what so many entries can make one allocate.
+        if max(planes[0], planes[2]) > 2 or not 1 <= planes[1] <= 4:
+            raise CorruptPayload(f"impossible samples: planes {planes}")
+        return cls(tuple(planes), draws, vocab_size, positions, entries)
+
+
+def pack(samples: Samples, vocab_size: int) -> bytes:
+    """Samples as bytes; they must be without `fault`."""
+    gaps = np.diff(samples.ids, prepend=-1).astype(np.int64) - 1
+    first = (np.cumsum(samples.counts, dtype=np.int64) - samples.counts)[samples.counts > 0]
+    gaps[first] = samples.ids[first]
+    width = max(1, (int(gaps.max(initial=0)).bit_length() + 7) // 8)
+    groups = [
+        split_planes(samples.counts),
+        split_planes(gaps, width),
+        split_planes(samples.times - 1),
+    ]
+    planes = tuple(len(group) for group in groups)
+    header = Header(planes, samples.draws, vocab_size, len(samples.counts), len(samples.ids))
+    return join(header.pack(), deflate(groups))
+
+
+def unpack(data: bytes) -> Samples:
+    """The inverse of pack. Raises CorruptPayload or FormatVersionError, whatever the bytes."""
+    header = Header.unpack(data)
+    frames = Frames(data, sum(header.planes), HEADER.size)
+    counts = frames.take(header.planes[0], header.positions).astype(np.uint16)
+    if int(counts.sum(dtype=np.int64)) != header.entries:
+        raise CorruptPayload(f"samples: counts sum to other than {header.entries}")
+    gaps = frames.take(header.planes[1], header.entries)
+    if header.entries and int(gaps.max()) >= header.vocab_size:
+        raise CorruptPayload(f"samples: an id outside the vocabulary of {header.vocab_size}")
+    times = frames.take(header.planes[2], header.entries).astype(np.int64) + 1
+    ends = np.cumsum(gaps.astype(np.int64) + 1)
+    first = (np.cumsum(counts, dtype=np.int64) - counts)[counts > 0]
+    before = ends[first] - gaps[first] - 1
+    ids = ends - np.repeat(before, counts[counts > 0]) - 1
+    if int(max(ids.max(initial=0), times.max(initial=0))) > 0x7FFFFFFF:
+        raise CorruptPayload("samples: an id outside every vocabulary")
+    samples = Samples(
+        header.draws, counts, ids.astype(np.int32), np.minimum(times, 65535).astype(np.uint16)
+    )
+    wrong = fault(samples, header.vocab_size)
+    if wrong:
+        raise CorruptPayload(f"samples: {wrong}")
+    return samples

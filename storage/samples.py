@@ -1,0 +1,74 @@
+"""Samples: ids drawn from the tail of each position, which stand for its mass without bias.
+
+With N draws from the distribution that is outside the kept ids, an id that was drawn c times stands
+for the mass tail · c / N; its expectation is the id's own probability (arXiv 2503.16870).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+UInt16s = npt.NDArray[np.uint16]
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """`draws` ids from the tail of every position that has one, ragged over positions.
+
+    draws   N, at least 1
+    counts  uint16 [P]  different ids drawn at each position; 0 where there is no tail
+    ids     int32  [S]  S = counts.sum(); within a position ascending
+    times   uint16 [S]  how often each was drawn; together N at each position
+    """
+
+    draws: int
+    counts: UInt16s
+    ids: Int32s
+    times: UInt16s
+
+    @classmethod
+    def from_drawn(cls, drawn: npt.ArrayLike) -> "Samples":
+        """From ids [P, N] in any order, with repetition; -1 all along a position without a tail."""
+        rows = np.sort(np.asarray(drawn, np.int32), axis=1)
+        new = np.ones(rows.shape, bool)
+        new[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        new &= rows >= 0
+        draws = rows.shape[1]
+        starts = np.flatnonzero(new)  # of the runs of equal ids, in all rows laid end to end
+        row_ends = (starts // max(draws, 1) + 1) * draws
+        ends = np.minimum(np.append(starts[1:], rows.size)[: len(starts)], row_ends)
+        counts = new.sum(axis=1).astype(np.uint16)
+        return cls(draws, counts, rows[new], (ends - starts).astype(np.uint16))
+
+    def same(self, other: "Samples") -> bool:
+        """Whether both hold the same."""
+        return self.draws == other.draws and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in ("counts", "ids", "times")
+        )
+
+
+def fault(samples: Samples, vocab_size: int) -> str | None:
+    """What is wrong with samples by themselves, in words that name the first position; or None."""
+    counts, ids, times = samples.counts, samples.ids, samples.times
+    entries = int(counts.sum(dtype=np.int64))
+    if not 1 <= samples.draws <= 65535:
+        return f"{samples.draws} draws, expected 1 to 65535"
+    if not entries == len(ids) == len(times):
+        return f"{entries} samples counted, but {len(ids)} ids and {len(times)} times"
+    position = np.repeat(np.arange(len(counts)), counts)
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(outside):
+        at = outside[0]
+        return f"position {position[at]}: id {ids[at]} is outside the vocabulary of {vocab_size}"
+    disorder = np.flatnonzero((np.diff(ids) <= 0) & (np.diff(position) == 0))
+    if len(disorder):
+        return f"position {position[disorder[0]]}: sampled ids do not ascend"
+    drawn = np.bincount(position, weights=times, minlength=len(counts))
+    wrong = np.flatnonzero(drawn != np.where(counts > 0, samples.draws, 0))
+    if len(wrong) or int(times.min(initial=1)) == 0:
+        at = wrong[0] if len(wrong) else position[np.argmin(times)]
+        return f"position {at}: {drawn[at]:.0f} draws, expected {samples.draws}"
+    return None
