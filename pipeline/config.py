@@ -63,7 +63,12 @@ class DumpConfig:
     revision: str | None = None
     """The hub revision of the model."""
     k: int = 64
-    """Entries kept at each position."""
+    """Entries kept at each position. 0 with samples above 0 stores samples alone."""
+    samples: int = 0
+    """Ids drawn at each position from what the k entries leave: the student then learns from all of
+    the teacher's distribution, without bias but with the draws' noise. 50 alone, or 32 beside k."""
+    sample_seed: int = 0
+    """Decides which ids are drawn."""
     min_prob: float = 0.0
     """Keep only entries of at least that probability, and the best one; the others' mass goes to
     the tail. 0 keeps all k."""
@@ -98,12 +103,21 @@ class DumpConfig:
     def __post_init__(self) -> None:
         require_temperature_one(self.temperature)
         require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
-        for name in ("k", "partitions", "shard_tokens", "in_flight", "workers"):
+        for name in ("partitions", "shard_tokens", "in_flight", "workers"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: at least 1, found {value}")
+        require(self.samples >= 0, f"samples: at least 0, found {self.samples}")
+        least = 0 if self.samples else 1
+        require(self.k >= least, f"k: at least {least}, found {self.k}; 0 only beside samples")
         require(0 <= self.min_prob < 1, f"min_prob: from 0 to under 1, found {self.min_prob}")
         require(0 < self.top_p <= 1, f"top_p: above 0, at most 1, found {self.top_p}")
-        require(self.k <= 65535, f"k: at most 65535, found {self.k}")
+        entries = self.k + self.samples
+        require(entries <= 65535, f"k and samples: together at most 65535, found {entries}")
+        require(
+            not self.samples or (self.min_prob == 0 and self.top_p == 1),
+            "samples: they are drawn from what the k entries leave, so min_prob and top_p cannot "
+            "take entries away afterwards. Leave those out, and set a smaller k",
+        )
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
 
 
@@ -162,6 +176,8 @@ class LossConfig:
     """forward: KL(base ‖ student); reverse: KL(student ‖ base)."""
     alpha: float = 1.0
     """Weight of the KL."""
+    targets: Literal["auto", "topk"] = "auto"
+    """auto: what the dump holds, samples of the tail included; topk: leave those out."""
     temperature: float = 1.0
     """Only 1 is possible: a top-k cache taken at 1 does not determine another temperature."""
 

@@ -76,15 +76,17 @@ def batch_of(domain: list[Int32s], records: list[Record]) -> dict[str, Any]:
         rows          int64 [C + N]  positions of the row with a loss, domain first
         labels        int64 [C]      the tokens that the first C should predict
         ids, logprobs       [N, K]   the stored distributions of the others: int32, float32;
-        tail_logprob        [N]      logprob -inf is padding
+        tail_logprob        [N]      logprob -inf is padding; sampled ids are among the entries, and
+                                     then there is no tail
     """
     sequences = [*domain, *(record.input_ids for record in records)]
     lengths = [len(sequence) for sequence in sequences]
     row, positions, predicts = pack(sequences)
     rows = np.flatnonzero(predicts)
     domain_rows = rows[: int(np.searchsorted(rows, sum(lengths[: len(domain)])))]
-    k = max((int(record.topk.counts.max(initial=0)) for record in records), default=0)
-    dense = [record.topk.dense(k) for record in records]
+    topks = [record.topk.spread_tail() for record in records]
+    k = max((int(topk.counts.max(initial=0)) for topk in topks), default=0)
+    dense = [topk.dense(k) for topk in topks]
     no_entries = np.zeros((0, k))
     targets = {
         "rows": rows,
@@ -94,7 +96,7 @@ def batch_of(domain: list[Int32s], records: list[Record]) -> dict[str, Any]:
             [no_entries.astype(np.float32), *(logprobs for _, logprobs in dense)]
         ),
         "tail_logprob": np.concatenate(
-            [np.zeros(0, np.float32), *(record.topk.tail_logprob for record in records)]
+            [np.zeros(0, np.float32), *(topk.tail_logprob for topk in topks)]
         ),
     }
     return {

@@ -151,6 +151,9 @@ def make_plan(config: DumpConfig, corpus: Corpus, model_config: Any, folder: Any
         **({} if config.codec == "v1" else {"codec": config.codec}),
         **({"min_prob": config.min_prob} if config.min_prob > 0 else {}),
         **({"top_p": config.top_p} if config.top_p < 1 else {}),
+        **(
+            {"samples": config.samples, "sample_seed": config.sample_seed} if config.samples else {}
+        ),
         "temperature": 1.0,
         "max_length": config.max_length,
         "add_eos": config.add_eos,
@@ -339,10 +342,11 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
         "tokens_per_s": tokens_per_s,
         "finished": complete,
     }
+    k = dump.plan["k"]
     say(
         f"{dump.store.path}: {summary['rows']:,} rows, {tokens:,} tokens in {len(markers)} shards"
         + (f", {summary['bytes_per_token']:.1f} bytes per token" if tokens else "")
-        + (f", top-{dump.plan['k']} hold {summary['kept_mass']:.3f}" if positions else "")
+        + (f", top-{k} hold {summary['kept_mass']:.3f}" if positions and k else "")
         + (f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else "")
         + (
             f", {summary['skipped']} documents skipped (under two tokens)"
@@ -382,4 +386,5 @@ class Meter:
         per_token = writer.bytes_per_token or self.bytes_per_token
         mass = writer.mass / max(writer.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
-        return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}, mass held {mass:.3f}"
+        held = f", mass held {mass:.3f}" if writer.entries else ""
+        return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}{held}"

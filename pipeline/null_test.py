@@ -2,9 +2,14 @@
 
 The cheapest proof that a dump belongs to a model. It goes the way of training, packing and loss
 included, so it finds what is wrong there, too.
+
+A KL to samples is above 0 for the teacher itself, by the noise of the draws. Where a dump has exact
+entries, they and the tail are compared. Where it has samples alone, it is the student's
+cross-entropy to them less its own entropy: 0 on average for the teacher, and with a standard error.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +19,8 @@ from pipeline.data import packed_rows
 from pipeline.mixing import GeneralStream
 from pipeline.progress import say
 from pipeline.trainer import DistillTrainer
+from pipeline.verify import SURE
+from storage import Record
 
 
 def null_test(
@@ -29,26 +36,36 @@ def null_test(
     """
     size = trainer.args.train_batch_size
     rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
-    kl = mean_kl(trainer, general, rows, size)
     plan = general.dumps[0].plan
     teacher = plan["teacher"]
+    noise = 0.0
+    if plan["k"] == 0:
+        kl, noise = sample_gap(trainer, general, rows)
+    else:
+        kl = mean_kl(trainer, general, rows, size)
+    bound = config.null_test.bound + SURE * noise
     if weights != teacher["fingerprint"]:
         say(
             f"null test: KL of the student to the dump is {kl:.3g} nats before the first step. Its "
             f"weights are not those of the teacher ({teacher['name']}), so no bound applies"
         )
         return kl
-    if kl <= config.null_test.bound:
+    if abs(kl) <= bound:
         say(
             f"null test: KL of the student to the dump is {kl:.3g} nats over {rows} sequences, "
-            f"bound {config.null_test.bound}: the dump is this model's"
+            f"bound {bound:.3g}: the dump is this model's"
         )
         return kl
-    found = {shift: mean_kl(trainer, general, rows, size, shift) for shift in (-1, 1)}
+    found = {
+        shift: sample_gap(trainer, general, rows, shift)[0]
+        if plan["k"] == 0
+        else mean_kl(trainer, general, rows, size, shift)
+        for shift in (-1, 1)
+    }
     causes = [
         f"Shifted by {shift:+d} positions it is {other:.3g}: rows and positions do not match"
         for shift, other in found.items()
-        if other < kl / 2
+        if abs(other) < abs(kl) / 2
     ] or [
         "What may differ: config.json (rope, norms), the engine's dtype or quantisation (dumped "
         f"with {plan['engine']}, dtype {teacher['dtype']}; trained in {config.dtype}), the "
@@ -56,7 +73,7 @@ def null_test(
     ]
     raise RefusedError(
         f"null test: the student has the teacher's weights, but its KL to the dump is {kl:.3g} "
-        f"nats (bound {config.null_test.bound}). {'; '.join(causes)}. Do not train on this dump "
+        f"nats (bound {bound:.3g}). {'; '.join(causes)}. Do not train on this dump "
         "before it is understood."
     )
 
@@ -65,22 +82,53 @@ def mean_kl(
     trainer: DistillTrainer, general: GeneralStream, rows: int, size: int, shift: int = 0
 ) -> float:
     """Over the first `rows` general sequences; the student is read `shift` positions off."""
-    model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
     for batch in general_batches(general, rows, size, trainer.row_tokens):
-        at = batch["targets"]["rows"] + shift
-        batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
-        batch["targets"]["row_weights"] = torch.ones(len(at))
-        batch = trainer._prepare_inputs(batch)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            losses = model(**batch)["losses"]
-        total, tokens = total + losses.double().sum().item(), tokens + len(losses)
+        losses = losses_of(trainer, batch, shift)
+        total, tokens = total + losses.sum().item(), tokens + len(losses)
     return total / tokens
+
+
+def sample_gap(
+    trainer: DistillTrainer, general: GeneralStream, rows: int, shift: int = 0
+) -> tuple[float, float]:
+    """(mean of the student's cross-entropy to the samples less its entropy, standard error)."""
+    model = trainer.model.to(trainer.args.device).eval()
+    gaps = []
+    for row in range(rows):
+        record = general.record(row)
+        (batch,) = packed_rows([], [record])
+        logprobs = batch["targets"]["logprobs"].double()  # of the samples' shares; -inf is padding
+        negative_entropy = torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(1)
+        cross = losses_of(trainer, batch, shift) - negative_entropy
+        input_ids = torch.from_numpy(record.input_ids[None].astype("int64")).to(model.device)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1]
+        entropy = torch.distributions.Categorical(logits=logits.float()).entropy()
+        gaps.append(cross - entropy.double().cpu())
+    every = torch.cat(gaps)
+    return every.mean().item(), (every.std() / len(every) ** 0.5).item()
+
+
+def losses_of(trainer: DistillTrainer, batch: dict[str, Any], shift: int) -> torch.Tensor:
+    """float64 [N]: the training loss of each target of a batch."""
+    model = trainer.model.to(trainer.args.device).eval()
+    at = batch["targets"]["rows"] + shift
+    batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
+    batch["targets"]["row_weights"] = torch.ones(len(at))
+    batch = trainer._prepare_inputs(batch)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        losses: torch.Tensor = model(**batch)["losses"]
+    return losses.double().cpu()
+
+
+def exact_part(record: Record) -> Record:
+    return replace(record, topk=replace(record.topk, samples=None))
 
 
 def general_batches(
     general: GeneralStream, rows: int, size: int, row_tokens: int | None
 ) -> Iterator[dict[str, Any]]:
     for at in range(0, rows, size):
-        records = [general.record(row) for row in range(at, min(at + size, rows))]
+        records = [exact_part(general.record(row)) for row in range(at, min(at + size, rows))]
         yield from packed_rows([], records, row_tokens)

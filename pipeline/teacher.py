@@ -17,6 +17,7 @@ from pipeline import model_dir
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Sequence
 from pipeline.progress import say
+from pipeline.sampling import NO_SAMPLES, Sampling, draw, places
 from storage import TopK
 
 Answers = Generator[tuple[Sequence, TopK], None, None]
@@ -37,11 +38,15 @@ class Teacher(Protocol, AbstractContextManager["Teacher"]):
 def make_teacher(config: DumpConfig, model: Path, architectures: list[str]) -> Teacher:
     """Start the engine that the config names."""
     if config.engine == "transformers":
-        return TransformersTeacher(model, config.k, config.dtype)
+        return TransformersTeacher(model, config.k, config.dtype, sampling_of(config))
     return VllmTeacher(
         model, architectures, config.k, config.max_length, config.dtype, config.in_flight,
-        config.engine_args,
+        config.engine_args, sampling_of(config),
     )  # fmt: skip
+
+
+def sampling_of(config: DumpConfig) -> Sampling:
+    return Sampling(config.samples, config.sample_seed)
 
 
 def engine_version(config: DumpConfig) -> dict[str, str]:
@@ -63,8 +68,10 @@ def engine_version_of(engine: str) -> dict[str, str]:
 class TransformersTeacher:
     """The obvious reference: one sequence at a time, softmax in float32."""
 
-    def __init__(self, model: Path, k: int, dtype: str = "auto") -> None:
-        self.k = k
+    def __init__(
+        self, model: Path, k: int, dtype: str = "auto", how: Sampling = NO_SAMPLES
+    ) -> None:
+        self.k, self.how = k, how
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = model_dir.load_model(model, dtype)
         self.model = loaded.to(self.device).eval()
@@ -82,8 +89,13 @@ class TransformersTeacher:
             logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
             logprobs = logits.log_softmax(-1)
             best, ids = logprobs.topk(self.k)
+            outside = logits.scatter(1, ids, -torch.inf)
+            rest, drawn = outside.logsumexp(-1), None
             tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
-            yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu())
+            if self.how.draws:
+                at = places(self.how, rest, logits.logsumexp(-1))
+                drawn = draw(outside, at, rest).cpu()
+            yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu(), drawn)
 
 
 class VllmTeacher:
@@ -103,12 +115,19 @@ class VllmTeacher:
         dtype: str = "auto",
         in_flight: int = 256,
         engine_args: dict[str, Any] | None = None,
+        how: Sampling = NO_SAMPLES,
     ) -> None:
         check_interface()
         self.in_flight, self.requests = in_flight, 0
         settings = engine_settings(model, dtype, max_length, engine_args or {})
-        self.path: Pooled | PromptLogprobs = Pooled(k)
+        self.path: Pooled | PromptLogprobs = Pooled(k, how)
         if not can_wrap(architectures):
+            if how.draws or not k:
+                raise ConfigError(
+                    f"samples {how.draws}, k {k}: {', '.join(architectures)} is no model that the "
+                    "top-k plug-in can wrap, and vLLM's prompt_logprobs draw no samples. Set "
+                    "samples to 0 and k to 1 or more, or engine: transformers"
+                )
             say(
                 f"{', '.join(architectures)}: no model that the top-k plug-in can wrap; going "
                 "through vLLM's prompt_logprobs, which is slower and gives the same shards"
@@ -117,8 +136,8 @@ class VllmTeacher:
         try:
             self.engine = self.path.start(settings, architectures)
         except Exception as error:
-            if isinstance(self.path, PromptLogprobs):
-                raise
+            if isinstance(self.path, PromptLogprobs) or how.draws or not k:
+                raise  # there is no other way to draw samples
             say(
                 f"vLLM does not start with the top-k plug-in ({type(error).__name__}: {error}); "
                 "trying prompt_logprobs, which is slower and gives the same shards"
@@ -266,8 +285,8 @@ def start_engine(settings: dict[str, Any]) -> Any:
 class Pooled:
     """The plug-in's way: tensors from the device to here."""
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, how: Sampling = NO_SAMPLES) -> None:
+        self.k, self.how = k, how
 
     def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
         from vllm import PoolingParams
@@ -277,15 +296,18 @@ class Pooled:
         overrides = {
             "architectures": [PREFIX + name for name in architectures],
             "topk_k": self.k,
+            "topk_samples": self.how.draws,
+            "topk_seed": self.how.seed,
             **settings.get("hf_overrides", {}),
         }
         self.params = PoolingParams(task="token_classify")
         return start_engine({**settings, "runner": "pooling", "hf_overrides": overrides})
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
-        """int32 [T, 1 + 2k] from the plug-in -> TopK; the last row predicts what is not there."""
+        """int32 [T, 1 + 2k + N] from the plug-in -> TopK; the last row predicts what is not
+        there."""
         packed = output.outputs.data
-        tokens, width = len(sequence.input_ids), 1 + 2 * self.k
+        tokens, width = len(sequence.input_ids), 1 + 2 * self.k + self.how.draws
         if tuple(packed.shape) != (tokens, width):
             raise RuntimeError(
                 f"document {sequence.doc_id!r}: vLLM returned {tuple(packed.shape)} for "
@@ -294,7 +316,9 @@ class Pooled:
             )
         rows = packed[:-1].contiguous().numpy()
         values = rows[:, : 1 + self.k].copy().view(np.float32)
-        return TopK.from_dense(rows[:, 1 + self.k :], values[:, 1:], values[:, 0])
+        drawn = rows[:, 1 + 2 * self.k :] if self.how.draws else None
+        ids = rows[:, 1 + self.k : 1 + 2 * self.k]
+        return TopK.from_dense(ids, values[:, 1:], values[:, 0], drawn)
 
 
 class PromptLogprobs:
@@ -379,6 +403,7 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices",
      "org_vocab_start_index org_vocab_end_index"),
     ("vllm.distributed", "get_pp_group", ""),
+    ("vllm.distributed", "get_tensor_model_parallel_rank", ""),
     ("vllm.distributed", "get_tensor_model_parallel_world_size", ""),
     ("vllm.distributed", "tensor_model_parallel_all_gather", "dim"),
 ]  # fmt: skip

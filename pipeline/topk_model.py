@@ -2,12 +2,13 @@
 
 `register` is this package's entry point in vllm.general_plugins. For an architecture "X" the model
 "TopKX" is X itself with a pooler that applies X's own head to every position and returns, per
-position, int32 [1 + 2k]: the tail's log-probability, k log-probabilities, k ids (floats bit-cast).
+position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k ids (floats
+bit-cast), and N ids drawn from the tail (pipeline/sampling.py), where a dump asks for them.
 Tensors all the way: no Python object per entry.
 
 Interfaces of vLLM 0.32 that are used: ModelRegistry, Pooler, VllmModelForPooling,
 PoolingMetadata.get_pooling_cursor and pooling_states, the model's logits_processor and lm_head,
-tensor_model_parallel_all_gather.
+get_tensor_model_parallel_rank and tensor_model_parallel_all_gather.
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_pp_group,
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
@@ -26,6 +28,7 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
+from pipeline.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 from pipeline.signals import die_with_parent
 
 PREFIX = "TopK"
@@ -67,8 +70,10 @@ def make_class(name: str, base: type) -> type:
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            k = int(vllm_config.model_config.hf_config.topk_k)
-            self.pooler = TopKPooler(self, k, vllm_config.model_config.get_vocab_size())
+            asked = vllm_config.model_config.hf_config
+            how = Sampling(int(asked.topk_samples), int(asked.topk_seed))
+            size = vllm_config.model_config.get_vocab_size()
+            self.pooler = TopKPooler(self, int(asked.topk_k), how, size)
             keep_quantised_head(self)
 
     TopKModel.__name__ = TopKModel.__qualname__ = name
@@ -76,12 +81,12 @@ def make_class(name: str, base: type) -> type:
 
 
 class TopKPooler(Pooler):
-    """Hidden states of a step -> for each finished sequence, its packed top-k [T, 1 + 2k]."""
+    """Hidden states of a step -> for each finished sequence, its packed answers."""
 
-    def __init__(self, model: Any, k: int, vocab_size: int) -> None:
+    def __init__(self, model: Any, k: int, how: Sampling, vocab_size: int) -> None:
         super().__init__()
         # In a closure: as a child module the model would contain itself.
-        self.pack = lambda hidden: pack_topk(model, hidden, k, vocab_size)
+        self.pack = lambda hidden: pack_topk(model, hidden, k, how, vocab_size)
 
     def get_supported_tasks(self) -> Set[Any]:
         return {"token_classify"}
@@ -109,44 +114,91 @@ class TopKPooler(Pooler):
         return results
 
 
-def pack_topk(model: Any, hidden_states: torch.Tensor, k: int, vocab_size: int) -> torch.Tensor:
-    """hidden_states [N, D] -> int32 [N, 1 + 2k]; full-vocabulary rows exist a bounded number of
+def pack_topk(
+    model: Any, hidden_states: torch.Tensor, k: int, how: Sampling, vocab_size: int
+) -> torch.Tensor:
+    """hidden_states [T, D] -> int32 [T, 1 + 2k + N]; full-vocabulary rows exist a bounded number of
     bytes at a time (LOGITS_BYTES), whatever the vocabulary and the number of tokens in a step."""
     on_cpu = hidden_states.device.type == "cpu"
     rows = rows_at_a_time(LOGITS_BYTES_CPU if on_cpu else LOGITS_BYTES, vocab_size)
-    return torch.cat([pack_rows(model, part, k) for part in hidden_states.split(rows)])
+    return torch.cat([pack_rows(model, part, k, how) for part in hidden_states.split(rows)])
 
 
 def rows_at_a_time(limit: int, vocab_size: int) -> int:
     return max(1, limit // (4 * vocab_size))
 
 
-def pack_rows(model: Any, hidden_states: torch.Tensor, k: int) -> torch.Tensor:
-    """Top-k and tail of the full distribution, from each rank's share of the vocabulary.
+def pack_rows(
+    model: Any, hidden_states: torch.Tensor, k: int, how: Sampling = NO_SAMPLES
+) -> torch.Tensor:
+    """Top-k, tail and draws from it, of the full distribution, from each rank's share of the
+    vocabulary.
 
     Each rank takes the top-k and the logsumexp of its own columns; 2k + 1 numbers per row are
-    gathered, never the logits. The k best of the whole are among the ranks' k best.
+    gathered, and N ids where they are drawn, never the logits. The k best of the whole are among
+    the ranks' k best.
     """
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
-        best, ids, rest = top_and_rest(model.compute_logits(hidden_states), k)
+        logits = model.compute_logits(hidden_states).float()
+        best, ids, rest = top_and_rest(logits, k)
+        shares, first, rank = rest[:, None], 0, 0
     else:
         logits, first = local_logits(model, hidden_states)
-        best, ids, rest = top_and_rest(logits, k)
-        ids = ids + first
-        share = torch.cat([rest[:, None], best, ids.int().view(torch.float32)], dim=1)
-        shares = tensor_model_parallel_all_gather(share, dim=-1).chunk(ranks, dim=-1)
-        width = best.shape[1]
-        rests = [part[:, :1] for part in shares]
-        every = torch.cat([part[:, 1 : 1 + width] for part in shares], dim=1)
-        every_id = torch.cat([part[:, 1 + width :] for part in shares], dim=1)
+        logits, rank = logits.float(), get_tensor_model_parallel_rank()
+        own_best, own_ids, own_rest = top_and_rest(logits, k)
+        share = [own_rest[:, None], own_best, (own_ids + first).int().view(torch.float32)]
+        parts = tensor_model_parallel_all_gather(torch.cat(share, dim=1), dim=-1).chunk(ranks, -1)
+        width = own_best.shape[1]
+        every = torch.cat([part[:, 1 : 1 + width] for part in parts], dim=1)
+        every_id = torch.cat([part[:, 1 + width :] for part in parts], dim=1)
         best, where = every.topk(min(k, every.shape[1]), dim=-1)
-        left = every.scatter(1, where, -torch.inf)  # candidates that did not make it
-        rest = torch.cat([*rests, left], dim=1).logsumexp(-1)
         ids = every_id.contiguous().view(torch.int32).gather(1, where)
+        left = every.scatter(1, where, -torch.inf)  # candidates that did not make it
+        # What each rank holds of the tail [T, ranks].
+        lefts = [left[:, width * other : width * (other + 1)] for other in range(ranks)]
+        shares = torch.stack(
+            [
+                torch.cat([part[:, :1], candidates], dim=1).logsumexp(-1)
+                for part, candidates in zip(parts, lefts, strict=True)
+            ],
+            dim=1,
+        )
+        rest = shares.logsumexp(-1)
+        if how.draws:  # they are of the tail, too
+            logits.scatter_(1, own_ids, lefts[rank])
     total = torch.logaddexp(best.logsumexp(-1), rest)
     values = torch.cat([(rest - total)[:, None], best - total[:, None]], dim=1)
-    return torch.cat([values.contiguous().view(torch.int32), ids.int()], dim=1)
+    packed = [values.contiguous().view(torch.int32), ids.int()]
+    if how.draws:
+        packed.append(drawn_from(logits, shares, rank, first, places(how, rest, total)))
+    return torch.cat(packed, dim=1)
+
+
+def drawn_from(
+    logits: torch.Tensor, shares: torch.Tensor, rank: int, first: int, at: torch.Tensor
+) -> torch.Tensor:
+    """int32 [T, N]: the ids at places `at` of the tail, of which this rank holds `logits`, from id
+    `first` on, and each rank the logsumexp `shares` [T, ranks]. logits are overwritten.
+
+    The ranks lie one behind the other on the cumulative distribution: each place is in one.
+    """
+    mass = shares.double().softmax(-1)
+    ends = mass.cumsum(-1)
+    ends[:, -1] = 1
+    start = ends[:, rank - 1 : rank] if rank else torch.zeros_like(at[:, :1])
+    mine = (at >= start) & (at < ends[:, rank : rank + 1])
+    inside = ((at - start) / (ends[:, rank : rank + 1] - start)).clamp(0, 1)
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = rows_at_a_time(CACHE_BYTES, logits.shape[1])
+    pieces = zip(*(value.split(rows) for value in (logits, inside, shares[:, rank])), strict=True)
+    ids = torch.cat([draw(*piece) for piece in pieces]).int()
+    ids = torch.where(mine & (ids != NONE), ids + first, NONE)
+    if shares.shape[1] > 1:
+        every = tensor_model_parallel_all_gather(ids.view(torch.float32), dim=-1)
+        ids = every.view(torch.int32).view(len(ids), -1, at.shape[1]).amax(1)
+    return ids
 
 
 def top_and_rest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -167,6 +167,7 @@ def check_belongs(
                 "tokens to this student. Start from the dump's own base model, or dump with this "
                 "tokenizer."
             )
+    check_targets(config, dumps)
     teachers = {dump.plan["teacher"]["fingerprint"]: dump.plan["teacher"]["name"] for dump in dumps}
     if len(teachers) > 1:
         raise RefusedError(
@@ -175,12 +176,36 @@ def check_belongs(
         )
 
 
+def check_targets(config: TrainConfig, dumps: Dumps) -> None:
+    """Refuse what cannot be learnt, or not together, of top-k entries and samples."""
+    if config.loss.targets == "topk" and any(dump.plan["k"] == 0 for dump in dumps):
+        raise ConfigError(
+            "loss.targets topk: a dump holds samples alone (its k is 0); leave loss.targets out"
+        )
+    kinds = {(dump.draws > 0, dump.plan["k"] > 0) for dump in dumps}
+    if len(kinds) > 1:
+        raise RefusedError(
+            "the dumps hold different targets, and their KL would not mean the same: "
+            + ", ".join(
+                f"{dump.dump.store.path} k {dump.plan['k']}, samples {dump.draws}" for dump in dumps
+            )
+            + ". Where all have a k above 0, loss.targets: topk leaves the samples out"
+        )
+    if config.loss.direction == "reverse" and any(dump.draws for dump in dumps):
+        raise ConfigError(
+            "loss.direction reverse: samples are unbiased for the forward direction alone, because "
+            "the reverse takes the logarithm of what they estimate. Set loss.direction: forward, "
+            "or loss.targets: topk where the dump has a k above 0"
+        )
+
+
 def open_dumps(config: TrainConfig) -> Dumps:
     """The dumps that the run reads; none where it trains on the domain alone."""
     if config.dump is None or config.mix == 0:
         return {}
     weights = config.dump if isinstance(config.dump, dict) else {config.dump: 1.0}
-    return {LogitDataset(path): weight for path, weight in weights.items()}
+    samples = config.loss.targets != "topk"
+    return {LogitDataset(path, samples=samples): weight for path, weight in weights.items()}
 
 
 def max_length(config: TrainConfig, dumps: Dumps) -> int:
@@ -275,6 +300,9 @@ def make_identity(
     domain_fingerprint: str,
 ) -> Json:
     """What decides the course of a run: one that is gone on with must have the same."""
+    loss = asdict(config.loss)
+    if config.loss.targets == "auto":  # as in runs of before there were targets to choose from
+        del loss["targets"]
     identity = {
         "model": model_dir.weights_fingerprint(folder),
         "dump": ", ".join(f"{dump.fingerprint} × {weight:g}" for dump, weight in dumps.items()),
@@ -282,7 +310,7 @@ def make_identity(
         "mix": config.mix,
         "mix_by": config.mix_by,
         "max_length": max_length(config, dumps),
-        "loss": asdict(config.loss),
+        "loss": loss,
         "lora": config.lora,
         "dtype": config.dtype,
         "sequences_per_step": items_per_step(args),

@@ -107,7 +107,6 @@ def by_sequence(record: Record, schema: pa.Schema) -> pa.Table:
         values += [samples.counts, samples.ids, samples.times]
     columns = [pa.array([record.doc_id]), pa.array([record.chunk], pa.int32())]
     columns += [
-        pa.array([value], field.type)
-        for value, field in zip(values, list(schema)[2:], strict=True)
+        pa.array([value], field.type) for value, field in zip(values, list(schema)[2:], strict=True)
     ]
     return pa.table(columns, schema=schema)

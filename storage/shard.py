@@ -165,7 +165,8 @@ class ShardWriter:
                     self.local,
                     schema_of(self.codec, self.draws > 0),
                     compression={
-                        name: "none" if name in PAYLOADS else "zstd" for name in (*LEAVES, *PAYLOADS)
+                        name: "none" if name in PAYLOADS else "zstd"
+                        for name in (*LEAVES, *PAYLOADS)
                     },
                     compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
                     use_dictionary=False,

@@ -63,7 +63,7 @@ class TopK:
         if k < width:
             raise ValueError(f"k={k} would cut positions that hold {width} entries")
         if len(self.ids) == len(self) * k:  # every position is full: no copy
-            return self.ids.reshape(-1, k), self.logprobs.reshape(-1, k)
+            return self.ids.reshape(len(self), k), self.logprobs.reshape(len(self), k)
         ids = np.zeros((len(self), k), np.int32)
         logprobs = np.full((len(self), k), -np.inf, np.float32)
         kept = np.arange(k) < self.counts[:, None]

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
+from pipeline.sampling import Sampling
 from pipeline.teacher import Pooled, PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
 from storage import TopK
 from storage.successors import compiled
+from storage.topk import check_topk
 from tests.models import quantise_int8, tiny_model
 
 K = 16
@@ -134,6 +137,54 @@ def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.Mo
     with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
         found = answers(teacher, given)
     assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+@pytest.mark.parametrize(("k", "ranks"), [(K, 1), (0, 1), (K, 2)])
+def test_samples_are_of_the_tail_that_transformers_sees(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch, k: int, ranks: int
+) -> None:
+    """An id of probability p in the tail comes up N · p times, rounded down or up."""
+    draws, given = 40, sequences([2, 40, 333])
+    how = Sampling(draws, seed=3)
+    options: dict[str, Any] = {"max_num_batched_tokens": 128}
+    if ranks > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        options["tensor_parallel_size"] = ranks
+    with VllmTeacher(
+        long_model, ["Qwen3ForCausalLM"], k, 2048, "float32", 64, options, how
+    ) as teacher:
+        found = answers(teacher, given)
+    reference = TransformersTeacher(long_model, 512, "float32")
+    assert_drawn_from(found, answers(reference, given), k, draws)
+    own = TransformersTeacher(long_model, k, "float32", how)
+    assert_drawn_from(answers(own, given), answers(reference, given), k, draws)
+
+
+def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -> None:
+    different = 0
+    for topk, every in zip(found, full, strict=True):
+        check_topk(topk, 512)
+        assert set(topk.counts.tolist()) == {k}
+        p = np.zeros((len(topk), 512))
+        np.put_along_axis(p, every.dense()[0], np.exp(every.dense()[1].astype(float)), 1)
+        np.put_along_axis(p, topk.dense()[0], 0, 1)
+        assert topk.samples is not None
+        drawn = np.zeros_like(p)
+        at = np.repeat(np.arange(len(topk)), topk.samples.counts)
+        drawn[at, topk.samples.ids] = topk.samples.times
+        expected = draws * p / p.sum(1, keepdims=True)
+        assert (drawn >= np.floor(expected - 0.01)).all()
+        assert (drawn <= np.ceil(expected + 0.01)).all()
+        different += len(topk.samples.ids)
+    assert different > 3 * sum(map(len, found)), "always the same id: the test shows little"
+
+
+def test_samples_without_the_plugin_are_refused(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    with pytest.raises(ConfigError, match="draw no samples"):
+        VllmTeacher(long_model, ["Qwen3ForCausalLM"], K, 512, how=Sampling(8))
 
 
 def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

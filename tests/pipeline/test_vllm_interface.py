@@ -1,5 +1,7 @@
 """The plug-in's inner step on plain tensors, and what a vLLM of another make is told."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from pipeline import teacher
 from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
+from pipeline.sampling import NO_SAMPLES, Sampling
 
 topk_model = pytest.importorskip("pipeline.topk_model", reason="needs vllm")
 
@@ -60,7 +63,7 @@ def test_the_full_logits_of_a_large_vocabulary_never_exist(
             sizes.append(4 * vocab_size * len(hidden))
             return hidden[:, :1].expand(-1, vocab_size).clone()
 
-    packed = topk_model.pack_topk(Model(), torch.zeros(2000, 4), 4, vocab_size)
+    packed = topk_model.pack_topk(Model(), torch.zeros(2000, 4), 4, NO_SAMPLES, vocab_size)
     assert packed.shape == (2000, 9)
     assert max(sizes) <= 1 << 25
     assert sum(sizes) == 4 * vocab_size * 2000
@@ -91,3 +94,71 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     output: Any = Output
     with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
         teacher.Pooled(16).answer(sequence, output)
+
+
+@pytest.mark.parametrize("k", [0, 4, 42])
+def test_ranks_draw_what_one_would(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Three ranks, each with its columns: N · p of each id of the tail, rounded down or up."""
+    draws, size, tokens = 24, 42, 300
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, size) * 2
+    spans = [(0, 14), (14, 28), (28, size)]
+    how = Sampling(draws, 7)
+    world = Ranks(len(spans))
+    monkeypatch.setattr(topk_model, "get_tensor_model_parallel_world_size", lambda: len(spans))
+    monkeypatch.setattr(topk_model, "get_tensor_model_parallel_rank", lambda: world.rank())
+    monkeypatch.setattr(topk_model, "tensor_model_parallel_all_gather", world.gather)
+    monkeypatch.setattr(topk_model, "local_logits", lambda parts, _: (parts[0].clone(), parts[1]))
+    answers = world.run(
+        [
+            lambda span=span: topk_model.pack_rows(  # type: ignore[misc]
+                (logits[:, slice(*span)], span[0]), torch.zeros(tokens, 1), k, how
+            )
+            for span in spans
+        ]
+    )
+    assert all(torch.equal(answers[0], other) for other in answers[1:])
+    packed = answers[0]
+    assert packed.shape == (tokens, 1 + 2 * k + draws)
+    best, ids = logits.log_softmax(-1).topk(k)
+    assert torch.equal(packed[:, 1 + k : 1 + 2 * k].long(), ids)
+    torch.testing.assert_close(packed[:, 1 : 1 + k].contiguous().view(torch.float32), best)
+    drawn = packed[:, 1 + 2 * k :].long()
+    if k == size:
+        assert (drawn == -1).all()
+        return
+    expected = draws * logits.double().scatter(1, ids, -torch.inf).softmax(-1)
+    found = torch.zeros_like(expected).scatter_add(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )
+    assert (found >= (expected - 1e-4).floor()).all()
+    assert (found <= (expected + 1e-4).ceil()).all()
+
+
+class Ranks:
+    """Ranks as threads that gather from each other."""
+
+    def __init__(self, number: int) -> None:
+        self.barrier = threading.Barrier(number, timeout=30)
+        self.given: list[torch.Tensor] = [torch.empty(0)] * number
+        self.local = threading.local()
+
+    def rank(self) -> int:
+        found: int = self.local.rank
+        return found
+
+    def gather(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+        self.given[self.rank()] = value
+        self.barrier.wait()
+        every = torch.cat(self.given, dim)
+        self.barrier.wait()
+        return every
+
+    def run(self, work: list[Any]) -> list[torch.Tensor]:
+        def one(rank: int) -> torch.Tensor:
+            self.local.rank = rank
+            done: torch.Tensor = work[rank]()
+            return done
+
+        with ThreadPoolExecutor(len(work)) as pool:
+            return list(pool.map(one, range(len(work))))
