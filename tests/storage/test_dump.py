@@ -310,6 +310,19 @@ def test_verify_names_each_planted_fault(tmp_path: Path, damage, codec: str) -> 
     assert any(name in fault for fault in report.faults), report
 
 
+def test_verify_finds_an_id_that_stands_twice(tmp_path: Path) -> None:
+    """Of a writer that is not ours: version 1 can say it, and its checksums are right."""
+    writer = ShardWriter(create_dump(tmp_path, plan()).partition(0))
+    writer.write(random_record(1))
+    (*_, grid) = writer.pending[0]
+    grid.ids[9] = grid.ids[8]
+    marker = writer.commit({})
+    Dump(tmp_path).partition(0).finish({})
+    Dump(tmp_path).finish()
+    (fault,) = verify(tmp_path).faults
+    assert f"{marker['file']}, row 0: position 1: id {grid.ids[8]} stands twice" in fault
+
+
 @CODECS
 def test_reading_a_cut_or_flipped_shard_names_it(tmp_path: Path, codec: str) -> None:
     dump = make_dump(tmp_path, codec=codec)

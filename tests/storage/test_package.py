@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import storage
 from tests.storage.records import make_dump
 
@@ -30,12 +32,18 @@ def test_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def readers_in_the_specification() -> dict:
+    scope: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "FORMAT.md").read_text(), re.DOTALL)
+    for code in blocks:
+        assert len([line for line in code.splitlines() if line.strip()]) <= 18
+        exec(code, scope)
+    return scope
+
+
 def test_reader_in_the_specification_works(tmp_path: Path) -> None:
     dump = make_dump(tmp_path, shards=1)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "FORMAT.md").read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 18
-    scope: dict = {}
-    exec(code, scope)
+    scope = readers_in_the_specification()
     found = list(scope["read"](tmp_path / dump.shards()[0].file))
     expected = list(storage.LogitDataset(tmp_path))
     assert len(found) == len(expected)
@@ -44,3 +52,16 @@ def test_reader_in_the_specification_works(tmp_path: Path) -> None:
         wanted_ids, wanted = record.topk.dense()
         assert (ids == wanted_ids).all()
         assert abs(logprobs - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_sample_reader_in_the_specification_works(tmp_path: Path, k: int) -> None:
+    dump = make_dump(tmp_path, shards=1, k=k, samples=12)
+    found = list(readers_in_the_specification()["read_samples"](tmp_path / dump.shards()[0].file))
+    expected = [record.topk.samples for record in storage.LogitDataset(tmp_path)]
+    assert len(found) == len(expected)
+    for (counts, ids, shares), samples in zip(found, expected, strict=True):
+        assert samples is not None
+        assert (counts == samples.counts).all()
+        assert (ids == samples.ids).all()
+        assert (shares == samples.times / 12).all()
