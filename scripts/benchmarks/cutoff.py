@@ -6,6 +6,11 @@ Reads rows of a dump of MODEL, runs the model on them again for its full distrib
 students that are the model with noise on its weights. The gradient is that of all parameters, of
 forward KL over the rows; its truth is the full-vocabulary KL. Bytes are those of version 2 in
 memory, tables included, over `--tokens` of the dump.
+
+Sampled targets are drawn anew from the full distributions: their gradient has noise, which falls
+with the number of tokens that a step has, where the error of a cut-off stays. So beside the error
+of one draw stands that of the mean over `--draws` of them; their bytes are counted on the rows on
+which gradients are taken, kept entries as above.
 """
 
 import argparse
@@ -24,7 +29,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.losses import sparse_divergence
-from storage import LogitDataset, Record, Successors
+from pipeline.sampling import Sampling, draw, places
+from storage import LogitDataset, Record, Samples, Successors, sampled
 from storage.codec import pack
 from storage.grid import dequantise, quantise
 from storage.topk import TopK, codec_kl
@@ -35,6 +41,10 @@ CUTS = [
     (64, 1e-2, 1.0), (64, 0.0, 0.99), (64, 0.0, 0.95), (64, 0.0, 0.9), (32, 0.0, 1.0),
     (16, 0.0, 1.0), (8, 0.0, 1.0),
 ]  # fmt: skip
+
+
+# (k, samples)
+SAMPLED = [(0, 50), (64, 32)]
 
 
 def cut(topk: TopK, k: int, min_prob: float, top_p: float) -> TopK:
@@ -56,6 +66,29 @@ def bytes_per_token(
     return size / sum(len(ids) for ids, _ in grids), entries
 
 
+def drawn_targets(
+    full: torch.Tensor, k: int, draws: int, seeds: range
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """(targets [T, V] of one draw, their mean over all, mean ids drawn, bytes per token)."""
+    best, ids = full.topk(k)
+    outside = full.scatter(1, ids, -torch.inf)
+    rest = outside.logsumexp(-1)
+    kept = torch.zeros_like(full).scatter(1, ids, best.exp())
+    single, mean = kept.clone(), kept.clone()
+    number, size = 0.0, 0.0
+    for seed in seeds:
+        at = places(Sampling(draws, seed), rest, full.logsumexp(-1))
+        drawn = draw(outside.clone(), at, rest)
+        share = (rest.exp() / draws)[:, None].expand(drawn.shape)
+        mean.scatter_add_(1, drawn, share / len(seeds))
+        if seed == seeds[0]:
+            single.scatter_add_(1, drawn, share)
+            samples = Samples.from_drawn(drawn)
+            number = len(samples.ids) / len(drawn)
+            size = len(sampled.pack(samples, full.shape[1])) / len(drawn)
+    return single, mean, number, size
+
+
 def gradient(student: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     grads = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)
     return torch.cat([grad.reshape(-1) for grad in grads]).double()
@@ -69,9 +102,10 @@ def main() -> None:
     parser.add_argument("dump", type=Path)
     parser.add_argument("--rows", type=int, default=16, help="on which gradients are taken")
     parser.add_argument("--tokens", type=int, default=200_000, help="on which bytes are counted")
+    parser.add_argument("--draws", type=int, default=100, help="that the mean is taken over")
     parser.add_argument("--noise", default="0.05,0.2,0.5", help="of a weight's own spread")
     given = parser.parse_args()
-    dataset = LogitDataset(given.dump, partial=True)
+    dataset = LogitDataset(given.dump, partial=True, samples=False)
     vocab, rows, tokens = int(dataset.plan["vocab_size"]), [], 0
     for number in itertools.count():
         rows.append(dataset[number])
@@ -92,7 +126,9 @@ def main() -> None:
     topk = TopK.from_dense(best_ids, best, tail)
     targets = [dequantise(quantise(cut(topk, *how), vocab, 1 / 16)) for how in CUTS]
     spread = [float(p.detach().std()) if p.dim() > 1 else 0.0 for p in teacher.parameters()]
-    names, columns = [], []
+    many = range(given.draws)
+    draws = [drawn_targets(full, *how, many) for how in SAMPLED]
+    names, columns, sampled_errors = [], [], []
     for noise in map(float, given.noise.split(",")):
         student = copy.deepcopy(teacher)
         generator = torch.Generator().manual_seed(0)
@@ -110,6 +146,16 @@ def main() -> None:
             tails = torch.from_numpy(target.tail_logprob)
             loss = sparse_divergence(logits, ids.long(), logprobs, tails, "forward").mean()
             errors.append(float((gradient(student, loss) - wanted).norm() / wanted.norm()))
+        log_q = logits.log_softmax(-1)
+        sampled_errors.append(
+            [
+                [
+                    float((gradient(student, loss) - wanted).norm() / wanted.norm())
+                    for loss in (-(p * log_q).sum(-1).mean() for p in (single, mean))
+                ]
+                for single, mean, _, _ in draws
+            ]
+        )
         names.append(f"noise {noise:g}, KL {exact.item():.2g}")
         columns.append(errors)
     kls = [
@@ -123,6 +169,15 @@ def main() -> None:
         line = f"{k:>3} {min_prob:>9g} {top_p:>6g} {entries:>8.1f} {size:>12.1f}"
         line += f" {kls[number]:>8.1e}"
         print(line + "".join(f"{errors[number]:>24.4f}" for errors in columns))
+    print(f"\nsampled, {len(full):,} tokens: error of one draw, and of the mean over {given.draws}")
+    head = f"{'k':>3} {'samples':>9} {'ids':>6} {'bytes/token':>12}"
+    print(head + "".join(f"{name:>24}" for name in names))
+    for number, (k, samples) in enumerate(SAMPLED):
+        *_, ids_drawn, size = draws[number]
+        size += sizes[0][0] if k else 0
+        line = f"{k:>3} {samples:>9} {ids_drawn:>6.1f} {size:>12.1f}"
+        both = [errors[number] for errors in sampled_errors]
+        print(line + "".join(f"{f'{one:.4f}, {mean:.4f}':>24}" for one, mean in both))
 
 
 if __name__ == "__main__":

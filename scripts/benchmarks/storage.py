@@ -10,8 +10,9 @@ numbers are on a grid already: each is first moved by up to half a step at rando
 teacher's own may have been. What those gave is in the dump (`python -m storage inspect`).
 
 Speeds are in tokens per second of the process's CPU time, the best of three, so that others on the
-same machine disturb them less. Sampled targets (arXiv 2503.16870) are a size only: they have
-noise instead of an error.
+same machine disturb them less. Sampled targets (arXiv 2503.16870) have noise instead of an error
+(cutoff.py measures it). Of a dump with samples, only what they add is measured; beside it stands
+what as many ids take as 17 + 7 bits each. Of a dump without, that is estimated for 50 draws.
 """
 
 import argparse
@@ -24,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one core: what is measured is work, not t
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
+from storage import (
+    LogitDataset,
+    Ranks,
+    Record,
+    ShardWriter,
+    Successors,
+    TopK,
+    create_dump,
+    decode,
+    sampled,
+)
 from storage.codec import pack
 from storage.grid import quantise
 from storage.topk import codec_kl
@@ -88,9 +99,11 @@ def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
     order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
     tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
     mass = TopK(topk.counts, topk.ids, noisy, tail).kept_mass()
-    total = np.logaddexp(np.log(mass), tail)
+    with np.errstate(divide="ignore"):  # no entry at all
+        total = np.logaddexp(np.log(mass), tail)
     noisy = np.minimum(noisy[order] - np.repeat(total, topk.counts), 0).astype(np.float32)
-    return TopK(topk.counts, topk.ids[order], noisy, (tail - total).astype(np.float32))
+    tail = (tail - total).astype(np.float32)
+    return TopK(topk.counts, topk.ids[order], noisy, tail, topk.samples)
 
 
 def first(rows: list[Record], tokens: int) -> list[Record]:
@@ -126,7 +139,9 @@ def total_tokens(rows: list[Record]) -> int:
 def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, step: float) -> Line:
     """Write the rows as one real shard."""
     with tempfile.TemporaryDirectory() as folder:
+        samples = rows[0].topk.samples
         plan = {"vocab_size": vocab, "step": step, "partitions": 1, "codec": codec}
+        plan["samples"] = samples.draws if samples else 0
         writer = ShardWriter(create_dump(folder, plan).partition(0))
         for row in rows:
             writer.write(row)
@@ -214,6 +229,27 @@ def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
     return found
 
 
+def measure_samples(rows: list[Record], vocab: int) -> list[Line]:
+    """Whole shards with samples and without, the samples alone, and how fast they are."""
+    k = int(rows[0].topk.counts[0])
+    bare = changed(rows, lambda topk: replace(topk, samples=None))
+    every = [row.topk.samples for row in rows if row.topk.samples is not None]
+    tokens, draws = total_tokens(rows), every[0].draws
+    mean, width = sum(len(one.ids) for one in every) / tokens, max(17, (vocab - 1).bit_length())
+    payloads = [sampled.pack(one, vocab) for one in every]
+    alone = Line(
+        "samples", f"{draws} samples ({mean:.1f} ids) alone", sum(map(len, payloads)) / tokens
+    )
+    alone.encode = speed(lambda: [sampled.pack(one, vocab) for one in every], tokens)
+    alone.decode = speed(lambda: [sampled.unpack(one) for one in payloads], tokens)
+    rival = f"the same: {width} + 7 bits each"
+    found = [alone, Line("samples", rival, mean * (width + 7) / 8)]
+    for codec in ("v1", "v2"):
+        for name, these in ((f"{draws} samples", rows), ("no samples", bare)):
+            found.append(shard(codec, f"{codec}, k {k}, {name}", these, vocab, codec, 1 / 16))
+    return found
+
+
 def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
     small = first(rows, sweep)
     found = [lists(small), *packed_bits(small, vocab)]
@@ -293,14 +329,17 @@ def main() -> None:
     for path in given.paths:
         rows, vocab = load(path, given.tokens)
         print(f"\n{path.name}: {len(rows)} rows, {total_tokens(rows):,} tokens, {vocab:,} ids")
-        lines = found[f"{path.name}, {total_tokens(rows):,} tokens"] = measure(
-            rows, vocab, given.sweep
-        )
+        if rows[0].topk.samples is None:
+            lines = found[f"{path.name}, {total_tokens(rows):,} tokens"] = measure(
+                rows, vocab, given.sweep
+            )
+        else:
+            lines = measure_samples(rows, vocab)
         print(
             f"{'layout':<34}{'bytes/tok':>10}{'KL':>10}{'mass':>8}{'encode/s':>12}{'decode/s':>12}"
         )
         print(*lines, sep="\n", flush=True)
-    if given.plot:
+    if given.plot and found:
         plot(found, given.plot)
 
 
