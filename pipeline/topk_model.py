@@ -140,12 +140,12 @@ def pack_rows(
     """
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
-        logits = model.compute_logits(hidden_states).float()
+        logits = exact(model.compute_logits(hidden_states), how)
         best, ids, rest = top_and_rest(logits, k)
         shares, first, rank = rest[:, None], 0, 0
     else:
         logits, first = local_logits(model, hidden_states)
-        logits, rank = logits.float(), get_tensor_model_parallel_rank()
+        logits, rank = exact(logits, how), get_tensor_model_parallel_rank()
         own_best, own_ids, own_rest = top_and_rest(logits, k)
         share = [own_rest[:, None], own_best, (own_ids + first).int().view(torch.float32)]
         parts = tensor_model_parallel_all_gather(torch.cat(share, dim=1), dim=-1).chunk(ranks, -1)
@@ -173,6 +173,11 @@ def pack_rows(
     if how.draws:
         packed.append(drawn_from(logits, shares, rank, first, places(how, rest, total)))
     return torch.cat(packed, dim=1)
+
+
+def exact(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """In float32 where samples are drawn: `top_and_rest` leaves only the tail in those."""
+    return logits.float() if how.draws else logits
 
 
 def drawn_from(
