@@ -21,11 +21,13 @@ import numpy as np
 
 with atheris.instrument_imports(include=["storage"]):
     import storage  # noqa: F401
+    from storage import sampled
     from storage.codec import decode, unpack
     from storage.errors import StorageError
     from storage.frames import HEADER, Header, deflate, join
     from storage.grid import dequantise, quantise
     from storage.ranked import Ranks
+    from storage.samples import Samples
     from storage.successors import Successors
     from storage.topk import TopK, check_topk
 
@@ -80,7 +82,7 @@ def assembled(data: bytes) -> bytes:
 def read(data: bytes) -> None:
     if not data:
         return
-    how, data = data[0] % 6, data[1:]
+    how, data = data[0] % 7, data[1:]
     try:
         if how == 0:
             decode(data)
@@ -91,6 +93,9 @@ def read(data: bytes) -> None:
             check_topk(topk, VOCAB)
         elif how == 3:
             Successors.unpack(data)
+        elif how == 6:
+            end = sampled.HEADER.size - 4
+            sampled.unpack(data[:end] + struct.pack("<I", zlib.crc32(data[:end])) + data[end + 4 :])
         elif how == 5:
             dequantise(unpack(assembled(data)))
         else:
@@ -111,6 +116,7 @@ def seeds() -> dict[str, bytes]:
         "ranked": b"\1" + pack(GRID, RANKS),
         "contextual": b"\2" + pack(GRID, ROW),
         "tables": b"\4" + TABLES.pack(),
+        "samples": b"\6" + sampled.pack(Samples.from_drawn(IDS), VOCAB),
         "planes": b"\5" + bytes(range(256)) * 4,
     }
 

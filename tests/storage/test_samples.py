@@ -26,6 +26,8 @@ from storage import (
     verify,
 )
 from storage.__main__ import main
+from storage.frames import deflate, join
+from storage.samples import fault
 from storage.topk import check_topk
 from tests.fuzz.corrupt_shard import corrupt
 from tests.storage.records import (
@@ -183,6 +185,25 @@ def test_forged_samples_are_errors_or_samples(drawn: st.DataObject) -> None:
     except StorageError:
         return
     assert len(found.ids) == len(found.times) == found.counts.sum()
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=400)
+def test_any_planes_are_errors_or_samples(drawn: st.DataObject) -> None:
+    """Good frames of any content, as a foreign writer's bug or malice would make them."""
+    vocab_size = drawn.draw(st.sampled_from([0, 1, 5, 300, 1 << 31, (1 << 32) - 1]))
+    draws, positions = drawn.draw(st.integers(0, 4)), drawn.draw(st.integers(0, 4))
+    counts = drawn.draw(st.lists(st.integers(0, 4), min_size=positions, max_size=positions))
+    width, more = drawn.draw(st.integers(1, 4)), drawn.draw(st.integers(0, 2))
+    sizes = [sum(counts)] * (width + more)
+    parts = [bytes(counts), *(drawn.draw(st.binary(min_size=n, max_size=n)) for n in sizes)]
+    header = sampled.Header((1, width, more), draws, vocab_size, positions, sum(counts))
+    try:
+        found = sampled.unpack(join(header.pack(), deflate([parts])))
+    except StorageError:
+        return
+    assert fault(found, vocab_size) is None
+    assert found.counts.tolist() == counts
 
 
 def test_a_lying_header_allocates_nothing() -> None:
