@@ -29,7 +29,8 @@ def null_test(
     general: GeneralStream,
     weights: str,
 ) -> float:
-    """Mean KL in nats of the untrained student to the dump, over the first general batches.
+    """Mean KL in nats of the untrained student to the dump, over the first general batches; of
+    samples alone the mean of `sample_gap`.
 
     `weights` is the fingerprint of the student's; where it is the teacher's, the bound applies:
     RefusedError beyond it, with what may differ.
@@ -38,21 +39,22 @@ def null_test(
     rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
     plan = general.dumps[0].plan
     teacher = plan["teacher"]
-    noise = 0.0
+    what, noise = "KL", 0.0
     if plan["k"] == 0:
+        what = "cross-entropy, less its own entropy,"
         kl, noise = sample_gap(trainer, general, rows)
     else:
         kl = mean_kl(trainer, general, rows, size)
     bound = config.null_test.bound + SURE * noise
     if weights != teacher["fingerprint"]:
         say(
-            f"null test: KL of the student to the dump is {kl:.3g} nats before the first step. Its "
-            f"weights are not those of the teacher ({teacher['name']}), so no bound applies"
+            f"null test: {what} of the student to the dump is {kl:.3g} nats before the first step. "
+            f"Its weights are not those of the teacher ({teacher['name']}), so no bound applies"
         )
         return kl
     if abs(kl) <= bound:
         say(
-            f"null test: KL of the student to the dump is {kl:.3g} nats over {rows} sequences, "
+            f"null test: {what} of the student to the dump is {kl:.3g} nats over {rows} sequences, "
             f"bound {bound:.3g}: the dump is this model's"
         )
         return kl
@@ -72,7 +74,7 @@ def null_test(
         "attention between packed sequences"
     ]
     raise RefusedError(
-        f"null test: the student has the teacher's weights, but its KL to the dump is {kl:.3g} "
+        f"null test: the student has the teacher's weights, but its {what} to the dump is {kl:.3g} "
         f"nats (bound {bound:.3g}). {'; '.join(causes)}. Do not train on this dump "
         "before it is understood."
     )
