@@ -168,13 +168,14 @@ def activation_bytes(model: PreTrainedModel, args: TrainingArguments, row_tokens
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no two of them are at one address
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
