@@ -4,7 +4,10 @@ The cheapest proof that a dump belongs to a model. It goes the way of training, 
 included, so it finds what is wrong there, too.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from pipeline.config import RefusedError, TrainConfig
 from pipeline.data import packed_rows
@@ -62,17 +65,22 @@ def mean_kl(
     trainer: DistillTrainer, general: GeneralStream, rows: int, size: int, shift: int = 0
 ) -> float:
     """Over the first `rows` general sequences; the student is read `shift` positions off."""
-    return trainer.mean_kl(
-        shifted(row, shift)
-        for at in range(0, rows, size)
-        for row in packed_rows(
-            [],
-            [general.record(index) for index in range(at, min(at + size, rows))],
-            trainer.row_tokens,
-        )
-    )
+    model = trainer.model.to(trainer.args.device).eval()
+    total, tokens = 0.0, 0
+    for batch in general_batches(general, rows, size, trainer.row_tokens):
+        at = batch["targets"]["rows"] + shift
+        batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
+        batch["targets"]["row_weights"] = torch.ones(len(at))
+        batch = trainer._prepare_inputs(batch)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            losses = model(**batch)["losses"]
+        total, tokens = total + losses.double().sum().item(), tokens + len(losses)
+    return total / tokens
 
 
-def shifted(row: dict[str, Any], shift: int) -> dict[str, Any]:
-    at = (row["targets"]["rows"] + shift).clamp(0, row["input_ids"].shape[1] - 1)
-    return row | {"targets": row["targets"] | {"rows": at}}
+def general_batches(
+    general: GeneralStream, rows: int, size: int, row_tokens: int | None
+) -> Iterator[dict[str, Any]]:
+    for at in range(0, rows, size):
+        records = [general.record(row) for row in range(at, min(at + size, rows))]
+        yield from packed_rows([], records, row_tokens)

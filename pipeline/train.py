@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from pipeline import memory, model_dir
 from pipeline.config import ConfigError, HeldOutConfig, Interrupted, RefusedError, TrainConfig
@@ -85,8 +86,7 @@ def run(config: TrainConfig) -> Json:
         + (f", {dataset.mix:g} to 1 by {config.mix_by}" if dumps else "")
         + f", {per_step} domain sequences in a step"
     )
-    if not args.deepspeed:
-        memory.check(config, args, folder, row_tokens(config, args, domain, dumps))
+    memory.check(config, args, folder, row_tokens(config, args, domain, dumps))
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
@@ -273,6 +273,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(
             "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path, "
             "held_out.general.path or held_out.dump"
+        )
+    missing = set(args.report_to) - set(get_available_reporting_integrations()) - {"flyte"}
+    if missing:
+        name = min(missing)
+        raise ConfigError(
+            f"training.report_to {name}: the package is not installed; `pip install {name}`, or "
+            "choose tensorboard or none. metrics.jsonl is written in any case"
         )
     best = args.metric_for_best_model
     if best is not None and f"eval_{best.removeprefix('eval_')}" not in held:
