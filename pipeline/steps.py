@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from pipeline import fsdp
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.before_training is not None:
             self.trainer.before_training()
+            fsdp.reshard(self.trainer.model)
         self.trainer.begin_log_interval()
         if not state.is_world_process_zero:
             return
