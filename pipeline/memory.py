@@ -27,7 +27,8 @@ class Estimate:
     gradients: int
     optimizer: int
     loss: int
-    activations: int
+    activations: int | None
+    """None where the model's forward cannot run without values."""
 
     @property
     def lasting(self) -> int:
@@ -36,20 +37,29 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.lasting + self.activations
+        return self.lasting + (self.activations or 0)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in asdict(self).items())
         return f"{size_text(self.total)} ({parts})"
 
 
-def size_text(size: int) -> str:
+def size_text(size: int | None) -> str:
     """Bytes for reading: 3.4 GiB."""
+    if size is None:
+        return "unknown"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def check(config: TrainConfig, args: TrainingArguments, folder: Path, row_tokens: int) -> Estimate:
-    """Say what the run will take; ConfigError where even the shortest row cannot fit."""
+def check(
+    config: TrainConfig, args: TrainingArguments, folder: Path, row_tokens: int
+) -> Estimate | None:
+    """Say what the run will take; ConfigError where even the shortest row cannot fit.
+
+    None where parts are kept elsewhere: DeepSpeed, or FSDP's cpu_offload.
+    """
+    if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
+        return None
     found = estimate(config, args, folder, row_tokens)
     free = free_bytes(args)
     where = "GPU" if args.device.type == "cuda" else "machine"
@@ -70,14 +80,14 @@ def estimate(
     Weights, gradients and optimizer states follow from the parameters' numbers and dtypes, the
     loss's part from its buffers, activations from a pass of the model on the meta device. All are
     taken to be there at the same time, which is a little too much: gradients come as activations
-    go. Left out: the interpreter and CUDA's context (about 0.5 GiB each), kernels' workspaces, the
-    allocator's fragmentation, the batches, evaluation's logits and, on the CPU, the weights while
-    they are loaded and saved.
+    go. Left out: the interpreter and CUDA's context, kernels' workspaces, the allocator's
+    fragmentation, the batches, evaluation's logits and, on the CPU, the weights while they are
+    loaded and saved.
     """
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
     model = empty_student(config, folder, compute)
     stored = weights_dtype(config, folder).itemsize
-    sharded = args.fsdp_plugin_args is not None
+    sharded = is_sharded(args)
     ranks = args.world_size if sharded else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -99,6 +109,12 @@ def estimate(
         loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
         activations=activation_bytes(model, args, row_tokens),
     )
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP is asked for, in the settings or by `accelerate launch --use_fsdp`."""
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return args.fsdp_plugin_args is not None or by_launcher
 
 
 def empty_student(
@@ -131,10 +147,10 @@ def largest_layer(model: PreTrainedModel) -> int:
 def optimizer_bytes(name: str, master: int) -> float:
     """Of the states for one trained parameter of so many bytes, by transformers' name; Adam's
     where it is not known."""
-    if name.startswith("sgd") or "adafactor" in name:
+    if name.startswith(("sgd", "paged")) or "adafactor" in name:  # paged: the CPU's, if need be
         return 0
     size = 0.5 if "4bit" in name else 1 if "8bit" in name else master
-    return size * (1 if name.startswith(("lion", "paged_lion", "rmsprop", "adagrad")) else 2)
+    return size * (1 if name.startswith(("lion", "rmsprop", "adagrad")) else 2)
 
 
 def loss_bytes(
@@ -151,20 +167,25 @@ def loss_bytes(
     return logits + head + 2 * rows * width * 4
 
 
-def activation_bytes(model: PreTrainedModel, args: TrainingArguments, row_tokens: int) -> int:
+def activation_bytes(
+    model: PreTrainedModel, args: TrainingArguments, row_tokens: int
+) -> int | None:
     """What autograd saves for the decoder's backward, for a row of so many tokens.
 
     With gradient checkpointing: what the layers are computed again from, and one layer's own.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(PACKED)
-    per_token = saved_bytes(base) / sum(PROBE)
-    plugin: dict[str, Any] = args.fsdp_plugin_args or {}
-    if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
-        layers = base.config.get_text_config().num_hidden_layers
-        base.gradient_checkpointing_enable()
-        per_token = saved_bytes(base) / sum(PROBE) + per_token / layers
-    return int(per_token * row_tokens)
+    try:
+        saved = saved_bytes(base)
+        plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+        if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
+            layer = saved // base.config.get_text_config().num_hidden_layers
+            base.gradient_checkpointing_enable()
+            saved = saved_bytes(base) + layer
+    except Exception:  # whatever an architecture's forward does with values that are not there
+        return None
+    return saved * row_tokens // sum(PROBE)
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
@@ -203,13 +224,13 @@ def advice(config: TrainConfig, args: TrainingArguments, found: Estimate) -> lis
     choices = ["a smaller model"]
     if config.lora is None:
         choices.append("train adapters (lora: {r: 64, target_modules: all-linear})")
-    if args.fsdp_plugin_args is None:
+    if not is_sharded(args):
         choices.append("share it among GPUs (training.fsdp: true, accelerate launch)")
-    elif found.lasting > found.activations:
+    elif found.lasting > (found.activations or 0):
         choices.append("start more ranks")
     if config.dtype == "float32" and config.lora is not None:
         choices.append("dtype: bfloat16")
-    if found.activations > found.total // 4:
+    if found.activations is None or found.activations > found.total // 4:
         if not args.gradient_checkpointing:
             choices.append("training.gradient_checkpointing: true")
         choices.append("row_tokens, or a smaller one, for shorter rows")
