@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +25,7 @@ from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.student import load_student, save_final
 from pipeline.trainer import GENERAL_KL, DistillTrainer, items_per_step
-from storage import LogitDataset, Record
+from storage import LogitDataset
 from storage.manifest import differences
 
 Json = dict[str, Any]
@@ -105,7 +104,8 @@ def run(config: TrainConfig) -> Json:
             config.loss,
             row_tokens=config.row_tokens,
             held_out=texts,
-            held_out_dump=held_out_dump and first_rows(held_out_dump, config.held_out.dump_limit),
+            held_out_dump=held_out_dump,
+            held_out_rows=config.held_out.dump_limit,
             gradient_cosine_steps=config.gradient_cosine_steps,
             identity=identity,
             processing_class=tokenizer,
@@ -308,11 +308,6 @@ def metrics_of(held_out: HeldOutConfig) -> list[str]:
         f"eval_{GENERAL_KL}": held_out.dump,
     }
     return [name for name, source in measured.items() if source is not None]
-
-
-def first_rows(dump: LogitDataset, limit: int | None) -> Sequence[Record]:
-    rows = len(dump) if limit is None else min(limit, len(dump))
-    return [dump[row] for row in range(rows)]
 
 
 def read_domain(

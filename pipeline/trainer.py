@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from pipeline.losses import Direction, linear_sparse_divergence
 from pipeline.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.rows import without_targets
 from pipeline.steps import Steps
-from storage import Record
+from storage import LogitDataset
 
 Json = dict[str, Any]
 # Written last into a checkpoint: one without it was cut short and is not resumed from.
@@ -134,9 +134,9 @@ class DistillTrainer(Trainer):
 
     A batch goes through the model in packed rows of at most `row_tokens` tokens. `identity` is
     stored in each checkpoint and must be the same where one is resumed.
-    `held_out` names the corpora whose perplexities evaluation reports, `held_out_dump` has the
-    base's answers that it reports the KL to. Every `gradient_cosine_steps` steps the gradients of
-    both parts are compared (pipeline.gradients).
+    `held_out` names the corpora whose perplexities evaluation reports; it also reports the KL to
+    the first `held_out_rows` rows of `held_out_dump`, all by default. Every
+    `gradient_cosine_steps` steps the gradients of both parts are compared (pipeline.gradients).
     """
 
     def __init__(
@@ -148,13 +148,15 @@ class DistillTrainer(Trainer):
         *,
         row_tokens: int | None = None,
         held_out: dict[str, TokenSequences] | None = None,
-        held_out_dump: Sequence[Record] | None = None,
+        held_out_dump: LogitDataset | None = None,
+        held_out_rows: int | None = None,
         gradient_cosine_steps: int = 0,
         identity: Json | None = None,
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
-        self.held_out_dump, self.gradient_cosine_steps = held_out_dump, gradient_cosine_steps
+        self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
+        self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
         self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
@@ -327,7 +329,7 @@ class DistillTrainer(Trainer):
                     total += sums
             metrics[f"{metric_key_prefix}_{name}_perplexity"] = total.perplexity
         if self.held_out_dump is not None:
-            kl = self.mean_kl(stored_rows(self.held_out_dump, self.args.eval_batch_size))
+            kl = self.mean_kl(self.stored_rows(self.held_out_dump))
             metrics[f"{metric_key_prefix}_{GENERAL_KL}"] = kl
         fsdp.reshard(model)
         self.log(metrics)
@@ -350,6 +352,13 @@ class DistillTrainer(Trainer):
             total, tokens = total + losses.double().sum().item(), tokens + len(losses)
         fsdp.reshard(model)
         return total / tokens
+
+    def stored_rows(self, dump: LogitDataset) -> Iterator[Json]:
+        """The first `held_out_rows` rows of a dump, or all, packed a batch at a time."""
+        rows, size = min(self.held_out_rows or len(dump), len(dump)), self.args.eval_batch_size
+        for at in range(0, rows, size):
+            records = [dump[row] for row in range(at, min(at + size, rows))]
+            yield from packed_rows([], records, self.row_tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -381,12 +390,6 @@ class DistillTrainer(Trainer):
             marker = json.loads((last / CHECKPOINT_MARKER).read_text())
             self.totals = {name: marker[name] for name in self.totals}
         return last
-
-
-def stored_rows(records: Sequence[Record], size: int) -> Iterator[Json]:
-    """Packed rows of `size` records each."""
-    for at in range(0, len(records), size):
-        yield from packed_rows([], [records[i] for i in range(at, min(at + size, len(records)))])
 
 
 def items_per_step(args: TrainingArguments) -> int:
