@@ -18,6 +18,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from pipeline.config import ConfigError
 
 
+def is_asked_for(args: TrainingArguments) -> bool:
+    """In the settings, or by `accelerate launch --use_fsdp`."""
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return args.fsdp_plugin_args is not None or by_launcher
+
+
 def set_up(accelerator: Accelerator) -> None:
     """Make accelerate's FSDP2 exact enough for the loss; does nothing without FSDP.
 

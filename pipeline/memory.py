@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from pipeline import losses, model_dir
+from pipeline import fsdp, losses, model_dir
 from pipeline.attention import PACKED
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.progress import say
@@ -68,7 +68,8 @@ def check(
         raise ConfigError(f"{line}. To change: {', '.join(advice(config, args, found))}")
     if found.total > free:
         line += f". It may not fit; to change: {', '.join(advice(config, args, found))}"
-    say(line)
+    if args.process_index == 0:
+        say(line)
     return found
 
 
@@ -87,7 +88,7 @@ def estimate(
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
     model = empty_student(config, folder, compute)
     stored = weights_dtype(config, folder).itemsize
-    sharded = is_sharded(args)
+    sharded = fsdp.is_asked_for(args)
     ranks = args.world_size if sharded else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -109,12 +110,6 @@ def estimate(
         loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
         activations=activation_bytes(model, args, row_tokens),
     )
-
-
-def is_sharded(args: TrainingArguments) -> bool:
-    """Whether FSDP is asked for, in the settings or by `accelerate launch --use_fsdp`."""
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return args.fsdp_plugin_args is not None or by_launcher
 
 
 def empty_student(
@@ -224,7 +219,7 @@ def advice(config: TrainConfig, args: TrainingArguments, found: Estimate) -> lis
     choices = ["a smaller model"]
     if config.lora is None:
         choices.append("train adapters (lora: {r: 64, target_modules: all-linear})")
-    if not is_sharded(args):
+    if not fsdp.is_asked_for(args):
         choices.append("share it among GPUs (training.fsdp: true, accelerate launch)")
     elif found.lasting > (found.activations or 0):
         choices.append("start more ranks")

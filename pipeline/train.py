@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from pipeline import memory, model_dir
+from pipeline import fsdp, memory, model_dir
 from pipeline.config import ConfigError, HeldOutConfig, Interrupted, RefusedError, TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.evaluate import held_out
@@ -273,6 +273,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(
             "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path, "
             "held_out.general.path or held_out.dump"
+        )
+    if args.torch_compile and fsdp.is_asked_for(args):
+        raise ConfigError(
+            "training.torch_compile does not go with FSDP here; leave one of them out"
         )
     missing = set(args.report_to) - set(get_available_reporting_integrations()) - {"flyte"}
     if missing:

@@ -77,3 +77,9 @@ def test_curves_reach_tensorboard(run: Any) -> None:
 def test_a_missing_reporter_is_named(run: Any) -> None:
     with pytest.raises(ConfigError, match="pip install wandb"):
         train.run(run("run", report_to="wandb"))
+
+
+def test_compile_with_fsdp_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="torch_compile does not go with FSDP"):
+        train.training_arguments(run("run", torch_compile=True))

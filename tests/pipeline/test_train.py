@@ -235,6 +235,7 @@ def test_one_big_batch_equals_small_ones_and_rows_and_ranks(
             domain,
             output=str(tmp_path / name),
             row_tokens=row_tokens,
+            gradient_cosine_steps=6,
             training={
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": accumulation,
