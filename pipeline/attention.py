@@ -18,6 +18,7 @@ from pipeline.config import ConfigError
 PACKED = "packed_sequences"  # has no mask function on purpose: transformers then makes no masks
 
 
+@torch.compiler.disable  # torch.compile would make another kernel for each list of lengths
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -194,12 +194,18 @@ class NullTestConfig:
 
 @dataclass
 class HeldOutConfig:
-    """Held-out text that perplexities are measured on during training."""
+    """What the student is measured on during training. Each name may be
+    training.metric_for_best_model."""
 
     domain: CorpusConfig | None = None
     """Reported as eval_domain_perplexity."""
     general: CorpusConfig | None = None
     """Reported as eval_general_perplexity."""
+    dump: str | None = None
+    """A dump of held-out general text by the same base model. The mean KL to it, in loss.direction
+    and nats per token, is reported as eval_general_kl."""
+    dump_limit: int | None = None
+    """Use at most that many rows of it, its first ones."""
 
 
 @dataclass
@@ -233,9 +239,14 @@ class TrainConfig:
     """Longest domain sequence in tokens; the dump's max_length by default."""
     lora: dict[str, Any] | None = None
     """Passed to peft.LoraConfig as it is, e.g. {r: 64, target_modules: all-linear}."""
+    gradient_cosine_steps: int = 0
+    """Every so many steps, log the norms of the gradients of CE and of alpha · KL and the cosine
+    between them. It costs one more forward and backward, and memory for one more set of gradients;
+    0 leaves it out."""
     null_test: NullTestConfig = field(default_factory=NullTestConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    """Text for the perplexities during training; training.eval_steps and so on say when."""
+    """Text for the perplexities during training, and a dump for the KL; training.eval_steps and so
+    on say when."""
     training: dict[str, Any] = field(default_factory=dict)
     """Passed to transformers.TrainingArguments as it is. A batch counts domain sequences; each
     brings its general ones along."""
@@ -252,6 +263,14 @@ class TrainConfig:
         require(
             self.row_tokens is None or self.row_tokens > 0,
             f"row_tokens: at least 1, found {self.row_tokens}",
+        )
+        require(
+            self.held_out.dump_limit is None or self.held_out.dump_limit > 0,
+            f"held_out.dump_limit: at least 1, found {self.held_out.dump_limit}",
+        )
+        require(
+            self.gradient_cosine_steps >= 0,
+            f"gradient_cosine_steps: at least 0, found {self.gradient_cosine_steps}",
         )
         require(
             self.dump is not None or self.mix == 0,

@@ -61,7 +61,7 @@ class Sums:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP goes on training with what it gathers here
 def compare(
     model: PreTrainedModel,
     base: PreTrainedModel | None,

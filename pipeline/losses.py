@@ -70,6 +70,7 @@ def sparse_divergence(
     return rows + torch.where(no_tail, 0, log_b.exp() * (log_b - log_a))
 
 
+@torch.compiler.disable  # chunks, in-place steps, a kernel of its own: nothing to gain
 def linear_sparse_divergence(
     hidden: Tensor,
     weight: Tensor,

@@ -8,12 +8,12 @@ entries, they and the tail are compared. Where it has samples alone, it is the s
 cross-entropy to them less its own entropy: 0 on average for the teacher, and with a standard error.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from pipeline import fsdp
 from pipeline.config import RefusedError, TrainConfig
 from pipeline.data import packed_rows
 from pipeline.mixing import GeneralStream
@@ -84,53 +84,44 @@ def mean_kl(
     trainer: DistillTrainer, general: GeneralStream, rows: int, size: int, shift: int = 0
 ) -> float:
     """Over the first `rows` general sequences; the student is read `shift` positions off."""
-    total, tokens = 0.0, 0
-    for batch in general_batches(general, rows, size, trainer.row_tokens):
-        losses = losses_of(trainer, batch, shift)
-        total, tokens = total + losses.sum().item(), tokens + len(losses)
-    return total / tokens
+    return trainer.mean_kl(
+        shifted(row, shift)
+        for at in range(0, rows, size)
+        for row in packed_rows(
+            [],
+            [exact_part(general.record(index)) for index in range(at, min(at + size, rows))],
+            trainer.row_tokens,
+        )
+    )
 
 
-def sample_gap(
-    trainer: DistillTrainer, general: GeneralStream, rows: int, shift: int = 0
-) -> tuple[float, float]:
-    """(mean of the student's cross-entropy to the samples less its entropy, standard error)."""
-    model = trainer.model.to(trainer.args.device).eval()
-    gaps = []
-    for row in range(rows):
-        record = general.record(row)
-        (batch,) = packed_rows([], [record])
-        logprobs = batch["targets"]["logprobs"].double()  # of the samples' shares; -inf is padding
-        negative_entropy = torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(1)
-        cross = losses_of(trainer, batch, shift) - negative_entropy
-        input_ids = torch.from_numpy(record.input_ids[None].astype("int64")).to(model.device)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1]
-        entropy = torch.distributions.Categorical(logits=logits.float()).entropy()
-        gaps.append(cross - entropy.double().cpu())
-    every = torch.cat(gaps)
-    return every.mean().item(), (every.std() / len(every) ** 0.5).item()
-
-
-def losses_of(trainer: DistillTrainer, batch: dict[str, Any], shift: int) -> torch.Tensor:
-    """float64 [N]: the training loss of each target of a batch."""
-    model = trainer.model.to(trainer.args.device).eval()
-    at = batch["targets"]["rows"] + shift
-    batch["targets"]["rows"] = at.clamp(0, batch["input_ids"].shape[1] - 1)
-    batch["targets"]["row_weights"] = torch.ones(len(at))
-    batch = trainer._prepare_inputs(batch)
-    with torch.no_grad(), trainer.accelerator.autocast():
-        losses: torch.Tensor = model(**batch)["losses"]
-    return losses.double().cpu()
+def shifted(row: dict[str, Any], shift: int) -> dict[str, Any]:
+    at = (row["targets"]["rows"] + shift).clamp(0, row["input_ids"].shape[1] - 1)
+    return row | {"targets": row["targets"] | {"rows": at}}
 
 
 def exact_part(record: Record) -> Record:
     return replace(record, topk=replace(record.topk, samples=None))
 
 
-def general_batches(
-    general: GeneralStream, rows: int, size: int, row_tokens: int | None
-) -> Iterator[dict[str, Any]]:
-    for at in range(0, rows, size):
-        records = [exact_part(general.record(row)) for row in range(at, min(at + size, rows))]
-        yield from packed_rows([], records, row_tokens)
+@torch.no_grad()
+def sample_gap(
+    trainer: DistillTrainer, general: GeneralStream, rows: int, shift: int = 0
+) -> tuple[float, float]:
+    """(mean of the student's cross-entropy to the samples less its entropy, standard error)."""
+    model = trainer.model.eval()
+    gaps = []
+    for row in range(rows):
+        record = general.record(row)
+        (packed,) = packed_rows([], [record])
+        logprobs = packed["targets"]["logprobs"].double()  # of the samples' shares; -inf is padding
+        negative_entropy = torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(1)
+        cross = trainer.losses_of(shifted(packed, shift)) - negative_entropy
+        input_ids = torch.from_numpy(record.input_ids[None].astype("int64")).to(model.device)
+        with trainer.accelerator.autocast():
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1]
+        entropy = torch.distributions.Categorical(logits=logits.float()).entropy()
+        gaps.append(cross - entropy.double().cpu())
+    fsdp.reshard(model)
+    every = torch.cat(gaps)
+    return every.mean().item(), (every.std() / len(every) ** 0.5).item()

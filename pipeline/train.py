@@ -4,28 +4,27 @@ import difflib
 import inspect
 import json
 import os
-import shutil
 import time
+from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
-from pipeline import model_dir
-from pipeline.config import ConfigError, Interrupted, RefusedError, TrainConfig
+from pipeline import fsdp, memory, model_dir
+from pipeline.config import ConfigError, HeldOutConfig, Interrupted, RefusedError, TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.evaluate import held_out
 from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.trainer import DistillTrainer, add_distill_forward, items_per_step
+from pipeline.student import load_student, save_final
+from pipeline.trainer import GENERAL_KL, DistillTrainer, items_per_step
 from storage import LogitDataset
 from storage.manifest import differences
 
@@ -55,7 +54,8 @@ def run(config: TrainConfig) -> Json:
     folder = model_dir.resolve(config.model, config.revision)
     tokenizer = model_dir.load_tokenizer(folder)
     dumps = open_dumps(config)
-    check_belongs(config, folder, tokenizer, dumps)
+    held_out_dump = open_held_out(config)
+    check_belongs(config, folder, tokenizer, dumps, held_out_dump)
     args = training_arguments(config)
     output = Path(config.output)
     domain, fingerprint = read_domain(config, tokenizer, dumps)
@@ -85,6 +85,7 @@ def run(config: TrainConfig) -> Json:
         + (f", {dataset.mix:g} to 1 by {config.mix_by}" if dumps else "")
         + f", {per_step} domain sequences in a step"
     )
+    memory.check(config, args, folder, row_tokens(config, args, domain, dumps))
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
@@ -103,6 +104,9 @@ def run(config: TrainConfig) -> Json:
             config.loss,
             row_tokens=config.row_tokens,
             held_out=texts,
+            held_out_dump=held_out_dump,
+            held_out_rows=config.held_out.dump_limit,
+            gradient_cosine_steps=config.gradient_cosine_steps,
             identity=identity,
             processing_class=tokenizer,
         )
@@ -111,9 +115,10 @@ def run(config: TrainConfig) -> Json:
             marker = json.loads((checkpoint / "distill.json").read_text())
             refuse_differences(output, marker["identity"], identity)
             say(f"{output}: going on from {checkpoint.name}")
-        null_kl = None
+        null_kl: list[float] = []
         if general is not None and checkpoint is None and config.null_test.batches:
-            null_kl = null_test(config, trainer, general, identity["model"])
+            test = partial(null_test, config, trainer, general, identity["model"])
+            trainer.before_training = lambda: null_kl.append(test())
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -124,21 +129,32 @@ def run(config: TrainConfig) -> Json:
     summary = {
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
-        "null_test_kl": null_kl,
+        "best": best_checkpoint(trainer),
+        "null_test_kl": null_kl[0] if null_kl else None,
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
+    save_final(config, trainer, folder, dtype, output / FINAL)
     if trainer.args.should_save:
-        save_final(trainer, tokenizer, dtype, output / FINAL)
         (output / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-        say(f"{output}: the student is in {output / FINAL}")
+        best = summary["best"]
+        which = f", that of {best['checkpoint']}" if best else ""
+        say(f"{output}: the student is in {output / FINAL}{which}")
     return summary
 
 
 def check_belongs(
-    config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, dumps: Dumps
+    config: TrainConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dumps: Dumps,
+    held_out_dump: LogitDataset | None = None,
 ) -> None:
-    """RefusedError when the student cannot learn from a dump. Reads no weights."""
+    """RefusedError when the student cannot learn from a dump, or be measured on the held-out one.
+
+    Reads no weights.
+    """
+    all_dumps = [*dumps, held_out_dump] if held_out_dump is not None else list(dumps)
     model_config = model_dir.load_config(folder)
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest and max_length(config, dumps) > longest:
@@ -147,7 +163,7 @@ def check_belongs(
         )
     vocabulary = model_dir.vocab_size(model_config)
     fingerprint = model_dir.tokenizer_fingerprint(tokenizer)[:16]
-    for dump in dumps:
+    for dump in all_dumps:
         name, plan = dump.dump.store.path, dump.plan
         if not len(dump):
             raise ConfigError(f"dump {name}: no rows, so there is no general corpus")
@@ -168,7 +184,8 @@ def check_belongs(
                 "tokenizer."
             )
     check_targets(config, dumps)
-    teachers = {dump.plan["teacher"]["fingerprint"]: dump.plan["teacher"]["name"] for dump in dumps}
+    plans = [dump.plan["teacher"] for dump in all_dumps]
+    teachers = {teacher["fingerprint"]: teacher["name"] for teacher in plans}
     if len(teachers) > 1:
         raise RefusedError(
             f"the dumps are of different teachers ({', '.join(teachers.values())}): a student is "
@@ -208,11 +225,37 @@ def open_dumps(config: TrainConfig) -> Dumps:
     return {LogitDataset(path, samples=samples): weight for path, weight in weights.items()}
 
 
+def open_held_out(config: TrainConfig) -> LogitDataset | None:
+    """Its exact entries and tail: a KL to samples has their noise."""
+    path = config.held_out.dump
+    if path is None:
+        return None
+    dump = LogitDataset(path, samples=False)
+    if dump.plan["k"] == 0:
+        raise ConfigError(f"held_out.dump {path}: holds samples alone; a KL needs k above 0")
+    return dump
+
+
 def max_length(config: TrainConfig, dumps: Dumps) -> int:
     """Of domain sequences: the user's, or that of the longest dump."""
     if config.max_length is not None:
         return config.max_length
     return max(int(dump.plan["max_length"]) for dump in dumps)
+
+
+def row_tokens(
+    config: TrainConfig, args: TrainingArguments, domain: TokenSequences, dumps: Dumps
+) -> int:
+    """Tokens of the longest packed row there may be; an expectation where no limit is set."""
+    longest = int(max(domain.lengths.max(), *(dump.lengths.max() for dump in dumps), 0))
+    if config.row_tokens is not None:
+        return max(config.row_tokens, longest)
+    item: float = longest
+    if dumps and config.mix_by == "tokens":
+        item += config.mix * longest
+    elif dumps:
+        item += config.mix * sum(float(dump.lengths.mean()) for dump in dumps) / len(dumps)
+    return int(args.train_batch_size * item)
 
 
 def adds_eos(dumps: Dumps) -> bool:
@@ -243,7 +286,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             + "; set output" * (clash[0] == "output_dir")
         )
     cuda = torch.cuda.is_available()
-    held = config.held_out.domain or config.held_out.general
+    held = metrics_of(config.held_out)
     defaults = {
         "use_cpu": not torch.accelerator.is_available(),  # several ranks then talk through gloo
         "logging_steps": 10,
@@ -251,6 +294,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "dataloader_pin_memory": cuda,
         "dataloader_num_workers": 2 if cuda else 0,
         "eval_strategy": "epoch" if held else "no",
+        "greater_is_better": False,  # perplexities and KL
     }
     # YAML reads a bare `no` as false
     given = {
@@ -258,13 +302,30 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         for name, value in config.training.items()
     }
     try:
-        args = TrainingArguments(**{**defaults, **given, **fixed})
+        args = TrainingArguments(**deepcopy({**defaults, **given, **fixed}))
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
     if args.eval_strategy != "no" and not held:
         raise ConfigError(
-            "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path "
-            "or held_out.general.path"
+            "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path, "
+            "held_out.general.path or held_out.dump"
+        )
+    if args.torch_compile and fsdp.is_asked_for(args):
+        raise ConfigError(
+            "training.torch_compile does not go with FSDP here; leave one of them out"
+        )
+    missing = set(args.report_to) - set(get_available_reporting_integrations()) - {"flyte"}
+    if missing:
+        name = min(missing)
+        raise ConfigError(
+            f"training.report_to {name}: the package is not installed; `pip install {name}`, or "
+            "choose tensorboard or none. metrics.jsonl is written in any case"
+        )
+    best = args.metric_for_best_model
+    if best is not None and f"eval_{best.removeprefix('eval_')}" not in held:
+        raise ConfigError(
+            f"training.metric_for_best_model {best}: nothing of that name is measured; "
+            + (f"choose from {', '.join(held)}" if held else "give held_out.domain.path or another")
         )
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise ConfigError(
@@ -277,6 +338,16 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             "scripts/train_student.py ...`, or set CUDA_VISIBLE_DEVICES to one"
         )
     return args
+
+
+def metrics_of(held_out: HeldOutConfig) -> list[str]:
+    """What evaluation during training measures."""
+    measured = {
+        "eval_domain_perplexity": held_out.domain,
+        "eval_general_perplexity": held_out.general,
+        f"eval_{GENERAL_KL}": held_out.dump,
+    }
+    return [name for name, source in measured.items() if source is not None]
 
 
 def read_domain(
@@ -334,52 +405,25 @@ def refuse_differences(output: Path, there: Json, here: Json) -> None:
         )
 
 
-def load_student(
-    config: TrainConfig, folder: Path, args: TrainingArguments
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """(the model to train, with the distilling forward; the dtype it came in)."""
-    model = model_dir.load_model(folder, config.dtype)
-    came_in = getattr(torch, model_dir.own_dtype(model_dir.load_config(folder)))
-    add_distill_forward(model, config.loss.direction)
-    if config.lora is not None:
-        import peft
-
-        try:
-            lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
-            model = peft.get_peft_model(model, lora)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"lora: {error}") from error
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
-    return model, came_in
-
-
 def last_logged(history: list[Json]) -> Json:
     """The last value of each quantity that was logged."""
-    names = ("loss", "ce", "kl", "domain_tokens", "general_tokens", "tokens_per_s", "wait_share")
+    names = ("loss", "ce", "kl", "teacher_tail", "domain_tokens", "general_tokens")
+    names += ("tokens_per_s", "wait_share")
     found: Json = {}
     for line in history:
         found |= {
-            name: value
-            for name, value in line.items()
-            if name in names or name.endswith("_perplexity")
+            name: value for name, value in line.items() if name in names or name.startswith("eval_")
         }
     return found
 
 
-def save_final(
-    trainer: DistillTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    folder: Path,
-) -> None:
-    """A plain Hugging Face directory: LoRA merged, in the dtype the student came in."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.to(dtype).save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+def best_checkpoint(trainer: DistillTrainer) -> Json | None:
+    """The checkpoint that the student is, where the best one was asked for and not the last."""
+    state, args = trainer.state, trainer.args
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    checkpoint = Path(state.best_model_checkpoint).name
+    step = int(checkpoint.split("-")[1])
+    metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    values = [line[metric] for line in state.log_history if line["step"] == step and metric in line]
+    return {"checkpoint": checkpoint, "step": step, metric: values[-1]}

@@ -8,7 +8,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -20,25 +21,28 @@ from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from pipeline import fsdp
 from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
-from pipeline.data import collate
+from pipeline.data import collate, packed_rows
 from pipeline.evaluate import Sums, compare
+from pipeline.gradients import gradient_parts
 from pipeline.losses import Direction, linear_sparse_divergence
 from pipeline.mixing import EpochSampler, MixedDataset, TokenSequences
-from pipeline.progress import Progress
+from pipeline.rows import without_targets
+from pipeline.steps import Steps
+from storage import LogitDataset
 
 Json = dict[str, Any]
 # Written last into a checkpoint: one without it was cut short and is not resumed from.
 CHECKPOINT_MARKER = "distill.json"
-METRICS = "metrics.jsonl"
+GENERAL_KL = "general_kl"
 
 
 def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
@@ -130,7 +134,9 @@ class DistillTrainer(Trainer):
 
     A batch goes through the model in packed rows of at most `row_tokens` tokens. `identity` is
     stored in each checkpoint and must be the same where one is resumed.
-    `held_out` names the corpora whose perplexities evaluation reports.
+    `held_out` names the corpora whose perplexities evaluation reports; it also reports the KL to
+    the first `held_out_rows` rows of `held_out_dump`, all by default. Every
+    `gradient_cosine_steps` steps the gradients of both parts are compared (pipeline.gradients).
     """
 
     def __init__(
@@ -142,23 +148,30 @@ class DistillTrainer(Trainer):
         *,
         row_tokens: int | None = None,
         held_out: dict[str, TokenSequences] | None = None,
+        held_out_dump: LogitDataset | None = None,
+        held_out_rows: int | None = None,
+        gradient_cosine_steps: int = 0,
         identity: Json | None = None,
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
+        self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
+        self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
         self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
-        self.sums = torch.zeros(2, device=args.device)  # CE, KL since the last log
+        self.sums = torch.zeros(3, device=args.device)  # CE, KL, teacher's tail since the last log
+        self.gradient_parts: dict[str, float] = {}  # of the last step that measured them
         self.waited = 0.0
         self.stop_asked = False  # by a signal to this rank
         self.stopping = False  # what all ranks know at the same step
+        self.before_training: Callable[[], None] | None = None  # on the model as it is trained
         super().__init__(
             model,
             args,
             partial(collate, row_tokens=row_tokens),
             dataset,
-            eval_dataset=self.held_out or None,
+            eval_dataset=self.held_out or held_out_dump or None,
             **options,
         )
         self.loss_is_scaled_for_ga = True
@@ -166,6 +179,10 @@ class DistillTrainer(Trainer):
             self.remove_callback(shown)
         self.steps = Steps(self)
         self.add_callback(self.steps)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        fsdp.set_up(self.accelerator)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.epoch_sampler
@@ -197,7 +214,13 @@ class DistillTrainer(Trainer):
         self.stopping = stop > 0
         self.totals["domain_tokens"] += domain
         self.totals["general_tokens"] += general
-        return batches, torch.tensor([domain, general])
+        totals = torch.tensor([domain, general])
+        often = self.gradient_cosine_steps
+        if often and (self.state.global_step + 1) % often == 0:
+            began = time.perf_counter()
+            self.gradient_parts = gradient_parts(self, self.model_wrapped, batches, totals)
+            self.logged_at += time.perf_counter() - began  # not training's time
+        return batches, totals
 
     def training_step(
         self, model: nn.Module, inputs: Json, num_items_in_batch: Tensor | int | None = None
@@ -206,9 +229,19 @@ class DistillTrainer(Trainer):
         *first, last = inputs["packed"]
         total = torch.zeros((), device=self.args.device)
         for row in first:
-            with self.accelerator.no_sync(model):
+            with self.synchronised(model, False):
                 total += super().training_step(model, row, num_items_in_batch)
         return total + super().training_step(model, last, num_items_in_batch)
+
+    def synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Backward in it leaves gradients with each rank until the last row of several.
+
+        FSDP's are shared out at each row: whole ones would not fit.
+        """
+        if last or self.is_fsdp_enabled:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(model)
+        return context
 
     def floating_point_ops(self, inputs: Json) -> int:
         return sum(super(DistillTrainer, self).floating_point_ops(row) for row in inputs["packed"])
@@ -221,22 +254,33 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         assert isinstance(num_items_in_batch, Tensor)
-        domain, general = num_items_in_batch.tolist()  # on the CPU: no wait for the device
+        outputs = self.row_losses(model, inputs, num_items_in_batch)
+        domain, general = num_items_in_batch.tolist()
+        losses, labels = outputs["losses"].detach(), len(inputs["targets"]["labels"])
+        self.sums[0] += losses[:labels].sum() / max(domain, 1)
+        self.sums[1] += losses[labels:].sum() / max(general, 1)
+        self.sums[2] += inputs["targets"]["tail_logprob"].exp().sum() / max(general, 1)
+        # DDP and FSDP take the mean of the ranks' gradients, and the counts are of all ranks.
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def row_losses(self, model: nn.Module, inputs: Json, counts: Tensor) -> Json:
+        """{"loss": a packed row's part of CE + alpha · KL, "losses": of each of its positions}.
+
+        `counts` are the step's (domain, general) tokens over all micro-batches and ranks.
+        """
+        domain, general = counts.tolist()  # on the CPU: no wait for the device
         targets = inputs["targets"]
         labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
         weights = targets["tail_logprob"].new_empty(labels + tails)
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
-        outputs = model(**inputs | {"targets": {**targets, "row_weights": weights}})
-        losses = outputs["losses"].detach()
-        self.sums[0] += losses[:labels].sum() / max(domain, 1)
-        self.sums[1] += losses[labels:].sum() / max(general, 1)
-        # DDP and FSDP take the mean of the ranks' gradients, and the counts are of all ranks.
-        loss = outputs["loss"] * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        outputs: Json = model(**inputs | {"targets": {**targets, "row_weights": weights}})
+        return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds CE, KL (means over the steps since the last log) and tokens seen to a step's log."""
+        """Adds to a step's log: CE, KL and the teacher's mean tail (means over the steps since the
+        last log), tokens seen and the gradients' parts where they were measured."""
         if "loss" in logs:
             sums = self.sums
             if self.args.world_size > 1:
@@ -245,14 +289,16 @@ class DistillTrainer(Trainer):
             now = time.perf_counter()
             tokens = sum(self.totals.values())
             elapsed = now - self.logged_at
-            ce, kl = (sums / steps).tolist()
+            ce, kl, tail = (sums / steps).tolist()
             if not math.isfinite(logs["loss"]):
                 raise ConfigError(
                     f"step {self.state.global_step}: the loss is {logs['loss']} (CE {ce}, KL {kl})"
                     ". Lower training.learning_rate or set training.max_grad_norm; checkpoints "
                     "from before are kept"
                 )
-            logs |= {"ce": ce, "kl": kl, **self.totals}
+            logs |= {"ce": ce, "kl": kl, "teacher_tail": tail, **self.totals}
+            logs |= self.gradient_parts
+            self.gradient_parts = {}
             logs |= self.train_dataset.epochs(self.state.global_step * self.items_per_step)
             logs["tokens_per_s"] = (tokens - self.logged_tokens) / elapsed
             logs["wait_share"] = self.waited / elapsed
@@ -272,7 +318,7 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Perplexity of each held-out corpus: {"eval_domain_perplexity": ...}."""
+        """{"eval_domain_perplexity": of each held-out corpus, "eval_general_kl": to the dump}."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metrics = {}
@@ -282,6 +328,10 @@ class DistillTrainer(Trainer):
                 for sums in compare(model, None, text):
                     total += sums
             metrics[f"{metric_key_prefix}_{name}_perplexity"] = total.perplexity
+        if self.held_out_dump is not None:
+            kl = self.mean_kl(self.stored_rows(self.held_out_dump))
+            metrics[f"{metric_key_prefix}_{GENERAL_KL}"] = kl
+        fsdp.reshard(model)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -289,12 +339,40 @@ class DistillTrainer(Trainer):
         self.begin_log_interval()  # its time is not training's
         return metrics
 
+    @torch.no_grad()
+    def mean_kl(self, rows: Iterable[Json]) -> float:
+        """Mean KL in nats per token to the targets of packed rows; every rank goes through all."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for row in rows:
+            losses = self.losses_of(row)
+            total, tokens = total + losses.sum().item(), tokens + len(losses)
+        fsdp.reshard(self.model)
+        return total / tokens
+
+    @torch.no_grad()
+    def losses_of(self, row: Json) -> Tensor:
+        """float64 [N] on the CPU: the loss of each target of a packed row."""
+        weights = torch.ones(len(row["targets"]["rows"]))
+        row = self._prepare_inputs(row | {"targets": row["targets"] | {"row_weights": weights}})
+        with self.accelerator.autocast():
+            losses: Tensor = self.model(**row)["losses"]
+        return losses.double().cpu()
+
+    def stored_rows(self, dump: LogitDataset) -> Iterator[Json]:
+        """The first `held_out_rows` rows of a dump, or all, packed a batch at a time."""
+        rows, size = min(self.held_out_rows or len(dump), len(dump)), self.args.eval_batch_size
+        for at in range(0, rows, size):
+            records = [dump[row] for row in range(at, min(at + size, rows))]
+            yield from packed_rows([], records, self.row_tokens)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # the marker stands for the files of all ranks
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
@@ -323,63 +401,3 @@ class DistillTrainer(Trainer):
 def items_per_step(args: TrainingArguments) -> int:
     """Domain sequences in an optimizer step, over all micro-batches and ranks."""
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-
-def without_targets(row: Json) -> Json:
-    """The first sequence of a row, with nothing to learn from it."""
-    length = row["sequence_lengths"][0]
-    return {
-        "input_ids": row["input_ids"][:, :length],
-        "position_ids": row["position_ids"][:, :length],
-        "sequence_lengths": [length],
-        "targets": {name: value[:0] for name, value in row["targets"].items()},
-    }
-
-
-class Steps(TrainerCallback):
-    """What a run shows and writes at each step: progress, metrics.jsonl, the end at a signal."""
-
-    def __init__(self, trainer: DistillTrainer) -> None:
-        self.trainer = trainer
-        self.progress: Progress | None = None
-        self.status = "first step"
-
-    @property
-    def metrics(self) -> Path:
-        return Path(self.trainer.args.output_dir) / METRICS
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.begin_log_interval()
-        if not state.is_world_process_zero:
-            return
-        # A checkpoint carries the log up to it; what came after is going to be done again.
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in state.log_history))
-        self.progress = Progress(state.max_steps, "step", state.global_step)
-        self.progress.begin()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sampler = self.trainer.epoch_sampler
-        sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress is not None:
-            self.progress.update(state.global_step, lambda: self.status)
-        if self.trainer.stopping:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if "train_runtime" in logs:  # transformers' own summary, of this call only
-            return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(state.log_history[-1]) + "\n")
-        names = ["loss", "ce", "kl", "tokens_per_s"]
-        shown = [f"{name} {logs[name]:,.4g}" for name in names if name in logs]
-        shown += [f"{name} {value:.4g}" for name, value in logs.items() if "perplexity" in name]
-        self.status = ", ".join(shown)
-
-    def close(self) -> None:
-        if self.progress is not None:
-            self.progress.close()

@@ -88,7 +88,7 @@ def replace_pooler(with_head: bool) -> None:
 
     from pipeline import topk_model
 
-    def pack(model: Any, hidden: Any, k: int, vocab_size: int) -> Any:
+    def pack(model: Any, hidden: Any, k: int, how: Any, vocab_size: int) -> Any:
         rows = topk_model.rows_at_a_time(topk_model.LOGITS_BYTES_CPU, vocab_size)
         for part in hidden.split(rows) if with_head else ():
             model.compute_logits(part)

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,49 @@ def fused(direction: str | None) -> Loss:
     return loss
 
 
+def liger_ce(x: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss: Tensor = LigerFusedLinearCrossEntropyLoss()(x["weight"], x["hidden"], x["labels"])
+    return loss
+
+
+def cut_ce(x: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(x["hidden"], x["weight"], x["labels"])
+    return loss
+
+
 CASES: dict[str, Loss] = {
     "cross-entropy, F.cross_entropy": dense_ce,
     "cross-entropy, fused": fused(None),
+    "cross-entropy, liger-kernel": liger_ce,
+    "cross-entropy, cut-cross-entropy": cut_ce,
     "top-k forward KL, fused": fused("forward"),
     "top-k reverse KL, fused": fused("reverse"),
     "top-k forward KL, full logits": dense_topk,
     "top-k forward KL, chunked, recomputed": chunked_topk,
     "full KL, teacher's logits at hand": dense_kl,
 }
+
+
+# Others' kernels, where their packages are installed. They need CUDA.
+PACKAGES = {
+    "cross-entropy, liger-kernel": "liger_kernel",
+    "cross-entropy, cut-cross-entropy": "cut_cross_entropy",
+}
+
+
+def missing(case: str, dtype: str) -> str | None:
+    """Why a case cannot run here."""
+    if case not in PACKAGES:
+        return None
+    if not torch.cuda.is_available():
+        return "not on CPU"
+    if PACKAGES[case] == "cut_cross_entropy" and dtype == "float32":
+        return "bfloat16 only"
+    return None if find_spec(PACKAGES[case]) else "not installed"
 
 
 def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
@@ -209,7 +244,8 @@ def main() -> None:
     if given.case:
         print(json.dumps(run_case(given)))
         return
-    runs = in_turn(list(CASES), given.rounds, {"--error_rows": "0"})
+    able = [case for case in CASES if missing(case, given.dtype) is None]
+    runs = in_turn(able, given.rounds, {"--error_rows": "0"})
     best = {
         name: found[0] | {"seconds": min(one["seconds"] for one in found)}
         for name, found in runs.items()
@@ -220,7 +256,11 @@ def main() -> None:
     )
     print(f"{'':<40}{'seconds':>9}{'time':>8}{'MiB':>8}{'memory':>8}{'∂hidden':>10}{'∂weight':>10}")
     base = best["cross-entropy, F.cross_entropy"]
-    for name, found in best.items():
+    for name in CASES:
+        if name not in best:
+            print(f"{name:<40}  {missing(name, given.dtype)}")
+            continue
+        found = best[name]
         errors = "".join(
             f"{found[key]:>10.1e}" for key in ("hidden_error", "weight_error") if key in found
         )

@@ -34,7 +34,6 @@ from pipeline.config import (
     LossConfig,
     NullTestConfig,
     RefusedError,
-    TrainConfig,
 )
 from pipeline.data import collate
 from pipeline.losses import sparse_divergence
@@ -43,71 +42,12 @@ from pipeline.trainer import add_distill_forward
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_student.py"
-UNTIMED = {"tokens_per_s", "wait_share"}
+from tests.pipeline.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 
 @pytest.fixture
 def domain(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
-
-
-def settings(
-    tmp_path: Path, model: Path, dump: Path | None, domain: Path, **changes: Any
-) -> TrainConfig:
-    training = {
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        **changes.pop("training", {}),
-    }
-    given = {
-        "model": str(model),
-        "domain": CorpusConfig(str(domain)),
-        "dump": str(dump) if dump else None,
-        "output": str(tmp_path / "run"),
-        **changes,
-    }
-    return TrainConfig(**given, training=training)
-
-
-def steps(run: Path | str) -> list[dict[str, Any]]:
-    """The logged steps, without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in UNTIMED}
-        for line in lines
-        if "ce" in line
-    ]
-
-
-def yaml_of(path: Path, config: TrainConfig) -> Path:
-    from dataclasses import asdict
-
-    path.write_text(json.dumps(asdict(config)))  # JSON is YAML
-    return path
-
-
-def script(
-    config: Path, *arguments: str, ranks: int = 1, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """The real script; several ranks of it talk through gloo."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, str(SCRIPT), "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same logged steps, up to the order of float32 sums."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=2e-4, abs=1e-6)
 
 
 # ---- the loss in the forward
@@ -295,6 +235,7 @@ def test_one_big_batch_equals_small_ones_and_rows_and_ranks(
             domain,
             output=str(tmp_path / name),
             row_tokens=row_tokens,
+            gradient_cosine_steps=6,
             training={
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": accumulation,

@@ -1,0 +1,82 @@
+"""FSDP2 through accelerate: each rank holds a share of weights, gradients and optimizer states.
+
+`training.fsdp: true` turns it on. The loss is taken inside the wrapped forward, where FSDP has
+gathered the head's weight; what else this trainer needs of it is here.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from pipeline.config import ConfigError
+
+
+def is_asked_for(args: TrainingArguments) -> bool:
+    """In the settings, or by `accelerate launch --use_fsdp`."""
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return args.fsdp_plugin_args is not None or by_launcher
+
+
+def set_up(accelerator: Accelerator) -> None:
+    """Make accelerate's FSDP2 exact enough for the loss; does nothing without FSDP.
+
+    Raises ConfigError for FSDP1.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise ConfigError(
+            "FSDP1 cannot keep the head's weight as it is; leave out training.fsdp_config.version, "
+            "or set it (FSDP_VERSION in the environment) to 2"
+        )
+    # Without a reduction at each micro-batch every rank would hold whole gradients between them.
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if accelerator.mixed_precision == "bf16":
+        # accelerate's own would round the targets' log-probabilities, the losses and the sum of
+        # the ranks' gradients to bfloat16. Autocast chooses the dtype of what is computed.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def load_on_one_rank(args: TrainingArguments) -> None:
+    """With fsdp_config.cpu_ram_efficient_loading only rank 0 reads the weights.
+
+    transformers asks these variables when it loads a model; accelerate sets them too late.
+    """
+    if (args.fsdp_plugin_args or {}).get("cpu_ram_efficient_loading"):
+        os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+
+
+def agree_on_attention(model: PreTrainedModel) -> None:
+    """Take the attention that rank 0 found to keep packed sequences apart; others may be empty."""
+    if distributed.is_initialized():
+        chosen = [model.config._attn_implementation]
+        distributed.broadcast_object_list(chosen)
+        if chosen[0] != model.config._attn_implementation:
+            model.set_attn_implementation(chosen[0])
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward without a backward has gathered; does nothing without FSDP."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sum over sharded tensors, the same on all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """The whole state dict on rank 0's CPU, nothing on the others; all ranks must call it."""
+    state: dict[str, Any] = accelerator.get_state_dict(model)
+    return state

@@ -1,0 +1,140 @@
+"""The gradients of the objective's two parts, against autograd on full logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import train
+from pipeline.config import LossConfig
+from pipeline.corpus import Corpus
+from pipeline.data import batch_of, collate
+from pipeline.losses import sparse_divergence
+from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.model_dir import load_tokenizer
+from pipeline.rows import domain_part, general_part, without_targets
+from storage import LogitDataset
+from tests.models import tiny_model
+from tests.pipeline.corpora import some_texts, write_texts
+from tests.pipeline.runs import settings, steps
+
+PARTS = ("ce_grad_norm", "kl_grad_norm", "grad_cosine")
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
+
+
+def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["sequence_lengths"] == expected["sequence_lengths"]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(found[name], expected[name])
+    for name, value in expected["targets"].items():
+        other = found["targets"][name]
+        assert other.numel() == value.numel() == 0 or torch.equal(other, value)
+
+
+def test_parts_of_a_row_are_the_rows_of_its_parts(dump_path: Path) -> None:
+    records = list(LogitDataset(dump_path))[:3]
+    domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
+    both = batch_of(domain, records)
+    assert_same_row(domain_part(both), batch_of(domain, []))
+    assert_same_row(general_part(both), batch_of([], records))
+    # where one kind is missing, a sequence with nothing to learn stands in for it
+    assert_same_row(domain_part(batch_of([], records)), without_targets(batch_of([], records)))
+    assert_same_row(general_part(batch_of(domain, [])), without_targets(batch_of(domain, [])))
+    assert without_targets(both)["sequence_lengths"] == [5]
+
+
+def test_norms_and_cosine_are_those_of_autograd(
+    tmp_path: Path, dump_path: Path, domain: Path
+) -> None:
+    student = tiny_model(tmp_path / "student", seed=5)
+    config = settings(
+        tmp_path,
+        student,
+        dump_path,
+        domain,
+        loss=LossConfig(alpha=0.7),
+        gradient_cosine_steps=1,
+        row_tokens=200,
+        training={"max_steps": 1, "per_device_train_batch_size": 2},
+    )
+    config.training |= {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    train.run(config)
+    (logged,) = steps(config.output)
+
+    model = AutoModelForCausalLM.from_pretrained(student)
+    tokens = TokenSequences(Corpus(config.domain, load_tokenizer(student), 100))
+    general = GeneralStream([LogitDataset(dump_path)], [1], 42)
+    data = MixedDataset(tokens, general, 1.0, 42, 4)  # transformers' seed
+    (row,) = collate([data[item] for item in range(4)])["packed"]
+    targets = row["targets"]
+    logits = model(row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits
+    logits, labels = logits[0, targets["rows"]], len(targets["labels"])
+    ce = torch.nn.functional.cross_entropy(logits[:labels], targets["labels"])
+    kl = (
+        0.7
+        * sparse_divergence(
+            logits[labels:], targets["ids"].long(), targets["logprobs"], targets["tail_logprob"]
+        ).mean()
+    )
+    assert logged["ce"] == pytest.approx(ce.item(), rel=1e-4)  # the same step
+    parameters = list(model.parameters())
+    one, other = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(part, parameters, retain_graph=True)])
+        for part in (ce, kl)
+    )
+    expected = [one.norm().item(), other.norm().item()]
+    expected.append((one @ other).item() / (expected[0] * expected[1]))
+    assert [logged[name] for name in PARTS] == pytest.approx(expected, rel=1e-3)
+    assert logged["grad_norm"] == pytest.approx((one + other).norm().item(), rel=1e-3)
+    tail = targets["tail_logprob"].exp().mean().item()
+    assert logged["teacher_tail"] == pytest.approx(tail, rel=1e-4)
+
+
+def test_measuring_changes_nothing(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    runs = []
+    for every in (0, 4):
+        config = settings(
+            tmp_path,
+            model_path,
+            dump_path,
+            domain,
+            output=str(tmp_path / str(every)),
+            lora={"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5},
+            gradient_cosine_steps=every,
+            training={"max_steps": 9},
+        )
+        train.run(config)
+        runs.append(steps(config.output))
+    measured = [line["step"] for line in runs[1] if "grad_cosine" in line]
+    assert measured == [4, 8]
+    without = [
+        {name: value for name, value in line.items() if name not in PARTS} for line in runs[1]
+    ]
+    assert without == runs[0]
+
+
+def test_one_part_alone_has_no_cosine(tmp_path: Path, model_path: Path, domain: Path) -> None:
+    config = settings(
+        tmp_path,
+        model_path,
+        None,
+        domain,
+        mix=0,
+        max_length=100,
+        gradient_cosine_steps=1,
+        training={"max_steps": 1},
+    )
+    train.run(config)
+    (logged,) = steps(config.output)
+    assert logged["kl_grad_norm"] == 0
+    assert logged["ce_grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-5)
+    assert "grad_cosine" not in logged

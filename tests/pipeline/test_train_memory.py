@@ -1,0 +1,187 @@
+"""The memory estimate: its parts by hand, the whole against a run's peak, what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import memory, train
+from pipeline.config import ConfigError
+from tests.models import tiny_model
+from tests.pipeline.corpora import some_texts, write_texts
+from tests.pipeline.runs import settings, yaml_of
+
+# Peak resident set above what was there before the model was loaded, through the real code.
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+from pipeline import memory, student, train
+from pipeline.config import TrainConfig, parse, script_parser
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.002)
+
+def save(*_):
+    print("PEAK", peak[0] - before[0])
+    sys.exit()
+
+def load(*arguments):
+    before.append(resident())
+    threading.Thread(target=watch, daemon=True).start()
+    return plain(*arguments)
+
+plain, before, peak = student.load_student, [], [0]
+train.save_final, train.load_student = save, load
+check = memory.check
+def checked(*arguments):
+    print("ESTIMATE", check(*arguments).total)
+memory.check = checked
+config, _ = parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", sys.argv[1]])
+train.run(config)
+"""
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
+
+
+def estimate_of(config: Any, row_tokens: int = 100, **changes: Any) -> memory.Estimate:
+    config.training = {**config.training, **changes}
+    args = train.training_arguments(config)
+    return memory.estimate(config, args, Path(config.model), row_tokens)
+
+
+def test_parts_by_hand(tmp_path: Path, model_path: Path, dump_path: Path, domain: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    size = AutoModelForCausalLM.from_pretrained(model_path).num_parameters()
+    config = settings(tmp_path, model_path, dump_path, domain)
+    full = estimate_of(config)
+    assert (full.weights, full.gradients, full.optimizer) == (4 * size, 4 * size, 8 * size)
+    assert estimate_of(config, optim="sgd").optimizer == 0
+    assert estimate_of(config, optim="adafactor").optimizer == 0
+    single = estimate_of(config, 100).activations
+    assert single is not None
+    assert estimate_of(config, 200).activations == pytest.approx(2 * single)
+    assert 0 < (estimate_of(config, gradient_checkpointing=True).activations or 0) < single
+    config.training = {**config.training, "gradient_checkpointing": False, "optim": "adamw_torch"}
+    config.gradient_cosine_steps = 10
+    assert estimate_of(config).gradients == 8 * size
+    config.gradient_cosine_steps = 0
+    config.dtype = "bfloat16"
+    half = estimate_of(config)
+    assert (half.weights, half.gradients, half.optimizer) == (2 * size, 2 * size, 4 * size)
+    config.lora = {"r": 2, "target_modules": ["q_proj"]}
+    adapters = 2 * 2 * (64 + 64)  # layers, rank, width in and out
+    lora = estimate_of(config)
+    assert (lora.gradients, lora.optimizer) == (4 * adapters, 8 * adapters)
+    assert lora.weights == 2 * size + 4 * adapters
+
+
+def test_activations_are_what_autograd_saves(model_path: Path) -> None:
+    """The pass on the meta device against one on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.attention import PACKED
+
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.set_attn_implementation(PACKED)
+    model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_decoder()(
+            input_ids=ids, position_ids=ids, use_cache=False, sequence_lengths=memory.PROBE
+        )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    empty.set_attn_implementation(PACKED)
+    assert memory.saved_bytes(empty) == pytest.approx(sum(sizes.values()), rel=0.15)
+
+
+def test_a_forward_that_needs_values_leaves_activations_out(
+    model_path: Path, dump_path: Path, domain: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = settings(tmp_path, model_path, dump_path, domain)
+    known = estimate_of(config)
+
+    def refuses(*_: Any, **__: Any) -> None:
+        torch.zeros(1, device="meta").item()
+
+    monkeypatch.setattr("transformers.Qwen3Model.forward", refuses)
+    found = estimate_of(config)
+    assert found.activations is None
+    assert found.total == known.lasting
+    assert "activations unknown" in str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": True}, {"bf16": True}],
+    ids=["float32", "checkpointing", "bf16"],
+)
+def test_estimate_is_near_the_peak(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, changes: dict[str, Any]
+) -> None:
+    student = tiny_model(tmp_path / "student", hidden_size=1024, layers=4)
+    config = settings(
+        tmp_path,
+        student,
+        dump_path,
+        domain,
+        training={"max_steps": 3, "per_device_train_batch_size": 8, **changes},
+    )
+    file = yaml_of(tmp_path / "config.yaml", config)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    expected = int(words[words.index("ESTIMATE") + 1])
+    peak = int(words[words.index("PEAK") + 1])
+    print(f"estimate {expected / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB")
+    assert expected > 300 * 2**20
+    assert 0.5 < peak / expected < 1.7
+
+
+def test_what_cannot_fit_is_refused_before_weights_load(
+    tmp_path: Path, dump_path: Path, domain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_model(tmp_path / "student")
+    config = settings(tmp_path, student, dump_path, domain)
+    monkeypatch.setattr(memory, "free_bytes", lambda args: 100_000)
+    monkeypatch.setattr(train, "load_student", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=r"memory: .* free on the machine. To change: .*lora"):
+        train.run(config)
+
+
+def test_what_may_not_fit_is_said(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    config = settings(tmp_path, model_path, dump_path, domain, training={"max_steps": 1})
+    lasting = estimate_of(config, 150).lasting
+    monkeypatch.setattr(memory, "free_bytes", lambda args: lasting + 1_500_000)
+    train.run(config)
+    talk = capsys.readouterr().err
+    assert "It may not fit" in talk
+    assert "gradient_checkpointing: true" in talk
