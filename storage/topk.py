@@ -111,7 +111,7 @@ class TopK:
         ids = np.empty(len(self.ids) + len(samples.ids), np.int32)
         logprobs = np.empty(len(ids), np.float32)
         sampled = np.zeros(len(ids), bool)
-        sampled[within(starts + self.counts, samples.counts)] = True
+        sampled[within(starts + self.counts.astype(np.int64), samples.counts)] = True
         ids[sampled], logprobs[sampled] = samples.ids, shares
         ids[~sampled], logprobs[~sampled] = self.ids, self.logprobs
         return TopK(counts, ids, logprobs, np.full(len(self), -np.inf, np.float32))

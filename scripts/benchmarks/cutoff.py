@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("dump", type=Path)
     parser.add_argument("--rows", type=int, default=16, help="on which gradients are taken")
     parser.add_argument("--tokens", type=int, default=200_000, help="on which bytes are counted")
-    parser.add_argument("--draws", type=int, default=100, help="that the mean is taken over")
+    parser.add_argument("--draws", type=int, default=40, help="that the mean is taken over")
     parser.add_argument("--noise", default="0.05,0.2,0.5", help="of a weight's own spread")
     given = parser.parse_args()
     dataset = LogitDataset(given.dump, partial=True, samples=False)
