@@ -9,6 +9,7 @@ tokenized ahead of the engine, and shards are written behind it, each in a threa
 import contextlib
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from pipeline.teacher import Teacher, engine_version, make_teacher
 from storage import Dump, Partition, Record, ShardWriter, TopK, create_dump
 
 Summary = dict[str, Any]
+Cursor = dict[str, int]
 WAITING_TOKENS = 65_536  # of answers that wait for the writer: 34 MB at k = 64
 STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine is doing
 
@@ -198,7 +200,7 @@ def write_partitions(
         return [partition for partition in todo if partition.summary is None]
     finally:
         if not behind.running:
-            writer.abort()
+            writer.close()
     return []
 
 
@@ -231,7 +233,11 @@ class Overtaken(Exception):
 
 
 class PartitionsWriter:
-    """Writes answers, in corpus order, as the shards of one partition after the other."""
+    """Writes answers, in corpus order, as the shards of one partition after the other.
+
+    A shard is committed in a thread while the next one fills, and that one waits for it: shards
+    appear in order, and at most two of them are in memory.
+    """
 
     def __init__(
         self,
@@ -244,10 +250,14 @@ class PartitionsWriter:
         self.writer: ShardWriter | None = None
         self.documents = 0
         self.last: Sequence | None = None
+        self.thread = ThreadPoolExecutor(1, "committing")
+        self.commits: list[tuple[Cursor, Future[dict[str, Any]]]] = []  # none or one
 
     def write(self, answer: tuple[Sequence, TopK]) -> None:
         """Add the next row. Raises InvalidRecord, StoreError, Overtaken."""
         sequence, topk = answer
+        if self.commits and self.commits[0][1].done():
+            self.settle()
         while sequence.document >= self.todo[0].stop:
             self.finish_partition()
         if self.writer is None:
@@ -262,17 +272,27 @@ class PartitionsWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Commit the open shard, if there is one."""
+        """Begin to commit the open shard, if there is one."""
+        self.settle()
         if self.writer is None or self.last is None:
             return
         cursor = {"document": self.last.document + 1}
-        marker = self.writer.commit(cursor, stats={"documents": self.documents})
+        stats = {"documents": self.documents}
+        self.commits.append((cursor, self.thread.submit(self.writer.commit, cursor, stats)))
         self.writer, self.index, self.documents = None, self.index + 1, 0
-        if marker["cursor"] != cursor:
-            raise Overtaken
+
+    def settle(self) -> None:
+        """Wait for the commit that was begun. Raises what it raised, or Overtaken."""
+        while self.commits:
+            cursor, commit = self.commits.pop()
+            marker = commit.result()
+            self.meter.bytes_per_token = marker["bytes"] / marker["tokens"]
+            if marker["cursor"] != cursor:
+                raise Overtaken
 
     def finish_partition(self) -> None:
         self.commit()
+        self.settle()
         span = self.todo.pop(0)
         kept = sum(shard.marker["documents"] for shard in span.partition.shards)
         span.partition.finish({"documents": kept, "skipped": span.stop - span.first - kept})
@@ -283,8 +303,9 @@ class PartitionsWriter:
         while self.todo:
             self.finish_partition()
 
-    def abort(self) -> None:
-        """Drop the open shard; what is committed stays."""
+    def close(self) -> None:
+        """Drop the open shard; what is committed, or about to be, stays."""
+        self.thread.shutdown()
         if self.writer is not None:
             self.writer.abort()
             self.writer = None
@@ -338,6 +359,7 @@ class Meter:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tokens = self.documents = 0
+        self.bytes_per_token: float | None = None  # of the last shard
         self.started: float | None = None
 
     def begin(self, documents: int, done: int) -> None:
@@ -357,7 +379,7 @@ class Meter:
         self.progress.update(self.documents, lambda: self.status(writer))
 
     def status(self, writer: ShardWriter) -> str:
-        per_token = writer.bytes_per_token
+        per_token = writer.bytes_per_token or self.bytes_per_token
         mass = writer.mass / max(writer.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
         return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}, mass held {mass:.3f}"

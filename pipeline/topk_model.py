@@ -33,7 +33,7 @@ OWNER = "MOL_DUMP_PID"  # the process whose engine this is
 # Bytes of float32 logits that exist at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
 CACHE_BYTES = 1 << 23  # of them in work at a time on a CPU: what fits its caches
-GROUP = 16  # columns whose maximum is taken, see `largest`
+GROUP = 8  # columns whose maximum is taken, see `largest`
 
 
 def register() -> None:
@@ -178,23 +178,25 @@ def top_and_rest_of(
     return best[:, :k], ids[:, :k], rest
 
 
-def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(
+    values: torch.Tensor, k: int, in_order: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """values.topk(k) over the last dimension of [N, V], for V far above k.
 
-    Columns form groups; the k largest are in the k groups whose maxima are largest, so one fast
-    pass for the maxima leaves k * GROUP candidates.
+    Columns form groups; the k largest are in the k groups whose maxima are largest, which are found
+    in the same way. So one fast pass for the maxima leaves k * GROUP candidates.
     """
     size = values.shape[1]
     groups = size // GROUP
     if groups < 4 * k:
-        best, ids = values.topk(k, dim=-1)
+        best, ids = values.topk(k, dim=-1, sorted=in_order)
         return best, ids
     inside = GROUP * groups  # column c of it belongs to group c % groups
     members = values[:, :inside].view(-1, GROUP, groups)
-    chosen = members.amax(dim=1).topk(k, dim=-1, sorted=False).indices
+    _, chosen = largest(members.amax(dim=1), k, in_order=False)
     candidates = members.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
     candidates = torch.cat([candidates, values[:, inside:]], dim=1)
-    best, at = candidates.topk(k, dim=-1)
+    best, at = candidates.topk(k, dim=-1, sorted=in_order)
     grouped = chosen.gather(1, at % k) + at.div(k, rounding_mode="floor") * groups
     return best, torch.where(at < GROUP * k, grouped, at + (inside - GROUP * k))
 

@@ -137,10 +137,9 @@ def to_rank_major(values: Integers, counts: UInt16s, equal: bool) -> Integers:
 def to_descent(steps: Integers, counts: UInt16s, equal: bool) -> Integers:
     """Differences [E] by rank -> sums [E] within each position, by position."""
     if equal and len(steps):
-        by_rank = steps.reshape(-1, len(counts))
         dtype = np.int32 if steps.dtype == np.uint8 else np.int64  # 65,535 times 255 fits
-        sums = np.cumsum(by_rank, axis=0, dtype=dtype)
-        return np.asarray(np.ascontiguousarray(sums.T).reshape(-1))
+        sums = steps.reshape(-1, len(counts)).T.astype(dtype, order="C")
+        return np.asarray(np.cumsum(sums, axis=1, out=sums).reshape(-1))
     by_position = np.empty(len(steps), np.int64)
     by_position[rank_order(counts)] = steps
     sums = np.cumsum(by_position)

@@ -167,7 +167,8 @@ class ShardWriter:
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
         doc_ids, chunks, input_ids, grids = zip(*rows, strict=True)
-        with ThreadPoolExecutor() as pool:  # what takes time lets other threads run
+        # What takes time lets other threads run.
+        with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
             payloads = list(pool.map(self.payload, input_ids, grids))
         columns = [
             pa.array(doc_ids, pa.string()),

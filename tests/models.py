@@ -1,10 +1,12 @@
 """Tiny random models with a tokenizer, made on the spot: nothing is downloaded."""
 
+import json
 import pydoc_data.topics
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -73,3 +75,30 @@ def tiny_model(
     )
     model.to(dtype).save_pretrained(path)
     return path
+
+
+def quantise_int8(model: Path) -> Path:
+    """Make the projections of a model directory 8 bit, as compressed-tensors stores them."""
+    weights = load_file(model / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        scale = weights[name].float().abs().amax(dim=1, keepdim=True) / 127
+        weights[name] = (weights[name] / scale).round().to(torch.int8)
+        weights[name + "_scale"] = scale
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bits, "strategy": "channel"},
+                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    return model

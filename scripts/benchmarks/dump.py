@@ -171,7 +171,8 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
                 pass
             seconds = time.monotonic() - begin
         outside = time.thread_time() - clock["began"] - clock["inside"]
-    threads = sum(cpu[name] for name in ("reading ahead", "writing behind"))
+    names = ("reading ahead", "writing behind", "encoding", "committing")
+    threads = sum(seconds for name, seconds in cpu.items() if name.startswith(names))
     return {"tokens": tokens, "seconds": seconds, "cpu": outside + threads}
 
 

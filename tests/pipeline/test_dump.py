@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import cli, dump
 from pipeline.config import ConfigError, CorpusConfig, DumpConfig
-from storage import Dump, IncompleteDump, InvalidRecord, LogitDataset, PlanMismatch, verify
+from storage import (
+    Dump,
+    IncompleteDump,
+    InvalidRecord,
+    LogitDataset,
+    PlanMismatch,
+    Record,
+    ShardWriter,
+    verify,
+)
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 
@@ -142,6 +152,49 @@ def test_an_exception_keeps_what_is_committed(
     monkeypatch.setattr(dump, "make_teacher", make)
     dump.run(config)
     assert rows(config.output) == rows(tmp_path / "dump")
+
+
+def test_a_shard_is_committed_while_the_next_one_fills(
+    tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filling = threading.Event()
+    write, commit = ShardWriter.write, ShardWriter.commit
+
+    def noticed(writer: ShardWriter, record: Record) -> None:
+        if writer.index == 1:
+            filling.set()
+        write(writer, record)
+
+    def waiting(writer: ShardWriter, *arguments: object) -> object:
+        assert writer.index or filling.wait(60), "nothing was written beside the commit"
+        return commit(writer, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ShardWriter, "write", noticed)
+    monkeypatch.setattr(ShardWriter, "commit", waiting)
+    summary = dump.run(settings(tmp_path, model_path, corpus))
+    assert summary["finished"]
+    assert summary["shards"] > 1
+    assert verify(tmp_path / "dump").ok
+
+
+def test_a_commit_that_fails_ends_the_dump(
+    tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its thread, with the next shard open: what was committed stays, nothing comes after it."""
+    commit = ShardWriter.commit
+
+    def failing(writer: ShardWriter, *arguments: object) -> object:
+        if writer.index == 1:
+            raise OSError("no luck")
+        return commit(writer, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ShardWriter, "commit", failing)
+    with pytest.raises(OSError, match="no luck"):
+        dump.run(settings(tmp_path, model_path, corpus))
+    assert len(Dump(tmp_path / "dump").shards()) == 1
+    monkeypatch.undo()
+    assert dump.run(settings(tmp_path, model_path, corpus))["finished"]
+    assert verify(tmp_path / "dump").ok
 
 
 @pytest.mark.slow

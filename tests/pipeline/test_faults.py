@@ -87,6 +87,7 @@ def test_a_directory_that_is_removed_stays_away(
 
     def then_move(writer: dump.PartitionsWriter) -> None:
         commit(writer)
+        writer.settle()
         if writer.index == 3:
             os.rename(tmp_path / "moved", tmp_path / "elsewhere")
 
@@ -108,6 +109,7 @@ def test_a_directory_given_to_another_dump_gets_no_shard_of_this_one(
 
     def then_replace(writer: dump.PartitionsWriter) -> None:
         commit(writer)
+        writer.settle()
         if writer.index == 2:
             os.rename(tmp_path / "dump", tmp_path / "old")
             dump.run(settings(tmp_path, model_path, corpus, k=4), only="plan")
@@ -137,6 +139,7 @@ def test_a_shard_cut_elsewhere_is_gone_on_from(
                 dump.run(config)
             monkeypatch.setattr(dump.PartitionsWriter, "__init__", other_cut)
         commit(writer)
+        writer.settle()
         if len(ran) == 1 and writer.config.shard_tokens == 120 and writer.index == 5:
             ran.append(True)
             raise Interrupted("the other writer ends here")

@@ -182,6 +182,7 @@ def test_a_store_that_stays_away_is_an_error_and_the_rest_follows_later(
 
         def then_down(writer: dump.PartitionsWriter) -> None:
             commit(writer)
+            writer.settle()
             proxy.down = writer.index >= 3
 
         monkeypatch.setattr(dump.PartitionsWriter, "commit", then_down)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.corpus import Sequence
-from pipeline.teacher import PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
+from pipeline.teacher import Pooled, PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
 from storage import TopK
 from storage.successors import compiled
-from tests.models import tiny_model
+from tests.models import quantise_int8, tiny_model
 
 K = 16
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -56,9 +57,11 @@ def positions(topk: TopK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return zip(*topk.dense(), strict=True)
 
 
-def engine(model: Path, arch: str, in_flight: int = 64, **engine_args: Any) -> VllmTeacher:
+def engine(
+    model: Path, arch: str, in_flight: int = 64, dtype: str = "float32", **engine_args: Any
+) -> VllmTeacher:
     architectures = {"qwen3": ["Qwen3ForCausalLM"], "llama": ["LlamaForCausalLM"]}[arch]
-    return VllmTeacher(model, architectures, K, 2048, "float32", in_flight, engine_args)
+    return VllmTeacher(model, architectures, K, 2048, dtype, in_flight, engine_args)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,22 @@ def test_a_model_that_the_plugin_cannot_wrap(
         found = answers(teacher, given)
     assert "prompt_logprobs, which is slower" in capsys.readouterr().err
     assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+
+
+def test_a_quantised_model_gives_what_vllm_gives_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 bit weights and activations: the plug-in's answers against the engine's own ones."""
+    model = quantise_int8(tiny_model(tmp_path, tie=False, dtype=torch.bfloat16))
+    given = sequences([2, 40, 333])
+    with engine(model, "qwen3", dtype="bfloat16") as teacher:
+        assert isinstance(teacher.path, Pooled)
+        found = answers(teacher, given)
+    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    with engine(model, "qwen3", dtype="bfloat16") as teacher:
+        assert isinstance(teacher.path, PromptLogprobs)
+        expected = answers(teacher, given)
+    assert_agree(found, expected, tolerance=0.05)  # of a head in bfloat16, there
 
 
 def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
