@@ -407,8 +407,8 @@ def refuse_differences(output: Path, there: Json, here: Json) -> None:
 
 def last_logged(history: list[Json]) -> Json:
     """The last value of each quantity that was logged."""
-    names = ("loss", "ce", "kl", "teacher_tail", "domain_tokens", "general_tokens")
-    names += ("tokens_per_s", "wait_share")
+    names = ["loss", "ce", "kl", "teacher_tail", "domain_tokens", "general_tokens"]
+    names += ["tokens_per_s", "wait_share"]
     found: Json = {}
     for line in history:
         found |= {
