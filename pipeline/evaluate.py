@@ -99,39 +99,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
                 f"model {name} ({folder}) has another tokenizer than {config.base}: their "
                 "perplexities and distributions cannot be compared"
             )
-    texts = {
-        kind: held_out(corpus, tokenizer, config.max_length, config.add_eos).spread(
-            config.sequences
-        )
-        for kind, corpus in [("domain", config.domain), ("general", config.general)]
-        if corpus is not None
-    }
-    base = load(folders[config.base], config.dtype)
-    work = Progress(len(folders) * sum(len(text.ids) for text in texts.values()), "token")
-    results: dict[str, Any] = {}
-    sums: dict[tuple[str, str], list[Sums]] = {}  # of each sequence, by model and text
-    try:
-        for name, folder in folders.items():
-            model = base if name == config.base else load(folder, config.dtype)
-            measured = {}
-            for kind, text in texts.items():
-                total, done = Sums(), work.done
-                sums[name, kind] = []
-                for found in compare(model, base, text, config.batch_tokens, config.tail_k):
-                    total += found
-                    sums[name, kind].append(found)
-                    work.update(done + int(total.tokens), partial(status_line, name, kind, total))
-                work.update(done + len(text.ids), partial(status_line, name, kind, total))
-                measured[kind] = total.report()
-            results[name] = flat(measured) | measured
-            del model
-    finally:
-        work.close()
-    for (name, kind), found in sums.items():
-        against, text = sums[config.base, kind], texts[kind]
-        results[name][kind] |= by_documents(found, against, text)
-        if name != config.base:
-            results[name][kind]["worst"] = worst(found, against, text, tokenizer)
+    comparison = Comparison(config, folders[config.base], tokenizer)
+    results = {name: comparison.measure(name, folder) for name, folder in folders.items()}
     report = {"base": config.base, "models": results}
     print(table(report))
     print(more(report))
@@ -141,6 +110,57 @@ def run(config: EvalConfig) -> dict[str, Any]:
         path.write_text(json.dumps(report, indent=1) + "\n")
         say(f"written to {path}")
     return report
+
+
+class Comparison:
+    """A base and held-out texts, to measure models against, one after the other."""
+
+    def __init__(self, config: EvalConfig, base: Path, tokenizer: Any) -> None:
+        self.config, self.base_folder, self.tokenizer = config, base, tokenizer
+        self.texts = {
+            kind: held_out(corpus, tokenizer, config.max_length, config.add_eos).spread(
+                config.sequences
+            )
+            for kind, corpus in [("domain", config.domain), ("general", config.general)]
+            if corpus is not None
+        }
+        self.base = load(base, config.dtype)
+        self._base_sums: dict[str, list[Sums]] = {}
+
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
+        """{"domain_perplexity", "general_perplexity", "kl_to_base", "domain": {...}, ...}"""
+        itself = folder == self.base_folder
+        if not itself and not self._base_sums:
+            self.measure(self.config.base, self.base_folder)
+        model = self.base if itself else load(folder, self.config.dtype)
+        sums = self.sums(name, model)
+        if itself:
+            self._base_sums = sums
+        measured: dict[str, Any] = {}
+        for kind, of in sums.items():
+            text, against = self.texts[kind], self._base_sums[kind]
+            measured[kind] = sum(of, Sums()).report() | by_documents(of, against, text)
+            if not itself:
+                measured[kind]["worst"] = worst(of, against, text, self.tokenizer)
+        return flat(measured) | measured
+
+    def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
+        """Of each sequence of each text."""
+        found: dict[str, list[Sums]] = {}
+        work = Progress(sum(len(text.ids) for text in self.texts.values()), "token")
+        try:
+            done = 0
+            for kind, text in self.texts.items():
+                found[kind], total = [], Sums()
+                options = self.config.batch_tokens, self.config.tail_k
+                for sums in compare(model, self.base, text, *options):
+                    found[kind].append(sums)
+                    total += sums
+                    work.update(done + int(total.tokens), partial(status_line, name, kind, total))
+                done += len(text.ids)
+        finally:
+            work.close()
+        return found
 
 
 def status_line(name: str, kind: str, total: Sums) -> str:
