@@ -360,7 +360,7 @@ def table(results: Json) -> str:
     for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
         rate = [f"{of['learning_rate']:g}"] if rates else []
         values = [show(name, of[name]) for name in HEADLINE]
-        rows.append([of["arm"], *rate, str(len(of["seeds"])), *values])
+        rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
     lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(f"| {line} |" for line in lines)
 

@@ -87,7 +87,7 @@ class StudyConfig:
             "held_out: both held_out.domain.path and held_out.general.path are needed",
         )
         for name in self.only or []:
-            require(name in self.arms, f"only: {name!r} is none of {', '.join(self.arms)}")
+            require(name in self.arms, f"only: {name!r} is none of {', '.join(map(str, self.arms))}")
         for name, arm in self.arms.items():
             require(
                 arm.dump is None or arm.dump in self.dumps,
