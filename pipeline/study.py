@@ -108,7 +108,8 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
             "eval_steps": measure.curve_steps,
             "eval_on_start": True,
         }
-    settings = merged(merged(settings, config.train), arm.train)
+    for given in (config.train, {"training": config.training}, arm.train):
+        settings = merged(settings, given)
     settings["training"] |= {"seed": seed, "learning_rate": rate}
     settings["output"] = str(folder)
     if config.dumps and settings.get("mix", 1) > 0:

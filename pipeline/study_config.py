@@ -75,7 +75,9 @@ class StudyConfig:
     max_length: int = 2048
     """Longest sequence in tokens."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of scripts/train_student.py for all arms."""
+    """Settings of scripts/train_student.py for all arms, ..."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """... its training: among them, transformers.TrainingArguments."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     only: list[str] | None = None
     """Run these arms now; the results hold whatever is finished."""
@@ -87,7 +89,9 @@ class StudyConfig:
             "held_out: both held_out.domain.path and held_out.general.path are needed",
         )
         for name in self.only or []:
-            require(name in self.arms, f"only: {name!r} is none of {', '.join(map(str, self.arms))}")
+            require(
+                name in self.arms, f"only: {name!r} is none of {', '.join(map(str, self.arms))}"
+            )
         for name, arm in self.arms.items():
             require(
                 arm.dump is None or arm.dump in self.dumps,

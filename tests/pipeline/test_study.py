@@ -34,9 +34,7 @@ def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
         "dumps": {"all": {"k": 512, "engine": "transformers"}},
         "seeds": [0, 1],
         "learning_rates": [1e-3],
-        "train": {
-            "training": {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1}
-        },
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1},
         "measure": {"curve_steps": 2, "curve_documents": 2, "sequences": 10},
         "arms": {
             "half": {"interpolate": "ce", "weight": 0.5},
@@ -128,7 +126,9 @@ def test_plan_is_arms_times_rates_times_seeds() -> None:
         "ce": ArmConfig(train={"mix": 0}),
         "mol": ArmConfig(dump="given", train={"training": {"weight_decay": 0.1}}),
     }
-    runs = list(study.plan(config(arms=arms, train={"training": {"max_steps": 5}})))
+    runs = list(
+        study.plan(config(arms=arms, train={"loss": {"alpha": 2}}, training={"max_steps": 5}))
+    )
     assert [one.name for one in runs] == [
         "ce-lr0.001-seed0",
         "ce-lr0.0001-seed0",
@@ -144,6 +144,7 @@ def test_plan_is_arms_times_rates_times_seeds() -> None:
     assert training["max_steps"] == 5
     assert training["weight_decay"] == 0.1
     assert (training["learning_rate"], training["seed"]) == (1e-4, 0)
+    assert runs[3].settings["loss"] == {"alpha": 2}
     assert runs[3].settings["dump"] == "elsewhere"
     assert "dump" not in runs[0].settings
 
