@@ -17,7 +17,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; }
 p.note, figcaption { color: var(--soft); font-size: .9rem; }
 figure { margin: 1rem 0; }
 figure div { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure svg { flex: 1 1 19rem; min-width: 0; max-width: 100%; height: auto; }
+figure svg { flex: 1 1 19rem; min-width: 0; max-width: min(100%, 46rem); height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap; }

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +214,7 @@ class Study:
                 other = between.folder / train.FINAL
                 study_arms.interpolate(self.folder, other, arm.weight, student)
             else:
-                training = parse_training(one)
-                changes = study_arms.retargets(arm, self.folder)
-                trainer = partial(study_arms.ArmTrainer, retarget=changes)
-                train.run(training, *([trainer] if changes else []))
+                train.run(parse_training(one), study_arms.trainer_of(arm, self.folder))
                 for checkpoint in one.folder.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
         self.measured(one.folder, one.name, student)

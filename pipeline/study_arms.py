@@ -5,15 +5,13 @@ seed sees the same sequences in the same order, through the trainer that trains 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline import model_dir
-from pipeline.attention import enable_packing, packing_arguments
 from pipeline.study_config import ArmConfig
 from pipeline.trainer import DistillTrainer
 
@@ -34,8 +32,8 @@ class ArmTrainer(DistillTrainer):
         return super().compute_loss(model, inputs, *arguments, **options)
 
 
-def retargets(arm: ArmConfig, base: Path) -> list[Retarget]:
-    """What an arm does to each row, in turn; nothing for MoL from disk as it is shipped."""
+def retargets(arm: ArmConfig) -> list[Retarget]:
+    """What an arm does to each row, in turn."""
     changes: list[Retarget] = []
     if not arm.domain:
         changes.append(without_domain)
@@ -46,9 +44,17 @@ def retargets(arm: ArmConfig, base: Path) -> list[Retarget]:
         changes.append(labels)
     elif arm.targets == "renormalised":
         changes.append(renormalised)
-    elif arm.targets == "live":
-        changes.append(Live(base))
     return changes
+
+
+def trainer_of(arm: ArmConfig, base: Path) -> Callable[..., DistillTrainer]:
+    """What makes the trainer of an arm: the product's own for MoL from disk as it is shipped."""
+    from pipeline.study_live import LiveTrainer
+
+    changes = retargets(arm)
+    if arm.targets == "live":
+        return partial(LiveTrainer, retarget=changes, teacher=base)
+    return partial(ArmTrainer, retarget=changes) if changes else DistillTrainer
 
 
 def labels(row: Row) -> Row:
@@ -101,33 +107,23 @@ def without_domain(row: Row) -> Row:
     }
 
 
-class Live:
-    """A teacher in memory: its distributions over the whole vocabulary are the targets."""
-
-    def __init__(self, folder: Path) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher: PreTrainedModel = model_dir.load_model(folder, "float32").to(device).eval()
-        enable_packing(self.teacher)
-
-    @torch.no_grad()
-    def __call__(self, row: Row) -> Row:
-        targets = row["targets"]
-        general = targets["rows"][len(targets["labels"]) :]
-        logprobs = self.logprobs(row)[general]
-        ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
-        no_tail = torch.full_like(targets["tail_logprob"], -torch.inf)
-        changed = {"ids": ids, "logprobs": logprobs, "tail_logprob": no_tail}
-        return row | {"targets": targets | changed}
-
-    def logprobs(self, row: Row) -> Tensor:
-        """[T, V]"""
-        logits: Tensor = self.teacher(
-            input_ids=row["input_ids"],
-            position_ids=row["position_ids"],
-            use_cache=False,
-            **packing_arguments(self.teacher, row["sequence_lengths"]),
-        ).logits[0]
-        return logits.float().log_softmax(-1)
+def without_general(row: Row) -> Row:
+    """The domain sequences alone, which stand first; the whole row where there are none."""
+    targets, lengths = row["targets"], list(row["sequence_lengths"])
+    domain = len(targets["labels"])
+    no_general = {name: targets[name][:0] for name in ("ids", "logprobs", "tail_logprob")}
+    changed = targets | no_general | {"rows": targets["rows"][:domain]}
+    if not domain or domain == len(targets["rows"]):
+        return row | {"targets": changed}
+    end = int(targets["rows"][domain])
+    while sum(lengths) > end:
+        lengths.pop()
+    return {
+        "input_ids": row["input_ids"][:, :end],
+        "position_ids": row["position_ids"][:, :end],
+        "sequence_lengths": lengths,
+        "targets": changed,
+    }
 
 
 def interpolate(base: Path, student: Path, weight: float, output: Path) -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import study_arms
+from pipeline import study_arms, study_live
+from pipeline.attention import enable_packing
 from pipeline.data import batch_of
-from pipeline.losses import sparse_divergence
+from pipeline.losses import Direction, sparse_divergence
 from pipeline.study_config import ArmConfig
-from pipeline.trainer import add_distill_forward
+from pipeline.trainer import DistillTrainer, add_distill_forward
 from storage import LogitDataset
 from tests.models import tiny_model
 
@@ -41,19 +42,49 @@ def alone(model: Path, ids: np.ndarray) -> torch.Tensor:
     return logits[0, :-1].log_softmax(-1)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_live_is_the_full_divergence(
-    tmp_path: Path, model_path: Path, dump_path: Path, row: study_arms.Row
+    tmp_path: Path,
+    model_path: Path,
+    dump_path: Path,
+    direction: Direction,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    student = tiny_model(tmp_path / "student", seed=3)
-    domain, found = losses(student, study_arms.Live(model_path)(row))
+    """Losses and gradients in float64 against autograd on each sequence by itself."""
+    monkeypatch.setattr(study_live, "ROWS", 40)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "student", seed=3))
+    teacher = AutoModelForCausalLM.from_pretrained(model_path)
+    dump = LogitDataset(dump_path)
+    row = batch_of([], [dump[1], dump[2]])
+    hidden, known = [], []
+    for model in (student.double(), teacher.double()):
+        enable_packing(model)
+        hidden.append(study_live.decode(model, row)[row["targets"]["rows"]])
+        known.append(model.lm_head.weight)
+    found = study_live.full_divergence(hidden[0], known[0], hidden[1], known[1], direction)
+    found.sum().backward()
+    gradients = {name: w.grad.clone() for name, w in student.named_parameters()}
+    student.zero_grad()
     expected = []
     for index in (1, 2):
-        ids = LogitDataset(dump_path)[index].input_ids
-        p, q = alone(model_path, ids), alone(student, ids)
-        expected.append((p.exp() * (p - q)).sum(1))
-    torch.testing.assert_close(found[domain:].double(), torch.cat(expected), rtol=1e-3, atol=1e-5)
-    _, at_base = losses(model_path, study_arms.Live(model_path)(row))
-    assert at_base[domain:].abs().max() < 1e-5
+        ids = torch.from_numpy(dump[index].input_ids[None].astype(np.int64))
+        p, q = (model(ids).logits[0, :-1].log_softmax(1) for model in (teacher, student))
+        p = p.detach()
+        over = p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)
+        expected.append(over.sum(1))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-9, atol=1e-10)
+    torch.cat(expected).sum().backward()
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_halves_of_a_row_are_the_whole(tmp_path: Path, row: study_arms.Row) -> None:
+    student = tiny_model(tmp_path / "student", seed=3)
+    domain, expected = losses(student, row)
+    _, first = losses(student, study_arms.without_general(row))
+    _, second = losses(student, study_arms.without_domain(row))
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-4, atol=1e-5)
+    assert len(first) == domain
 
 
 def test_labels_are_cross_entropy_on_all(
@@ -110,12 +141,12 @@ def test_without_domain_and_without_general_there_is_no_loss(dump_path: Path) ->
 
 def test_changes_go_one_after_the_other(model_path: Path, row: study_arms.Row) -> None:
     arm = ArmConfig(targets="renormalised", k=2, domain=False)
-    for change in study_arms.retargets(arm, model_path):
+    for change in study_arms.retargets(arm):
         row = change(row)
     p, ids = row["targets"]["logprobs"].exp(), row["targets"]["ids"]
     assert ids.shape == (len(row["targets"]["rows"]), 2)
     torch.testing.assert_close(p.sum(1), torch.ones(len(p)))
-    assert study_arms.retargets(ArmConfig(), model_path) == []
+    assert study_arms.trainer_of(ArmConfig(), model_path) is DistillTrainer
     uniform = torch.zeros(len(p), 512)
     loss = sparse_divergence(uniform, ids.long(), p.log(), row["targets"]["tail_logprob"])
     assert (loss > 0).all()
