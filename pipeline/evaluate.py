@@ -40,7 +40,7 @@ def compare(
     """Sums of each sequence, in order; without a base no distances, and 0 to the model itself.
 
     Holds the logits of `batch_tokens` positions, or of one longer sequence, in the models' own
-    dtypes, and ROWS rows of them in float32.
+    dtypes, and a few rows of them in float32.
     """
     for batch in batches(sequences, batch_tokens):
         lengths = [len(sequence) for sequence in batch]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Positions whose full distributions are held in float32 at a time: on a CPU they stay in its caches.
+# Positions whose distributions are held in float32 at a time; few stay in the caches of a CPU.
 ROWS = {"cpu": 16, "cuda": 256}
 BINS = 15  # of the calibration, equally wide
 RESAMPLES = 1000
