@@ -304,6 +304,10 @@ class EvalConfig:
     """Weights' dtype; auto is each model's own. Softmax is always float32."""
     batch_tokens: int = 2048
     """Tokens that go through a model at a time."""
+    sequences: int | None = None
+    """Use at most that many sequences of each text, evenly spread over it."""
+    tail_k: int = 64
+    """The tail measures look outside the base's that many most probable tokens."""
 
     def __post_init__(self) -> None:
         require(

@@ -5,13 +5,12 @@ than short ones. Documents become token sequences exactly as in training.
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,44 +20,13 @@ from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
 from pipeline.corpus import Corpus
 from pipeline.data import pack
+from pipeline.measures import Sums, by_document, intervals, measure
 from pipeline.mixing import Int32s, TokenSequences
 from pipeline.progress import Progress, say
 
-ROWS = 256  # positions whose full distributions are held in float32 at a time
-
-
-@dataclass
-class Sums:
-    """Over predicted tokens, in nats; `a + b` adds two."""
-
-    tokens: float = 0.0
-    nll: float = 0.0
-    """-log q(next token)"""
-    forward_kl: float = 0.0
-    """KL(base ‖ model), full vocabulary"""
-    reverse_kl: float = 0.0
-    """KL(model ‖ base), full vocabulary"""
-    agreement: float = 0.0
-    """positions where the model's most likely token is the base's"""
-
-    def __add__(self, other: "Sums") -> "Sums":
-        names = [field.name for field in fields(self)]
-        return Sums(*(getattr(self, name) + getattr(other, name) for name in names))
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
-
-    def report(self) -> dict[str, float]:
-        """Means per token, for JSON."""
-        return {
-            "tokens": int(self.tokens),
-            "perplexity": self.perplexity,
-            "nats_per_token": self.nll / self.tokens,
-            "forward_kl": self.forward_kl / self.tokens,
-            "reverse_kl": self.reverse_kl / self.tokens,
-            "top1_agreement": self.agreement / self.tokens,
-        }
+WORST = 5  # documents shown as text
+EXCERPT = 600  # characters of each
+SHORTEST = 16  # predicted tokens of a document that can be among them
 
 
 @torch.no_grad()  # not inference_mode: FSDP goes on training with what it gathers here
@@ -67,11 +35,12 @@ def compare(
     base: PreTrainedModel | None,
     sequences: Iterable[Int32s],
     batch_tokens: int = 2048,
+    tail_k: int = 64,
 ) -> Iterator[Sums]:
-    """Sums for each batch of sequences; without a base (or with the model itself) no distances.
+    """Sums of each sequence, in order; without a base no distances, and 0 to the model itself.
 
     Holds the logits of `batch_tokens` positions, or of one longer sequence, in the models' own
-    dtypes, and ROWS rows of them in float32.
+    dtypes, and a few rows of them in float32.
     """
     for batch in batches(sequences, batch_tokens):
         lengths = [len(sequence) for sequence in batch]
@@ -82,35 +51,22 @@ def compare(
         }
         rows = torch.from_numpy(predicts).nonzero()[:, 0].to(model.device)
         labels = inputs["input_ids"][0, rows + 1]
-        packed = packing_arguments(model, lengths)
-        logits = model(**inputs, **packed, use_cache=False).logits[0]
-        other = None
-        if base is not None and base is not model:
-            packed = packing_arguments(base, lengths)
-            other = base(**inputs, **packed, use_cache=False).logits[0]
-        total = Sums()
-        for at in range(0, len(rows), ROWS):
-            part = rows[at : at + ROWS]
-            against = None if other is None else other[part]
-            total += measure(logits[part], labels[at : at + ROWS], against)
-        yield total
+        logits, other = (
+            None if of is None else predict(of, inputs, lengths, rows)
+            for of in (model, None if base is model else base)
+        )
+        assert logits is not None
+        measured = measure(logits, labels, logits if base is model else other, tail_k)
+        yield from map(Sums.of, np.split(measured, np.cumsum([n - 1 for n in lengths])[:-1]))
 
 
-def measure(logits: Tensor, labels: Tensor, base_logits: Tensor | None) -> Sums:
-    """Sums over rows: logits [N, V], labels [N], base_logits [N, V] or None for the base itself."""
-    logprobs = logits.float().log_softmax(-1)
-    nll = -logprobs.gather(1, labels[:, None]).double().sum().item()
-    if base_logits is None:
-        return Sums(len(labels), nll, 0.0, 0.0, len(labels))
-    base = base_logits.float().log_softmax(-1)
-    gap = base - logprobs
-    return Sums(
-        len(labels),
-        nll,
-        (base.exp() * gap).sum(1).double().sum().item(),
-        -(logprobs.exp() * gap).sum(1).double().sum().item(),
-        (logprobs.argmax(1) == base.argmax(1)).sum().item(),
-    )
+def predict(
+    model: PreTrainedModel, inputs: dict[str, Tensor], lengths: list[int], rows: Tensor
+) -> Tensor:
+    """[N, V] logits at these positions of one packed row."""
+    packed = packing_arguments(model, lengths)
+    logits: Tensor = model(**inputs, **packed, use_cache=False).logits[0, rows]
+    return logits
 
 
 def batches(sequences: Iterable[Int32s], tokens: int) -> Iterator[list[Int32s]]:
@@ -143,37 +99,68 @@ def run(config: EvalConfig) -> dict[str, Any]:
                 f"model {name} ({folder}) has another tokenizer than {config.base}: their "
                 "perplexities and distributions cannot be compared"
             )
-    texts = {
-        kind: held_out(corpus, tokenizer, config.max_length, config.add_eos)
-        for kind, corpus in [("domain", config.domain), ("general", config.general)]
-        if corpus is not None
-    }
-    base = load(folders[config.base], config.dtype)
-    work = Progress(len(folders) * sum(len(text.ids) for text in texts.values()), "token")
-    results: dict[str, Any] = {}
-    try:
-        for name, folder in folders.items():
-            model = base if name == config.base else load(folder, config.dtype)
-            measured = {}
-            for kind, text in texts.items():
-                total, done = Sums(), work.done
-                for sums in compare(model, base, text, config.batch_tokens):
-                    total += sums
-                    work.update(done + int(total.tokens), partial(status_line, name, kind, total))
-                work.update(done + len(text.ids), partial(status_line, name, kind, total))
-                measured[kind] = total.report()
-            results[name] = flat(measured) | measured
-            del model
-    finally:
-        work.close()
+    comparison = Comparison(config, folders[config.base], tokenizer)
+    results = {name: comparison.measure(name, folder) for name, folder in folders.items()}
     report = {"base": config.base, "models": results}
     print(table(report))
+    print(more(report))
     if config.output:
         path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         say(f"written to {path}")
     return report
+
+
+class Comparison:
+    """A base and held-out texts, to measure models against, one after the other."""
+
+    def __init__(self, config: EvalConfig, base: Path, tokenizer: Any) -> None:
+        self.config, self.base_folder, self.tokenizer = config, base, tokenizer
+        self.texts = {
+            kind: held_out(corpus, tokenizer, config.max_length, config.add_eos).spread(
+                config.sequences
+            )
+            for kind, corpus in [("domain", config.domain), ("general", config.general)]
+            if corpus is not None
+        }
+        self.base = load(base, config.dtype)
+        self._base_sums: dict[str, list[Sums]] = {}
+
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
+        """{"domain_perplexity", "general_perplexity", "kl_to_base", "domain": {...}, ...}"""
+        itself = folder == self.base_folder
+        if not itself and not self._base_sums:
+            self.measure(self.config.base, self.base_folder)
+        model = self.base if itself else load(folder, self.config.dtype)
+        sums = self.sums(name, model)
+        if itself:
+            self._base_sums = sums
+        measured: dict[str, Any] = {}
+        for kind, of in sums.items():
+            text, against = self.texts[kind], self._base_sums[kind]
+            measured[kind] = sum(of, Sums()).report() | by_documents(of, against, text)
+            if not itself:
+                measured[kind]["worst"] = worst(of, against, text, self.tokenizer)
+        return flat(measured) | measured
+
+    def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
+        """Of each sequence of each text."""
+        found: dict[str, list[Sums]] = {}
+        work = Progress(sum(len(text.ids) for text in self.texts.values()), "token")
+        try:
+            done = 0
+            for kind, text in self.texts.items():
+                found[kind], total = [], Sums()
+                options = self.config.batch_tokens, self.config.tail_k
+                for sums in compare(model, self.base, text, *options):
+                    found[kind].append(sums)
+                    total += sums
+                    work.update(done + int(total.tokens), partial(status_line, name, kind, total))
+                done += len(text.ids)
+        finally:
+            work.close()
+        return found
 
 
 def status_line(name: str, kind: str, total: Sums) -> str:
@@ -188,6 +175,43 @@ def held_out(
     if not len(text):
         raise ConfigError(f"corpus {corpus.path}: no document has two tokens to evaluate on")
     return text
+
+
+def by_documents(sums: list[Sums], against: list[Sums], text: TokenSequences) -> dict[str, Any]:
+    """How the sums of a text's sequences vary from document to document."""
+    model, base = (by_document(of, text.documents) for of in (sums, against))
+    rise = model[:, 1] / model[:, 0] - base[:, 1] / base[:, 0]
+    return {
+        "documents": len(model),
+        "documents_worse": int((rise > 0).sum()),
+        "intervals": intervals(model, base),
+    }
+
+
+def worst(
+    sums: list[Sums], against: list[Sums], text: TokenSequences, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """The documents whose nats per token rose most over the base's, each with the beginning of its
+    worst sequence."""
+    changes = np.array([a.nll - b.nll for a, b in zip(sums, against, strict=True)])
+    model, base = (by_document(of, text.documents) for of in (sums, against))
+    names = np.unique(text.documents)
+    rise = (model[:, 1] - base[:, 1]) / model[:, 0]
+    order = [at for at in np.argsort(-rise, kind="stable") if model[at, 0] >= SHORTEST]
+    found = []
+    for at in order[:WORST]:
+        own = np.flatnonzero(text.documents == names[at])
+        shown = text[int(own[changes[own].argmax()])]
+        found.append(
+            {
+                "document": int(names[at]),
+                "tokens": int(model[at, 0]),
+                "nats_per_token": float(model[at, 1] / model[at, 0]),
+                "base_nats_per_token": float(base[at, 1] / base[at, 0]),
+                "text": tokenizer.decode(shown[: EXCERPT // 2])[:EXCERPT],
+            }
+        )
+    return found
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
@@ -218,5 +242,23 @@ def table(report: dict[str, Any]) -> str:
                     f"{name:<12} {kind:<14} {of['tokens']:>9,} {of['perplexity']:>11.3f} "
                     f"{of['forward_kl']:>11.4f} {of['reverse_kl']:>11.4f} "
                     f"{of['top1_agreement']:>11.1%}"
+                )
+    return "\n".join(lines)
+
+
+def more(report: dict[str, Any]) -> str:
+    """What does not fit into the table: intervals, the tail, calibration."""
+    head = f"{'':<12} {'':<14} {'perplexity, 95 % of resampled documents':>40} "
+    head += f"{'tail mass':>10} {'tail KL':>8} {'ECE':>7} {'documents worse':>16}"
+    lines = ["", head]
+    for name, found in report["models"].items():
+        for kind in ("domain", "general"):
+            if kind in found:
+                of = found[kind]
+                low, high = of["intervals"]["perplexity"]
+                worse = f"{of['documents_worse']} of {of['documents']}"
+                lines.append(
+                    f"{name:<12} {kind:<14} {f'{low:.3f} to {high:.3f}':>40} "
+                    f"{of['tail_mass']:>10.4f} {of['tail_kl']:>8.4f} {of['ece']:>7.4f} {worse:>16}"
                 )
     return "\n".join(lines)

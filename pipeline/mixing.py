@@ -7,6 +7,7 @@ the same number of items per step.
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -29,9 +30,24 @@ class TokenSequences:
     """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
 
     def __init__(self, corpus: Corpus) -> None:
-        parts = [sequence.input_ids for sequence in corpus.sequences()]
+        sequences = list(corpus.sequences())
+        self.documents = np.array([sequence.document for sequence in sequences], np.int64)
+        """[len] the document that each sequence is of"""
+        self._join([sequence.input_ids for sequence in sequences])
+
+    def _join(self, parts: list[Int32s]) -> None:
         self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def spread(self, number: int | None) -> "TokenSequences":
+        """At most so many of them, evenly spread; all without a number."""
+        if number is None or number >= len(self):
+            return self
+        chosen = np.arange(number) * len(self) // number
+        found = copy(self)
+        found.documents = self.documents[chosen]
+        found._join([self[int(index)] for index in chosen])
+        return found
 
     def __len__(self) -> int:
         return len(self.starts) - 1

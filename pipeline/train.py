@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -45,9 +46,10 @@ FREE = (
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def run(config: TrainConfig) -> Json:
+def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = DistillTrainer) -> Json:
     """Train, or go on with, the student in config.output; returns the summary that it also writes.
 
+    A study's control arms bring a trainer of their own.
     Raises ConfigError, RefusedError (the student does not belong to the dump, or the directory
     holds another run), StorageError, Interrupted (a checkpoint was saved).
     """
@@ -97,7 +99,7 @@ def run(config: TrainConfig) -> Json:
 
     with stop_on_signals(ask):
         model, dtype = load_student(config, folder, args)
-        trainer = DistillTrainer(
+        trainer = trainer_class(
             model,
             args,
             dataset,

@@ -3,6 +3,7 @@
     python scripts/dump_logits.py --config scripts/configs/dump.yaml
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 --k 32
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --estimate
 
 Interrupt it, run the same command again: it goes on from the last committed shard. It ends with
 the process that started it, except under nohup. Exit codes: 0 done, 1 failed (such as a full disk;
@@ -42,6 +43,19 @@ def main() -> int:
         choices=["plan", "finalize"],
         help="plan: write plan.json and stop; finalize: write manifest.json when all is there",
     )
+    parser.add_argument(
+        "--estimate",
+        type=int,
+        nargs="?",
+        const=48,
+        metavar="DOCUMENTS",
+        help="write nothing; say what all of it will cost, from so many documents (48)",
+    )
+    parser.add_argument(
+        "--run_tokens",
+        type=int,
+        help="with --estimate: general tokens that one student run reads (default: all, once)",
+    )
     config, own = parse(parser, DumpConfig)
     index = None
     if own.partition:
@@ -51,6 +65,10 @@ def main() -> int:
             parser.error(f"--partition: {error}")
     from pipeline import cli, dump  # late: this takes seconds
 
+    if own.estimate:
+        from pipeline import estimate
+
+        return cli.main(lambda: estimate.run(config, own.estimate, own.run_tokens), own.summary)
     if config.workers > 1 and index is None and own.only is None:
         command = [sys.executable, *sys.argv]
         return cli.main(lambda: dump.run_workers(config, command), own.summary)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import DumpConfig, EvalConfig, TrainConfig, parse, script_parser
+from pipeline.study_config import StudyConfig
 from storage.__main__ import parser as storage_parser
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,12 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-CONFIGS = {"dump": DumpConfig, "evaluate": EvalConfig}
+CONFIGS = {
+    "dump": DumpConfig,
+    "evaluate": EvalConfig,
+    "study": StudyConfig,
+    "study_small": StudyConfig,
+}
 
 
 def test_there_are_commands() -> None:

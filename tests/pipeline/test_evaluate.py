@@ -32,25 +32,40 @@ def general(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "general.jsonl", some_texts(9))
 
 
-def naive(model: Path, base: Path, corpus: Path) -> dict[str, float]:
-    """One sequence at a time, all of it in float64."""
+def naive(model: Path, base: Path, corpus: Path, k: int) -> dict[str, float]:
+    """One sequence and position at a time, all of it in float64, from the definitions."""
     ours = AutoModelForCausalLM.from_pretrained(model).double()
     theirs = AutoModelForCausalLM.from_pretrained(base).double()
-    sums = np.zeros(5)
+    sums = np.zeros(8)
+    confidence, correct = [], []
     for sequence in Corpus(CorpusConfig(str(corpus)), load_tokenizer(base), 100).sequences():
         ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
         with torch.no_grad():
             q = ours(ids).logits[0, :-1].log_softmax(-1)
             p = theirs(ids).logits[0, :-1].log_softmax(-1)
         for t in range(len(q)):
+            tail = p[t].argsort(descending=True)[k:]
+            a = p[t][tail].exp().sum()
+            within_p, within_q = p[t][tail].log_softmax(0), q[t][tail].log_softmax(0)
             sums += [
                 1,
                 -q[t, ids[0, t + 1]].item(),
                 (p[t].exp() * (p[t] - q[t])).sum().item(),
                 (q[t].exp() * (q[t] - p[t])).sum().item(),
                 float(q[t].argmax() == p[t].argmax()),
+                float(q[t].argmax() == ids[0, t + 1]),
+                a.item(),
+                (a * (within_p.exp() * (within_p - within_q)).sum()).item(),
             ]
-    tokens, nll, forward, reverse, same = sums
+            confidence.append(q[t].max().exp().item())
+            correct.append(float(q[t].argmax() == ids[0, t + 1]))
+    tokens, nll, forward, reverse, same, right, mass, within = sums
+    bins = np.floor(np.array(confidence) * 15)
+    gaps = [
+        abs(np.mean(np.array(confidence)[bins == b]) - np.mean(np.array(correct)[bins == b]))
+        * np.mean(bins == b)
+        for b in np.unique(bins)
+    ]
     return {
         "tokens": tokens,
         "perplexity": math.exp(nll / tokens),
@@ -58,6 +73,10 @@ def naive(model: Path, base: Path, corpus: Path) -> dict[str, float]:
         "forward_kl": forward / tokens,
         "reverse_kl": reverse / tokens,
         "top1_agreement": same / tokens,
+        "top1_accuracy": right / tokens,
+        "tail_mass": mass / tokens,
+        "tail_kl": within / mass,
+        "ece": sum(gaps),
     }
 
 
@@ -73,13 +92,16 @@ def test_measures_equal_the_naive_ones(
             general=CorpusConfig(str(general)),
             max_length=100,
             batch_tokens=batch_tokens,
+            tail_k=20,
         )
     )
     for name, path in [("base", model_path), ("student", student)]:
         for kind, corpus in [("domain", domain), ("general", general)]:
-            expected = naive(path, model_path, corpus)
-            assert report["models"][name][kind] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+            expected = naive(path, model_path, corpus, 20)
+            measured = {key: report["models"][name][kind][key] for key in expected}
+            assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)
     found = report["models"]["student"]
+    assert found["general"]["tail_mass"] > 0.1, "the tail is worth looking at"
     assert found["kl_to_base"] == found["general"]["forward_kl"] > 0.1
     assert found["domain_perplexity"] == found["domain"]["perplexity"]
     assert report["models"]["base"]["kl_to_base"] == 0
@@ -104,6 +126,46 @@ def test_script_prints_a_table_and_writes_json(
     assert set(results["models"]) == {"base", "student"}
     line = next(line for line in done.stdout.splitlines() if line.startswith("student"))
     assert f"{results['models']['student']['general_perplexity']:.3f}" in line
+
+
+def test_worst_documents_and_changes(
+    tmp_path: Path, model_path: Path, student: Path, general: Path
+) -> None:
+    report = evaluate.run(
+        EvalConfig(
+            {"base": str(model_path), "student": str(student)}, general=CorpusConfig(str(general))
+        )
+    )
+    found = report["models"]["student"]["general"]
+    losses = {}
+    for name, path in [("base", model_path), ("student", student)]:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        corpus = Corpus(CorpusConfig(str(general)), load_tokenizer(path), 2048)
+        for sequence in corpus.sequences():
+            ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
+            with torch.no_grad():
+                losses[name, sequence.document] = model(ids, labels=ids).loss.item()
+    rises = {at: losses["student", at] - losses["base", at] for _, at in losses}
+    assert found["documents"] == len(rises) == 9
+    assert found["documents_worse"] == sum(rise > 0 for rise in rises.values())
+    [first, *_] = found["worst"]
+    assert first["document"] == max(rises, key=rises.__getitem__)
+    assert first["base_nats_per_token"] == pytest.approx(
+        losses["base", first["document"]], rel=1e-4
+    )
+    assert some_texts(9)[first["document"]].startswith(first["text"][:40])
+
+
+def test_sequences_are_spread_over_the_text(model_path: Path, general: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    text = evaluate.held_out(CorpusConfig(str(general)), tokenizer, 16, True)
+    few = text.spread(7)
+    assert len(few) == 7
+    assert len(text) > 30
+    chosen = [round(at) for at in np.arange(7) * len(text) // 7]
+    assert few.documents.tolist() == text.documents[chosen].tolist()
+    assert all((few[i] == text[at]).all() for i, at in enumerate(chosen))
+    assert text.spread(1000) is text
 
 
 def test_other_tokenizer_is_refused(

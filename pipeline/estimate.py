@@ -1,0 +1,171 @@
+"""What a dump will cost: disk, engine hours, and after how many students it has paid for itself.
+
+A few documents go through stage one as it is, into a directory that is thrown away; the rest is
+arithmetic.
+"""
+
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import dump, model_dir
+from pipeline.config import DumpConfig
+from pipeline.corpus import Corpus
+
+COUNTED = 1000  # documents, spread over the corpus, whose tokens are counted
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All of one corpus, with one engine at a time."""
+
+    documents: int
+    tokens: float
+    tokens_error: float
+    """Standard error of the tokens: only some documents were counted."""
+    sample_tokens: int
+    bytes_per_token: float
+    tokens_per_s: float
+    start_s: float
+    """Until the engine was up."""
+    parameters: int
+    """Of the model."""
+    flops_per_token: float
+    """Of its forward pass: 2 for each weight that a token is multiplied with."""
+    weight_bytes: int
+    """What a live teacher's weights would take beside the student."""
+
+    @property
+    def disk(self) -> float:
+        """Bytes."""
+        return self.tokens * self.bytes_per_token
+
+    @property
+    def seconds(self) -> float:
+        return self.tokens / self.tokens_per_s
+
+    def break_even(self, run_tokens: float) -> float:
+        """Student runs after which the dump has cost as much as a live teacher would have.
+
+        A live teacher reads `run_tokens` general tokens again in each run, and is taken to be as
+        fast as the engine is with the top-k and the writing, which is kind to it: its forward pass
+        is the same. The dump reads the corpus once.
+        """
+        return self.tokens / run_tokens
+
+
+def run(config: DumpConfig, documents: int, run_tokens: int | None = None) -> dict[str, Any]:
+    """Estimate from so many documents, print it, return it. Raises what `dump.run` raises."""
+    found = measure(config, documents)
+    print(describe(found, config.engine, run_tokens))
+    return asdict(found) | {"disk": found.disk, "seconds": found.seconds}
+
+
+def measure(config: DumpConfig, documents: int) -> Estimate:
+    folder = model_dir.resolve(config.model, config.revision)
+    corpus = Corpus(
+        config.corpus, model_dir.load_tokenizer(folder), config.max_length, config.add_eos
+    )
+    tokens, error = count_tokens(corpus)
+    limit = min(documents, len(corpus))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as sample:
+        done = dump.run(
+            replace(
+                config,
+                corpus=replace(config.corpus, limit=limit),
+                output=str(Path(sample) / "dump"),
+                partitions=1,
+                workers=1,
+            )
+        )
+    rate = float(done["tokens_per_s"])
+    total, used = weights(folder)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = model_dir.own_dtype(model_dir.load_config(folder))
+    return Estimate(
+        documents=len(corpus),
+        tokens=tokens,
+        tokens_error=error,
+        sample_tokens=int(done["tokens"]),
+        bytes_per_token=float(done["bytes_per_token"]),
+        tokens_per_s=rate,
+        start_s=max(time.monotonic() - began - done["tokens"] / rate, 0.0),
+        parameters=total,
+        flops_per_token=2.0 * used,
+        weight_bytes=total * torch.finfo(getattr(torch, dtype)).bits // 8,
+    )
+
+
+def count_tokens(corpus: Corpus) -> tuple[float, float]:
+    """(tokens of the whole corpus, standard error), from documents evenly spread over it."""
+    number = min(COUNTED, len(corpus))
+    chosen = np.arange(number) * len(corpus) // number
+    texts = [corpus.render(corpus.documents[int(at)][corpus.column], int(at)) for at in chosen]
+    lengths = np.array([len(ids) for ids in corpus.tokenize(texts)], float)
+    if number == len(corpus):
+        return float(lengths.sum()), 0.0
+    return float(lengths.mean() * len(corpus)), float(
+        lengths.std(ddof=1) / math.sqrt(number) * len(corpus)
+    )
+
+
+def weights(folder: Path) -> tuple[int, int]:
+    """(all weights of the model, those that every token is multiplied with): from its shape.
+
+    The input embedding is only looked up; a head that is tied to it is multiplied with. Of a
+    mixture of experts this counts every expert, and is too much.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_dir.load_config(folder))
+    total = sum(weight.numel() for weight in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return total, total - embedding.numel() + (head.numel() if head is embedding else 0)
+
+
+def describe(of: Estimate, engine: str, run_tokens: int | None) -> str:
+    per_run = run_tokens or of.tokens
+    reads = "one pass over this corpus" if run_tokens is None else f"{run_tokens:,} general tokens"
+    error = f" ± {of.tokens_error / of.tokens:.1%}" if of.tokens_error else ""
+    runs = of.break_even(per_run)
+    speed = of.flops_per_token * of.tokens_per_s
+    return f"""
+corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}
+measured on  {of.sample_tokens:,} tokens through {engine}
+disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token (in larger shards fewer)
+engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine, N engines take one
+             Nth; {hours(of.start_s)} more for each start. A small sample does not fill a GPU.
+compute      {si(of.parameters)} parameters, {si(of.flops_per_token)}FLOP per token, \
+{si(speed)}FLOP/s reached
+
+a live teacher, instead
+memory       {size(of.weight_bytes)} for its weights beside each student
+each run     {hours(per_run / of.tokens_per_s)} more, for {reads}, at this engine's speed
+break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every run after that saves this"""
+
+
+def size(count: float) -> str:
+    return si(count) + "B"
+
+
+def si(count: float) -> str:
+    """Three digits and a prefix: 1.23 G."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {prefix}"
+        count /= 1000
+    return f"{count:.3g} P"
+
+
+def hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

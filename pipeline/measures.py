@@ -1,0 +1,173 @@
+"""What a model predicts beside its base: measures of each position, their sums, what they are sure
+to.
+
+All in nats. The tail measures look where a top-k target does not: with K the base's k best ids, a
+and b the mass of base and model outside K, KL(base ‖ model) is the divergence on {K, tail} plus
+a · KL of the two distributions *within* the tail (the chain rule).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Positions whose distributions are held in float32 at a time; few stay in the caches of a CPU.
+ROWS = {"cpu": 16, "cuda": 256}
+BINS = 15  # of the calibration, equally wide
+RESAMPLES = 1000
+Float64s = npt.NDArray[np.float64]
+
+COLUMNS = (
+    "nll",  # -log q(next token)
+    "forward_kl",  # KL(base ‖ model), full vocabulary
+    "reverse_kl",  # KL(model ‖ base), full vocabulary
+    "agreement",  # 1 where the model's most likely token is the base's
+    "tail_mass",  # a, the base's mass outside its tail_k best ids
+    "tail_kl",  # a · KL(base ‖ model) within that tail
+    "confidence",  # the model's largest probability
+    "correct",  # 1 where that was the next token
+)
+
+
+def measure(
+    logits: Tensor, labels: Tensor, base_logits: Tensor | None, tail_k: int = 64
+) -> Float64s:
+    """float64 [N, COLUMNS] of logits [N, V], labels [N] and the base's logits [N, V].
+
+    Without a base there are no distances, and the tail is not looked at.
+    """
+    rows = ROWS.get(logits.device.type, 64)
+    parts = [
+        measure_rows(
+            logits[at : at + rows],
+            labels[at : at + rows],
+            None if base_logits is None else base_logits[at : at + rows],
+            tail_k,
+        )
+        for at in range(0, len(labels), rows)
+    ]
+    return np.concatenate([np.zeros((0, len(COLUMNS))), *parts])
+
+
+def measure_rows(
+    logits: Tensor, labels: Tensor, base_logits: Tensor | None, tail_k: int
+) -> Float64s:
+    log_q = logits.float().log_softmax(-1)
+    confidence, best = log_q.max(1)
+    zero = torch.zeros_like(confidence)
+    found = dict.fromkeys(COLUMNS, zero) | {
+        "nll": -log_q.gather(1, labels[:, None])[:, 0],
+        "agreement": zero + 1,
+        "confidence": confidence.exp(),
+        "correct": best == labels,
+    }
+    if base_logits is not None:
+        log_p = base_logits.float().log_softmax(-1)
+        gap = log_p - log_q
+        p = log_p.exp_()
+        kept_p, kept = p.topk(min(tail_k, p.shape[1]))
+        # float64: the tails are what the kept mass leaves of one
+        kept_gap, kept_p = gap.gather(1, kept).double(), kept_p.double()
+        a = (1 - kept_p.sum(1)).clamp(min=0)
+        b = 1 - (kept_p * (-kept_gap).exp()).sum(1)
+        forward = torch.linalg.vecdot(p, gap)
+        between = torch.where((a > 1e-6) & (b > 1e-6), a * (a / b).log(), 0)
+        within = forward.double() - (kept_p * kept_gap).sum(1) - between
+        found |= {
+            "forward_kl": forward,
+            "reverse_kl": -torch.linalg.vecdot(log_q.exp_(), gap),
+            "agreement": best == kept[:, 0],
+            "tail_mass": a,
+            "tail_kl": torch.where(a > 1e-6, within, 0),
+        }
+    return torch.stack([found[name].double() for name in COLUMNS], 1).cpu().numpy()
+
+
+@dataclass
+class Sums:
+    """Over predicted tokens; `a + b` adds two."""
+
+    values: Float64s = field(default_factory=lambda: np.zeros(1 + len(COLUMNS)))
+    """[1 + COLUMNS]: tokens, then the sum of each column"""
+    bins: Float64s = field(default_factory=lambda: np.zeros((3, BINS)))
+    """tokens, confidence and correct tokens of each bin of confidence"""
+
+    @classmethod
+    def of(cls, rows: Float64s) -> "Sums":
+        """Of rows [N, COLUMNS]."""
+        confidence, correct = rows[:, -2], rows[:, -1]
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        weights = [None, confidence, correct]
+        counts = [np.bincount(bins, weight, BINS) for weight in weights]
+        return cls(np.array([len(rows), *rows.sum(0)]), np.array(counts, np.float64))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.values + other.values, self.bins + other.bins)
+
+    @property
+    def tokens(self) -> float:
+        return float(self.values[0])
+
+    @property
+    def nll(self) -> float:
+        return float(self.values[1])
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll / self.tokens)
+
+    def report(self) -> dict[str, float]:
+        """Means per token, for JSON; tail_kl is the mean where the base's tail has its mass."""
+        mean = dict(zip(COLUMNS, (self.values[1:] / self.tokens).tolist(), strict=True))
+        _, confidence, correct = self.bins
+        return {
+            "tokens": int(self.tokens),
+            "perplexity": self.perplexity,
+            "nats_per_token": mean["nll"],
+            "forward_kl": mean["forward_kl"],
+            "reverse_kl": mean["reverse_kl"],
+            "top1_agreement": mean["agreement"],
+            "top1_accuracy": mean["correct"],
+            "tail_mass": mean["tail_mass"],
+            "tail_kl": mean["tail_kl"] / mean["tail_mass"] if mean["tail_mass"] else 0.0,
+            "ece": float(np.abs(confidence - correct).sum() / self.tokens),
+        }
+
+
+def by_document(sums: list[Sums], documents: npt.NDArray[np.int64]) -> Float64s:
+    """[D, 1 + COLUMNS] of the sums of each sequence and the document it is of."""
+    names, index = np.unique(documents, return_inverse=True)
+    total = np.zeros((len(names), 1 + len(COLUMNS)))
+    np.add.at(total, index, np.array([of.values for of in sums]))
+    return total
+
+
+def intervals(documents: Float64s, base: Float64s, seed: int = 0) -> dict[str, Any]:
+    """95 % bootstrap intervals, each [low, high]: documents are drawn, not tokens, which depend on
+    their neighbours.
+
+    documents, base  [D, 1 + COLUMNS] of the model and of its base on the same text. nats_change is
+    the model's nats per token less its base's; both are taken on the same drawn documents.
+    """
+    number = len(documents)
+    draws = np.random.default_rng(seed).multinomial(
+        number, np.full(number, 1 / number), size=RESAMPLES
+    )
+    drawn, drawn_base = draws @ documents, draws @ base
+
+    def mean(name: str, of: Float64s) -> Float64s:
+        return np.asarray(of[:, 1 + COLUMNS.index(name)] / of[:, 0])
+
+    def interval(values: Float64s) -> list[float]:
+        return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+
+    return {
+        "perplexity": interval(np.exp(mean("nll", drawn))),
+        "forward_kl": interval(mean("forward_kl", drawn)),
+        "reverse_kl": interval(mean("reverse_kl", drawn)),
+        "nats_change": interval(mean("nll", drawn) - mean("nll", drawn_base)),
+    }

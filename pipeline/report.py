@@ -1,0 +1,38 @@
+"""A page about a dump, a training run or a study: whichever a directory holds."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.progress import say
+
+
+def run(path: str, output: str) -> dict[str, Any]:
+    """Write the page; ConfigError where the directory holds none of the three."""
+    text, kind = make(path)
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    say(f"{kind} {path}: written to {file} ({len(text.encode()):,} bytes)")
+    return {"kind": kind, "output": output}
+
+
+def make(path: str) -> tuple[str, str]:
+    """(the page, what it is about)"""
+    folder = Path(path)
+    if (folder / "results.json").exists():
+        from pipeline import report_study
+
+        return report_study.report(folder), "study"
+    if (folder / "metrics.jsonl").exists():
+        from pipeline import report_run
+
+        return report_run.report(folder), "training run"
+    if (folder / "plan.json").exists() or "://" in path:
+        from pipeline import report_dump
+
+        return report_dump.report(path), "dump"
+    raise ConfigError(
+        f"{path}: neither a study (results.json), a training run (metrics.jsonl) nor a dump "
+        "(plan.json)"
+    )

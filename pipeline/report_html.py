@@ -1,0 +1,118 @@
+"""One self-contained page: plain HTML, its style and its pictures inside, nothing is fetched."""
+
+import html
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+STYLE = """
+:root { --line: #d8dee4; --soft: #59636e; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: #1f2328; background: #fff;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin-bottom: .3rem; }
+p.note, figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1rem 0; }
+figure div { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure svg { flex: 1 1 19rem; min-width: 0; max-width: min(100%, 46rem); height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid var(--soft); }
+td { border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+table.pairs td { text-align: left; }
+table.pairs td + td { white-space: normal; overflow-wrap: anywhere; }
+pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .8rem; }
+@media print { body { max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+  figure, table, pre { break-inside: avoid; } }
+"""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole document; `parts` is HTML."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def heading(text: str, level: int = 2) -> str:
+    return f"<h{level}>{html.escape(text)}</h{level}>"
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def quote(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><tr>{names}</tr>{cells}</table></div>'
+
+
+def pairs(values: dict[str, Any]) -> str:
+    """Names and values, one to a line; nested ones with dotted names."""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(say(value))}</td></tr>"
+        for name, value in flatten(values)
+    )
+    return f'<div class="scroll"><table class="pairs">{rows}</table></div>'
+
+
+def say(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found += flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def picture(figures: Sequence[Any], caption: str) -> str:
+    """matplotlib figures as inline SVG, side by side where there is room, and what they show."""
+    shown = "".join(svg(figure, caption) for figure in figures)
+    return f"<figure><div>{shown}</div><figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def svg(figure: Any, label: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    alt = html.escape(label, quote=True)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+
+
+def axes(number: int = 1, width: float = 4.4, height: float = 3.2) -> tuple[list[Any], list[Any]]:
+    """(figures of one plot each, the plots), for `picture`; no window system is needed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text; the same numbers give the same bytes.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report"})
+    figures = [Figure(figsize=(width, height), layout="constrained") for _ in range(number)]
+    plots = [figure.subplots() for figure in figures]
+    for plot in plots:
+        plot.grid(True, alpha=0.3)
+        plot.spines[["top", "right"]].set_visible(False)
+    return figures, plots

@@ -1,0 +1,53 @@
+"""The course of one training run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.report_html import axes, heading, page, pairs, picture
+
+Json = dict[str, Any]
+KNOWN = ("steps", "null_test_kl", "seconds", "domain_tokens", "general_tokens")
+
+
+def report(folder: Path) -> str:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary_file = folder / "summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    parts = [pairs({name: summary[name] for name in KNOWN if name in summary})]
+    for title, plots in [
+        ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
+        (
+            "Held-out perplexity",
+            {
+                "domain": ["eval_domain_perplexity"],
+                "general": ["eval_general_perplexity"],
+            },
+        ),
+        ("Speed", {"tokens per second": ["tokens_per_s"], "share spent waiting": ["wait_share"]}),
+        ("Optimizer", {"learning rate": ["learning_rate"], "gradient norm": ["grad_norm"]}),
+    ]:
+        drawn = curves(lines, plots)
+        if drawn:
+            parts += [heading(title), drawn]
+    if "identity" in summary:
+        parts += [heading("Settings"), pairs(summary["identity"])]
+    return page(f"Training run {folder}", parts)
+
+
+def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:
+    """Pictures side by side of what is in the log, by step; None where nothing of it is."""
+    there = {
+        title: names
+        for title, names in plots.items()
+        if any(name in line for line in lines for name in names)
+    }
+    if not there:
+        return None
+    figures, drawn = axes(len(there))
+    for axis, (title, names) in zip(drawn, there.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="optimizer step")
+    return picture(figures, ", ".join(there))

@@ -1,0 +1,163 @@
+"""A study's frontier: what each run gained on the domain against what it lost on general text."""
+
+import json
+from itertools import cycle
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from pipeline import study
+from pipeline.report_html import axes, heading, note, page, pairs, picture, quote, table
+
+Json = dict[str, Any]
+MARKERS = "os^Dv<>Pp*Xh"
+
+
+def report(folder: Path) -> str:
+    results = json.loads((folder / study.RESULTS).read_text())
+    return page(
+        f"Study of {results['model']}",
+        [
+            heading("The frontier"),
+            frontier(results),
+            heading("Arms"),
+            arms(results),
+            note(
+                "Mean ± standard deviation over the seeds. Gain and loss are nats of "
+                "log-perplexity against the base; divergences and top-1 are on the general text."
+            ),
+            *forgetting(results),
+            heading("Runs"),
+            runs(results),
+            note("Intervals: 95 % over held-out documents drawn with replacement."),
+            *examples(results),
+            heading("Made with"),
+            pairs(results["machine"] | {"max_length": results["max_length"]}),
+        ],
+    )
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (loss, gain), those that no other beats in both, by loss."""
+    front: list[tuple[float, float]] = []
+    for loss, gain in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((loss, gain))
+    return front
+
+
+def frontier(results: Json) -> str:
+    labels = len(results["arms"]) + 1
+    figures, [plot] = axes(1, 5.6, 3.8 + 0.2 * ceil(labels / 3))
+    for (label, of), colour, marker in zip(
+        by_arm(results).items(), colours(len(results["arms"])), cycle(MARKERS), strict=False
+    ):
+        loss, gain = ([one[name] for one in of] for name in ("general_loss", "domain_gain"))
+        plot.scatter(loss, gain, color=colour, marker=marker, label=label, s=30, zorder=3)
+    points = [(one["general_loss"], one["domain_gain"]) for one in results["runs"].values()]
+    front = pareto([(0.0, 0.0), *points])
+    plot.step(*zip(*front, strict=True), where="post", color="0.5", linewidth=1, zorder=1)
+    plot.scatter([0], [0], color="k", marker="+", label="base", zorder=2)
+    plot.set(
+        xlabel="loss on general text, nats of log-perplexity",
+        ylabel="gain on the domain, nats",
+    )
+    figures[0].legend(loc="outside lower center", ncols=3, fontsize="small")
+    caption = "One point for each run. Grey: the Pareto front; left and up is better."
+    return picture(figures, caption)
+
+
+def by_arm(results: Json) -> dict[str, list[Json]]:
+    """The runs of each arm, in the table's order; at several learning rates each is named."""
+    rates = len({of["learning_rate"] for of in results["arms"]}) > 1
+    found: dict[str, list[Json]] = {}
+    for of in results["arms"]:
+        label = f"{of['arm']} {of['learning_rate']:g}" if rates else of["arm"]
+        found[label] = [
+            one
+            for one in results["runs"].values()
+            if (one["arm"], one["learning_rate"]) == (of["arm"], of["learning_rate"])
+        ]
+    return found
+
+
+def colours(number: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    map_ = colormaps["tab10" if number <= 10 else "tab20"]
+    return [map_(at % map_.N) for at in range(number)]
+
+
+def arms(results: Json) -> str:
+    """The table of table.md."""
+    lines = [line.strip("| ").split(" | ") for line in study.table(results).splitlines()]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return table(rows[0], rows[2:])
+
+
+def forgetting(results: Json) -> list[str]:
+    """Perplexities over the steps, the mean of each arm's seeds; nothing where none were taken."""
+    drawn = {
+        label: [one["curve"] for one in of if one["curve"]["step"]]
+        for label, of in by_arm(results).items()
+    }
+    drawn = {label: curves for label, curves in drawn.items() if curves}
+    if not drawn:
+        return []
+    figures, plots = axes(2)
+    for (label, curves), colour in zip(drawn.items(), colours(len(drawn)), strict=True):
+        for plot, kind in zip(plots, ("domain", "general"), strict=True):
+            values = zip(*(curve[kind] for curve in curves), strict=False)
+            mean = [sum(value) / len(value) for value in values]
+            plot.plot(curves[0]["step"][: len(mean)], mean, color=colour, label=label)
+            plot.set(title=kind, xlabel="optimizer step", ylabel="held-out perplexity")
+            plot.set_yscale("log")
+            plot.yaxis.set_major_formatter("{x:.3g}")
+            plot.yaxis.set_minor_formatter("{x:.3g}")
+            plot.legend(fontsize="small")
+    return [heading("Forgetting, step by step"), picture(figures, "Means over the seeds.")]
+
+
+def runs(results: Json) -> str:
+    head = ["run", "domain perplexity", "95 %", "general perplexity", "95 %", "KL(base‖m)", "95 %"]
+    head += ["tail KL", "ECE", "documents worse"]
+    rows = []
+    for name, one in results["runs"].items():
+        domain, general = one["domain"], one["general"]
+        rows.append(
+            [
+                name,
+                f"{domain['perplexity']:.2f}",
+                span(domain, "perplexity", 2),
+                f"{general['perplexity']:.2f}",
+                span(general, "perplexity", 2),
+                f"{general['forward_kl']:.4f}",
+                span(general, "forward_kl", 4),
+                f"{general['tail_kl']:.3f}",
+                f"{general['ece']:.3f}",
+                f"{general['documents_worse']} of {general['documents']}",
+            ]
+        )
+    return table(head, rows)
+
+
+def span(of: Json, name: str, digits: int) -> str:
+    low, high = of["intervals"][name]
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def examples(results: Json, shown: int = 2) -> list[str]:
+    """General documents that got worst, of the first run of each arm."""
+    parts = [heading("What got worst on general text")]
+    for label, of in by_arm(results).items():
+        parts.append(heading(label, 3))
+        for example in of[0]["general"]["worst"][:shown]:
+            before, after = example["base_nats_per_token"], example["nats_per_token"]
+            parts.append(
+                note(
+                    f"document {example['document']}, {example['tokens']:,} tokens: "
+                    f"{before:.2f} → {after:.2f} nats per token"
+                )
+            )
+            parts.append(quote(example["text"]))
+    return parts

@@ -1,0 +1,370 @@
+"""A study: arms × learning rates × seeds, each trained and measured once, collected in a table.
+
+A run is a directory with its settings (run.json), what training left there, and measures.json,
+which is written last. Runs go one after the other in this process.
+"""
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import model_dir, study_arms, train
+from pipeline.config import ConfigError, EvalConfig, TrainConfig, parse, script_parser
+from pipeline.evaluate import Comparison
+from pipeline.progress import say
+from pipeline.signals import stop_on_signals
+from pipeline.steps import METRICS
+from pipeline.study_config import StudyConfig
+
+Json = dict[str, Any]
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+BASE = "base"
+RUN, MEASURES, RESULTS, TABLE = "run.json", "measures.json", "results.json", "table.md"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm at one learning rate with one seed."""
+
+    name: str
+    arm: str
+    learning_rate: float
+    seed: int
+    folder: Path
+    settings: Json
+    """Of scripts/train_student.py."""
+
+
+def run(config: StudyConfig) -> Json:
+    """Do what is missing of the study, write results.json and table.md, return the results.
+
+    Raises what training and evaluation raise, and RefusedError where a run's directory holds other
+    settings. The same command goes on after an interruption.
+    """
+    study = Study(config)
+    output = Path(config.output)
+    runs = list(plan(config))
+    todo = [one for one in runs if config.only is None or one.arm in config.only]
+    with stop_on_signals():
+        for one in todo:  # mistakes show before hours of work
+            check_same(one.folder, study.settings(one))
+            parse_training(one)
+        for name in needed_dumps(config, todo):
+            make_dump(config, name)
+        measured_base = study.base()
+        for number, one in enumerate(todo, 1):
+            say(f"\n=== run {number} of {len(todo)}: {one.name}")
+            study.do(one)
+    results = collect(config, runs, measured_base)
+    write(output / RESULTS, results)
+    (output / TABLE).write_text(table(results) + "\n")
+    print(table(results))
+    say(f"written to {output / RESULTS} and {output / TABLE}")
+    return results
+
+
+def plan(config: StudyConfig) -> Iterator[Run]:
+    """Every run of the study: seed by seed, so that a study that is cut short has whole seeds."""
+    seeds = {seed for arm in config.arms.values() for seed in arm.seeds or config.seeds}
+    trained = [name for name, arm in config.arms.items() if not arm.interpolate]
+    mixed = [name for name, arm in config.arms.items() if arm.interpolate]
+    for seed in sorted(seeds):
+        for name in trained + mixed:
+            arm = config.arms[name]
+            if seed in (arm.seeds or config.seeds):
+                for rate in arm.learning_rates or config.learning_rates:
+                    yield make_run(config, name, rate, seed)
+
+
+def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
+    arm = config.arms[name]
+    full = f"{name}-lr{rate:g}-seed{seed}"
+    folder = Path(config.output) / "runs" / full
+    settings: Json = {
+        "model": config.model,
+        "domain": asdict(config.domain),
+        "max_length": config.max_length,
+        "training": {"save_strategy": "no", "report_to": "none"},
+    }
+    measure = config.measure
+    if measure.curve_steps:
+        texts = asdict(config.held_out)
+        settings["held_out"] = {
+            kind: text | {"limit": measure.curve_documents} for kind, text in texts.items()
+        }
+        settings["training"] |= {
+            "eval_strategy": "steps",
+            "eval_steps": measure.curve_steps,
+            "eval_on_start": True,
+        }
+    for given in (config.train, {"training": config.training}, arm.train):
+        settings = merged(settings, given)
+    settings["training"] |= {"seed": seed, "learning_rate": rate}
+    settings["output"] = str(folder)
+    if config.dumps and settings.get("mix", 1) > 0:
+        settings["dump"] = dump_path(config, arm.dump or next(iter(config.dumps)))
+    return Run(full, name, rate, seed, folder, settings)
+
+
+def merged(one: Json, other: Json) -> Json:
+    """Both, nested; the other wins."""
+    found = dict(one)
+    for name, value in other.items():
+        both = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = merged(found[name], value) if both else value
+    return found
+
+
+def needed_dumps(config: StudyConfig, runs: list[Run]) -> list[str]:
+    used = {one.settings.get("dump") for one in runs}
+    return [name for name in config.dumps if dump_path(config, name) in used]
+
+
+def dump_path(config: StudyConfig, name: str) -> str:
+    given = config.dumps[name]
+    return given if isinstance(given, str) else str(Path(config.output) / "dumps" / name)
+
+
+def make_dump(config: StudyConfig, name: str) -> None:
+    """Through the script, so that an engine's memory is free again when students train."""
+    given = config.dumps[name]
+    if isinstance(given, str):
+        return
+    folder = Path(dump_path(config, name))
+    if (folder / "manifest.json").exists():
+        return
+    say(f"\n=== dump {name}")
+    settings = {
+        "model": config.model,
+        "corpus": asdict(config.general),
+        "max_length": config.max_length,
+        **given,
+        "output": str(folder),
+    }
+    file = folder.parent / f"{name}.json"
+    write(file, settings)
+    command = [sys.executable, str(SCRIPTS / "dump_logits.py"), "--config", str(file)]
+    code = subprocess.run(command).returncode
+    if code:
+        raise ConfigError(f"dump_logits.py ended with {code}; its message is above")
+
+
+class Study:
+    """The base and the held-out text, and how a run is trained and measured against them."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.folder = config, model_dir.resolve(config.model)
+        self._comparison: Comparison | None = None
+
+    @property
+    def comparison(self) -> Comparison:
+        if self._comparison is None:  # not needed where all is measured
+            config = self.config
+            settings = EvalConfig(
+                models={BASE: config.model},
+                domain=config.held_out.domain,
+                general=config.held_out.general,
+                max_length=config.max_length,
+                dtype=config.measure.dtype,
+                batch_tokens=config.measure.batch_tokens,
+                sequences=config.measure.sequences,
+                tail_k=config.measure.tail_k,
+            )
+            tokenizer = model_dir.load_tokenizer(self.folder)
+            self._comparison = Comparison(settings, self.folder, tokenizer)
+        return self._comparison
+
+    def measuring(self) -> Json:
+        """What decides the measures, beside the student."""
+        config = self.config
+        kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
+        return {"model": config.model, "held_out": asdict(config.held_out), **kept}
+
+    def base(self) -> Json:
+        folder = Path(self.config.output) / BASE
+        check_same(folder, self.measuring())
+        return self.measured(folder, BASE, self.folder)
+
+    def settings(self, one: Run) -> Json:
+        """All that decides a run."""
+        arm = asdict(self.config.arms[one.arm])
+        for name in ("seeds", "learning_rates"):
+            del arm[name]  # which runs there are decides nothing in them
+        return {"arm": arm, "train": one.settings, "measure": self.measuring()}
+
+    def do(self, one: Run) -> None:
+        """Train and measure, or what is missing of both."""
+        arm = self.config.arms[one.arm]
+        student = one.folder / train.FINAL
+        if not (one.folder / MEASURES).exists():
+            if arm.interpolate:
+                between = make_run(self.config, arm.interpolate, one.learning_rate, one.seed)
+                if not (between.folder / train.FINAL).exists():
+                    raise ConfigError(f"{one.name}: {between.name} is not finished; run it first")
+                other = between.folder / train.FINAL
+                study_arms.interpolate(self.folder, other, arm.weight, student)
+            else:
+                train.run(parse_training(one), study_arms.trainer_of(arm, self.folder))
+                for checkpoint in one.folder.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+        self.measured(one.folder, one.name, student)
+
+    def measured(self, folder: Path, name: str, model: Path) -> Json:
+        """measures.json of a model, made where it is missing."""
+        file = folder / MEASURES
+        if not file.exists():
+            write(file, self.comparison.measure(name, model))
+        found: Json = json.loads(file.read_text())
+        return found
+
+
+def check_same(folder: Path, settings: Json) -> None:
+    """RefusedError where the folder holds a run with other settings; else it holds these now."""
+    plain: Json = json.loads(json.dumps(settings))
+    if (folder / RUN).exists():
+        train.refuse_differences(folder, json.loads((folder / RUN).read_text()), plain)
+    write(folder / RUN, plain)
+
+
+def parse_training(one: Run) -> TrainConfig:
+    """The run's settings, from a file as scripts/train_student.py would read it."""
+    file = one.folder / "train.json"
+    write(file, one.settings)
+    try:
+        return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
+    except SystemExit:
+        raise ConfigError(f"{one.name}: its settings are wrong, see above") from None
+
+
+def write(file: Path, content: Json) -> None:
+    """As JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, file)
+
+
+# ---- results
+
+
+def collect(config: StudyConfig, runs: list[Run], base: Json) -> Json:
+    """The finished runs and, for each arm and learning rate, means and spread over its seeds."""
+    found = {}
+    for one in runs:
+        if (one.folder / MEASURES).exists():
+            measures = json.loads((one.folder / MEASURES).read_text())
+            summary = one.folder / train.SUMMARY
+            trained = json.loads(summary.read_text()) if summary.exists() else {}
+            found[one.name] = {
+                "arm": one.arm,
+                "learning_rate": one.learning_rate,
+                "seed": one.seed,
+                **against(measures, base),
+                "seconds": trained.get("seconds"),
+                "null_test_kl": trained.get("null_test_kl"),
+                "curve": curve(one.folder / METRICS),
+                "domain": measures["domain"],
+                "general": measures["general"],
+            }
+    points: dict[tuple[str, float], list[Json]] = {}
+    for of in found.values():
+        points.setdefault((of["arm"], of["learning_rate"]), []).append(of)
+    order = list(config.arms)
+    return {
+        "model": config.model,
+        "max_length": config.max_length,
+        "machine": machine(),
+        "base": against(base, base) | base,
+        "arms": [
+            {"arm": arm, "learning_rate": rate, "seeds": sorted(of["seed"] for of in members)}
+            | {name: spread([of[name] for of in members]) for name in HEADLINE}
+            for (arm, rate), members in sorted(
+                points.items(), key=lambda point: (order.index(point[0][0]), point[0][1])
+            )
+        ],
+        "runs": found,
+    }
+
+
+HEADLINE = {
+    "domain_perplexity": "domain perplexity",
+    "general_perplexity": "general perplexity",
+    "domain_gain": "domain gain",
+    "general_loss": "general loss",
+    "forward_kl": "KL(base‖m)",
+    "reverse_kl": "KL(m‖base)",
+    "top1_agreement": "same top-1",
+}
+"""Of each run; gain and loss in nats of log-perplexity against the base, divergences on the general
+text."""
+
+
+def against(measures: Json, base: Json) -> Json:
+    """The HEADLINE of one model."""
+    domain, general = measures["domain"], measures["general"]
+    return {
+        "domain_perplexity": domain["perplexity"],
+        "general_perplexity": general["perplexity"],
+        "domain_gain": math.log(base["domain"]["perplexity"] / domain["perplexity"]),
+        "general_loss": math.log(general["perplexity"] / base["general"]["perplexity"]),
+        **{name: general[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")},
+    }
+
+
+def spread(values: list[float]) -> Json:
+    """Mean and sample standard deviation, which one value has none of."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
+
+
+def curve(metrics: Path) -> Json:
+    """{"step", "domain", "general"}: perplexities during training, and the losses."""
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    held = [line for line in lines if "eval_domain_perplexity" in line]
+    steps = [line for line in lines if "ce" in line]
+    return {
+        "step": [line["step"] for line in held],
+        "domain": [line["eval_domain_perplexity"] for line in held],
+        "general": [line["eval_general_perplexity"] for line in held],
+        "loss_step": [line["step"] for line in steps],
+        "ce": [line["ce"] for line in steps],
+        "kl": [line["kl"] for line in steps],
+    }
+
+
+def machine() -> Json:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+
+
+def table(results: Json) -> str:
+    """Markdown: one line for each arm and learning rate, mean ± standard deviation over seeds."""
+    rates = len({of["learning_rate"] for of in results["arms"]}) > 1
+    head = ["arm", *(["learning rate"] if rates else []), "seeds", *HEADLINE.values()]
+    base = {name: spread([results["base"][name]]) for name in HEADLINE}
+    rows = []
+    for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
+        rate = [f"{of['learning_rate']:g}"] if rates else []
+        values = [show(name, of[name]) for name in HEADLINE]
+        rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
+    lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def show(name: str, value: Json) -> str:
+    digits = {"domain_perplexity": 2, "general_perplexity": 2}.get(name, 3)
+    if name in ("forward_kl", "reverse_kl"):
+        digits = 4
+    shown = f"{value['mean']:.{digits}f}"
+    return shown if value["sd"] is None else f"{shown} ± {value['sd']:.{digits}f}"

@@ -1,0 +1,134 @@
+"""The control that a dump replaces: a teacher in memory, asked again in every step.
+
+The divergence is over the whole vocabulary, a few rows of logits at a time like the fused loss; the
+top-k loss with k = V gives the same numbers, more slowly.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import model_dir
+from pipeline.attention import enable_packing, packing_arguments
+from pipeline.config import ConfigError
+from pipeline.losses import Direction
+from pipeline.study_arms import ArmTrainer, Row, without_domain, without_general
+from pipeline.trainer import after_the_head, plain_head
+
+ROWS = 512  # whose logits are held at a time
+
+
+class LiveTrainer(ArmTrainer):
+    """CE(domain) + alpha · KL(general) with the teacher in `teacher`, on one device."""
+
+    def __init__(self, *arguments: Any, teacher: Path, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        loaded = model_dir.load_model(teacher, "float32")
+        enable_packing(loaded)
+        head = plain_head(loaded)
+        if after_the_head(loaded) != (1.0, None) or head.bias is not None:
+            raise ConfigError(
+                f"live teacher {teacher}: its logits are not those of its head alone (scaled, "
+                "soft-capped or with a bias); dump it and use targets: stored"
+            )
+        self.teacher: PreTrainedModel = loaded.to(self.args.device).eval()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Row,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        total = super().compute_loss(
+            model, without_general(inputs), num_items_in_batch=num_items_in_batch
+        )
+        general = without_domain(inputs)
+        at = general["targets"]["rows"]
+        if not len(at):
+            return (total, {}) if return_outputs else total
+        student = self.accelerator.unwrap_model(model)
+        with torch.no_grad():
+            teacher_hidden = decode(self.teacher, general)[at]
+        losses = full_divergence(
+            decode(student, general)[at],
+            plain_head(student).weight,
+            teacher_hidden,
+            plain_head(self.teacher).weight,
+            self.loss.direction,
+        )
+        kl = losses.sum() / max(num_items_in_batch.tolist()[1], 1)
+        self.sums[1] += kl.detach()
+        total = total + self.loss.alpha * kl
+        return (total, {}) if return_outputs else total
+
+
+def decode(model: Any, row: Row) -> Tensor:
+    """[T, D] last hidden states of a packed row."""
+    hidden: Tensor = model.get_decoder()(
+        input_ids=row["input_ids"],
+        position_ids=row["position_ids"],
+        use_cache=False,
+        **packing_arguments(model, row["sequence_lengths"]),
+    ).last_hidden_state[0]
+    return hidden
+
+
+def full_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    direction: Direction = "forward",
+) -> Tensor:
+    """KL of each row in nats, [N], over the whole vocabulary.
+
+    hidden [N, D], weight [V, D]; the teacher's are of its own width. Gradients go to the first two.
+    """
+    losses: Tensor = _FullDivergence.apply(
+        hidden, weight, teacher_hidden, teacher_weight, direction
+    )
+    return losses
+
+
+class _FullDivergence(torch.autograd.Function):
+    """The gradients are taken with the losses, for a sum of them with equal weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        direction: Direction,
+    ) -> Tensor:
+        losses = hidden.new_empty(len(hidden))
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ROWS):
+            rows = slice(start, start + ROWS)
+            log_q = (hidden[rows] @ weight.T).log_softmax(1)
+            log_p = (teacher_hidden[rows] @ teacher_weight.T).log_softmax(1)
+            gap, q = log_p - log_q, log_q.exp_()
+            if direction == "forward":
+                p = log_p.exp_()
+                losses[rows] = torch.linalg.vecdot(p, gap)
+                grad = q.sub_(p)
+            else:
+                losses[rows] = -torch.linalg.vecdot(q, gap)
+                grad = gap.add_(losses[rows, None]).mul_(q).neg_()
+            grad_hidden[rows] = grad @ weight
+            grad_weight.addmm_(grad.T, hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not (grad == grad[0]).all():
+            raise RuntimeError("full_divergence: its gradients are those of a plain sum")
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad[0], grad_weight * grad[0], None, None, None

@@ -1,0 +1,70 @@
+"""Estimates against what the whole dump then is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pipeline import dump, estimate
+from pipeline.config import CorpusConfig, DumpConfig
+from tests.models import tiny_model
+from tests.pipeline.corpora import some_texts, write_texts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
+
+
+def config(tmp_path: Path, model: Path) -> DumpConfig:
+    corpus = write_texts(tmp_path / "corpus.jsonl", some_texts(110))
+    return DumpConfig(
+        str(model), CorpusConfig(str(corpus)), str(tmp_path / "dump"), k=8, engine="transformers"
+    )
+
+
+def test_estimate_is_what_the_dump_takes(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "COUNTED", 55)
+    settings = config(tmp_path, model_path)
+    found = estimate.measure(settings, 33)
+    assert not (tmp_path / "dump").exists()
+    done = dump.run(settings)
+    assert found.documents == 110
+    assert found.tokens == pytest.approx(done["tokens"], rel=0.1)
+    assert 0 < found.tokens_error < 0.2 * found.tokens
+    assert abs(found.tokens - done["tokens"]) < 3 * found.tokens_error
+    assert found.disk == pytest.approx(done["bytes"], rel=0.3)
+    assert found.seconds == pytest.approx(found.tokens / found.tokens_per_s)
+    assert found.break_even(found.tokens / 4) == pytest.approx(4)
+    monkeypatch.setattr(estimate, "COUNTED", 1000)
+    assert estimate.measure(settings, 2).tokens == done["tokens"]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_count_what_is_multiplied(tmp_path: Path, tie: bool) -> None:
+    """Against the linear layers of the loaded model."""
+    path = tiny_model(tmp_path / "model", tie=tie)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    total, used = estimate.weights(path)
+    assert total == sum(weight.numel() for weight in model.parameters())
+    linear = [m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear"]
+    norms = sum(w.numel() for name, w in model.named_parameters() if "norm" in name)
+    assert used == sum(linear) + norms
+
+
+def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_path: Path) -> None:
+    settings = config(tmp_path, model_path)
+    command = [sys.executable, str(SCRIPT), "--model", settings.model, "--k", "8"]
+    command += ["--corpus.path", settings.corpus.path, "--output", settings.output]
+    command += ["--engine", "transformers", "--estimate", "20", "--run_tokens", "1000"]
+    done = subprocess.run(
+        [*command, "--summary", str(tmp_path / "s.json")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "dump").exists()
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert f"after {found['tokens'] / 1000:.3g} runs" in done.stdout
+    assert f"{found['bytes_per_token']:.1f} bytes per token" in done.stdout
+    assert "110 documents" in done.stdout

@@ -1,0 +1,217 @@
+"""Pages about a dump, a run and a study; looked at by a browser where there is one."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import report, report_dump, report_study
+from pipeline.config import ConfigError
+from pipeline.report_html import page, pairs, quote
+from storage import LogitDataset
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Links(HTMLParser):
+    """Whatever a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.found += [value for value in values if not value.startswith("#")]
+
+
+def fetched(text: str) -> list[str]:
+    links = Links()
+    links.feed(text)
+    return links.found + re.findall(r"url\((?!#)[^)]*\)|@import", text)
+
+
+@pytest.fixture(scope="module")
+def training_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    lines = [
+        {"step": step, "ce": 5 / step, "kl": 0.01 * step, "tokens_per_s": 900.0, "wait_share": 0.1}
+        for step in range(1, 8)
+    ]
+    lines += [{"step": 7, "eval_domain_perplexity": 80.0, "eval_general_perplexity": 13.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"steps": 7, "null_test_kl": 4.2e-5, "identity": {"loss": {"alpha": 1.5}}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def one_run(arm: str, seed: int, gain: float, loss: float) -> dict[str, Any]:
+    text = {
+        "perplexity": 20.0,
+        "forward_kl": 0.1,
+        "tail_kl": 0.2,
+        "ece": 0.01,
+        "documents": 9,
+        "documents_worse": 4,
+        "intervals": {"perplexity": [18.0, 22.0], "forward_kl": [0.08, 0.12]},
+        "worst": [
+            {
+                "document": 3,
+                "tokens": 90,
+                "nats_per_token": 3.0,
+                "base_nats_per_token": 2.0,
+                "text": f"<b>{arm}</b> & a very_long_word" + "x" * 300,
+            }
+        ],
+    }
+    return {
+        "arm": arm,
+        "learning_rate": 1e-3,
+        "seed": seed,
+        "domain_perplexity": 20.0,
+        "general_perplexity": 12.0,
+        "domain_gain": gain,
+        "general_loss": loss,
+        "forward_kl": 0.1,
+        "reverse_kl": 0.1,
+        "top1_agreement": 0.9,
+        "curve": {"step": [0, 5], "domain": [90.0, 20.0], "general": [12.0, 12.5]},
+        "domain": text,
+        "general": text,
+    }
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pipeline.study import HEADLINE, spread
+
+    runs = {
+        "ce-0": one_run("ce", 0, 1.5, 0.30),
+        "ce-1": one_run("ce", 1, 1.4, 0.35),
+        "mol-0": one_run("mol", 0, 1.4, 0.05),
+        "mol-1": one_run("mol", 1, 1.45, 0.06),
+    }
+    arms = [
+        {"arm": arm, "learning_rate": 1e-3, "seeds": [0, 1]}
+        | {
+            name: spread([of[name] for of in runs.values() if of["arm"] == arm])
+            for name in HEADLINE
+        }
+        for arm in ("ce", "mol")
+    ]
+    results = {
+        "model": "a/model",
+        "max_length": 64,
+        "machine": {"torch": "2", "device": "CPU", "threads": 2},
+        "base": one_run("base", 0, 0.0, 0.0),
+        "arms": arms,
+        "runs": runs,
+    }
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_pages_say_what_was_measured(
+    dump_path: Path, training_run: Path, study_folder: Path
+) -> None:
+    text, kind = report.make(str(dump_path))
+    assert kind == "dump"
+    manifest = LogitDataset(dump_path).manifest
+    assert f"{manifest.tokens:,}" in text
+    assert "tokenizer.fingerprint" in text
+    text, kind = report.make(str(training_run))
+    assert kind == "training run"
+    assert "4.2e-05" in text
+    assert "loss.alpha" in text
+    text, kind = report.make(str(study_folder))
+    assert kind == "study"
+    assert "1.425 ± 0.035" in text, "mean and spread of the domain gain of mol"
+    assert "&lt;b&gt;mol&lt;/b&gt; &amp; a" in text
+    assert "document 3, 90 tokens: 2.00 → 3.00" in text
+    for path in (dump_path, training_run, study_folder):
+        text = report.make(str(path))[0]
+        assert text.count("<svg") >= 1
+        assert fetched(text) == []
+        assert text == report.make(str(path))[0], "the same numbers, the same page"
+
+
+def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
+    record = LogitDataset(dump_path)[3]
+    mass, hits, entropy = report_dump.look(record, 8)
+    ids, logprobs = record.topk.dense()
+    for t in range(len(record.topk)):
+        p = [math.exp(value) for value in logprobs[t]]
+        tail = math.exp(record.topk.tail_logprob[t])
+        assert mass[t] == pytest.approx([sum(p[: k + 1]) for k in range(8)])
+        expected = [record.input_ids[t + 1] in ids[t][: k + 1] for k in range(8)]
+        assert hits[t].tolist() == expected
+        assert entropy[t] == pytest.approx(-sum(x * math.log(x) for x in [*p, tail] if x > 0))
+
+
+def test_pareto_front() -> None:
+    points = [(0.3, 1.5), (0.05, 1.4), (0.06, 1.45), (0.35, 1.4), (0.0, 0.0), (0.05, 1.2)]
+    assert report_study.pareto(points) == [(0.0, 0.0), (0.05, 1.4), (0.06, 1.45), (0.3, 1.5)]
+    generator = np.random.default_rng(0)
+    many = [(float(a), float(b)) for a, b in generator.random((60, 2))]
+    front = report_study.pareto(many)
+    for loss, gain in many:
+        beaten = any(a <= loss and b >= gain and (a, b) != (loss, gain) for a, b in many)
+        assert ((loss, gain) in front) == (not beaten)
+
+
+def test_text_is_escaped() -> None:
+    text = page("<i>", [quote("<script>"), pairs({"a": {"<b>": "&"}})])
+    assert "<script>" not in text
+    assert "<i>" not in text
+    assert "<b>" not in text
+
+
+def test_another_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a study"):
+        report.make(str(tmp_path))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_phone_needs_no_sideways_scrolling(
+    tmp_path: Path, dump_path: Path, training_run: Path, study_folder: Path
+) -> None:
+    """The real script's page in a real browser, in a frame as wide as a phone."""
+    for path in (dump_path, training_run, study_folder):
+        output = tmp_path / "page.html"
+        command = [sys.executable, str(SCRIPT), str(path), "--output", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        text = output.read_text()
+        measure = (
+            "<script>onload = () => document.title = "
+            "[innerWidth, document.documentElement.scrollWidth].join()</script>"
+        )
+        output.write_text(text.replace("</body>", f"{measure}</body>"))
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            '<iframe id="f" src="page.html" width="390" height="800"></iframe><script>onload = () '
+            "=> document.title = document.getElementById('f').contentDocument.title</script>"
+        )
+        assert BROWSER
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+        shown = subprocess.run(
+            [BROWSER, *options, f"--user-data-dir={tmp_path}/b", "--dump-dom", frame.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        found = re.search(r"<title>(\d+),(\d+)</title>", shown.stdout)
+        assert found, shown.stderr[-1000:]
+        width, needed = map(int, found.groups())
+        assert width < 400
+        assert needed <= width

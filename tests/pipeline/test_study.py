@@ -1,0 +1,160 @@
+"""A small study through the real script."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import study
+from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig
+from pipeline.study_config import ArmConfig, StudyConfig
+from tests.pipeline.corpora import some_texts, write_texts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
+    """A study of tiny runs. The dump holds the whole vocabulary, as a live teacher does."""
+    texts = some_texts(22)
+    domain = {"path": str(write_texts(tmp_path / "domain.jsonl", [t[::-1] for t in texts]))}
+    general = {"path": str(write_texts(tmp_path / "general.jsonl", texts))}
+    return {
+        "model": str(model_path),
+        "output": str(tmp_path / "study"),
+        "domain": {**domain, "skip": 6},
+        "general": {**general, "skip": 6},
+        "held_out": {"domain": {**domain, "limit": 6}, "general": {**general, "limit": 6}},
+        "max_length": 64,
+        "dumps": {"all": {"k": 512, "engine": "transformers"}},
+        "seeds": [0, 1],
+        "learning_rates": [1e-3],
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1},
+        "measure": {"curve_steps": 2, "curve_documents": 2, "sequences": 10},
+        "arms": {
+            "half": {"interpolate": "ce", "weight": 0.5},
+            "ce": {"train": {"mix": 0}},
+            "mol": {},
+            "live": {"targets": "live", "seeds": [0]},
+        },
+    }
+
+
+def run(tmp_path: Path, settings: dict[str, Any], *options: str) -> subprocess.CompletedProcess:
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "study.json"), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_study_does_what_is_missing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    done = run(tmp_path, settings, "--only", "[ce]", "--seeds", "[0]")
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "study"
+    assert not (output / "dumps").exists(), "cross-entropy on the domain needs none"
+    first = output / "runs" / "ce-lr0.001-seed0"
+    before = (first / "measures.json").stat().st_mtime_ns
+    (first / "measures.json").rename(first / "kept.json")  # died before it was measured
+    trained = (first / "summary.json").read_text()
+
+    done = run(tmp_path, settings)
+    assert done.returncode == 0, done.stderr
+    assert (first / "summary.json").read_text() == trained
+    assert (first / "measures.json").stat().st_mtime_ns > before
+    assert json.loads((first / "measures.json").read_text()) == json.loads(
+        (first / "kept.json").read_text()
+    )
+    results = json.loads((output / "results.json").read_text())
+    runs = results["runs"]
+    assert len(runs) == 7
+    arms = {of["arm"]: of for of in results["arms"]}
+    assert list(arms) == ["half", "ce", "mol", "live"]
+    check_numbers(results, arms)
+    # A dump of the whole vocabulary teaches what the live teacher does, up to the codec.
+    stored, live = (runs[f"{arm}-lr0.001-seed0"] for arm in ("mol", "live"))
+    assert stored["curve"]["ce"] == pytest.approx(live["curve"]["ce"], rel=1e-3)
+    assert stored["curve"]["kl"] == pytest.approx(live["curve"]["kl"], rel=2e-2, abs=2e-4)
+    assert stored["curve"]["step"] == [0, 2, 3]
+    assert runs["ce-lr0.001-seed0"]["curve"]["ce"][0] != runs["ce-lr0.001-seed1"]["curve"]["ce"][0]
+    assert f"{arms['mol']['domain_perplexity']['mean']:.2f} ± " in done.stdout
+
+    settings["arms"]["ce"]["train"]["training"] = {"max_steps": 4}
+    refused = run(tmp_path, settings)
+    assert refused.returncode == 3
+    assert "max_steps" in refused.stderr
+
+
+def check_numbers(results: dict[str, Any], arms: dict[str, Any]) -> None:
+    base = results["base"]
+    values = [of["general"]["perplexity"] for of in results["runs"].values() if of["arm"] == "mol"]
+    found = arms["mol"]["general_perplexity"]
+    assert found["mean"] == pytest.approx(sum(values) / 2)
+    assert found["sd"] == pytest.approx(statistics.stdev(values))
+    assert arms["live"]["general_perplexity"]["sd"] is None
+    one = results["runs"]["ce-lr0.001-seed1"]
+    gain = math.log(base["domain"]["perplexity"]) - math.log(one["domain"]["perplexity"])
+    assert one["domain_gain"] == pytest.approx(gain)
+    assert one["domain_gain"] > 0.01
+    assert arms["ce"]["domain_gain"]["mean"] > arms["half"]["domain_gain"]["mean"] > 0
+    assert base["general_loss"] == 0
+
+
+def config(**changes: Any) -> StudyConfig:
+    text = CorpusConfig("text.jsonl")
+    given: dict[str, Any] = {
+        "model": "m",
+        "domain": text,
+        "general": text,
+        "held_out": HeldOutConfig(text, text),
+        "output": "out",
+        "arms": {"ce": ArmConfig(train={"mix": 0}), "mol": ArmConfig()},
+        "dumps": {"small": {"k": 8}, "given": "elsewhere"},
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-4],
+    }
+    return StudyConfig(**given | changes)
+
+
+def test_plan_is_arms_times_rates_times_seeds() -> None:
+    arms = {
+        "half": ArmConfig(interpolate="ce", seeds=[1], learning_rates=[1e-3]),
+        "ce": ArmConfig(train={"mix": 0}),
+        "mol": ArmConfig(dump="given", train={"training": {"weight_decay": 0.1}}),
+    }
+    runs = list(
+        study.plan(config(arms=arms, train={"loss": {"alpha": 2}}, training={"max_steps": 5}))
+    )
+    assert [one.name for one in runs] == [
+        "ce-lr0.001-seed0",
+        "ce-lr0.0001-seed0",
+        "mol-lr0.001-seed0",
+        "mol-lr0.0001-seed0",
+        "ce-lr0.001-seed1",
+        "ce-lr0.0001-seed1",
+        "mol-lr0.001-seed1",
+        "mol-lr0.0001-seed1",
+        "half-lr0.001-seed1",
+    ]
+    training = runs[3].settings["training"]
+    assert training["max_steps"] == 5
+    assert training["weight_decay"] == 0.1
+    assert (training["learning_rate"], training["seed"]) == (1e-4, 0)
+    assert runs[3].settings["loss"] == {"alpha": 2}
+    assert runs[3].settings["dump"] == "elsewhere"
+    assert "dump" not in runs[0].settings
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"only: 'x' is none of ce, mol"):
+        config(only=["x"])
+    with pytest.raises(ConfigError, match=r"arms\.a\.dump"):
+        config(arms={"a": ArmConfig(dump="x")})
+    with pytest.raises(ConfigError, match=r"no arm that is trained"):
+        config(arms={"a": ArmConfig(interpolate="x")})
+    with pytest.raises(ConfigError, match="held_out"):
+        config(held_out=HeldOutConfig())
