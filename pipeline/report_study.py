@@ -6,15 +6,16 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pipeline import study
 from pipeline.report_html import axes, heading, note, page, pairs, picture, quote, table
+from pipeline.study_results import RESULTS
+from pipeline.study_results import table as as_markdown
 
 Json = dict[str, Any]
 MARKERS = "os^Dv<>Pp*Xh"
 
 
 def report(folder: Path) -> str:
-    results = json.loads((folder / study.RESULTS).read_text())
+    results = json.loads((folder / RESULTS).read_text())
     return page(
         f"Study of {results['model']}",
         [
@@ -90,7 +91,7 @@ def colours(number: int) -> list[Any]:
 
 def arms(results: Json) -> str:
     """The table of table.md."""
-    lines = [line.strip("| ").split(" | ") for line in study.table(results).splitlines()]
+    lines = [line.strip("| ").split(" | ") for line in as_markdown(results).splitlines()]
     rows = [[cell.strip() for cell in line] for line in lines]
     return table(rows[0], rows[2:])
 

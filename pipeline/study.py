@@ -5,10 +5,8 @@ which is written last. Runs go one after the other in this process.
 """
 
 import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,20 +14,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline import model_dir, study_arms, train
-from pipeline.config import ConfigError, EvalConfig, TrainConfig, parse, script_parser
+from pipeline.config import (
+    FAILED,
+    INTERRUPTED,
+    ConfigError,
+    EvalConfig,
+    FailedError,
+    Interrupted,
+    TrainConfig,
+    parse,
+    script_parser,
+)
 from pipeline.evaluate import Comparison
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.steps import METRICS
 from pipeline.study_config import StudyConfig
+from pipeline.study_results import BASE, RESULTS, collect, of_run, table
 
 Json = dict[str, Any]
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-BASE = "base"
-RUN, MEASURES, RESULTS, TABLE = "run.json", "measures.json", "results.json", "table.md"
+RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,28 @@ def run(config: StudyConfig) -> Json:
             parse_training(one)
         for name in needed_dumps(config, todo):
             make_dump(config, name)
-        measured_base = study.base()
+        results = gather(config, runs, study.base())
         for number, one in enumerate(todo, 1):
             say(f"\n=== run {number} of {len(todo)}: {one.name}")
             study.do(one)
-    results = collect(config, runs, measured_base)
-    write(output / RESULTS, results)
-    (output / TABLE).write_text(table(results) + "\n")
+            results = gather(config, runs, study.base())
     print(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
+    return results
+
+
+def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
+    """results.json and table.md of what is finished so far."""
+    output = Path(config.output)
+    finished = {
+        one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
+        | of_run(one.folder, base)
+        for one in runs
+        if (one.folder / MEASURES).exists()
+    }
+    results = collect(config, finished, base)
+    write(output / RESULTS, results)
+    (output / TABLE).write_text(table(results) + "\n")
     return results
 
 
@@ -99,9 +117,8 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
     measure = config.measure
     if measure.curve_steps:
         texts = asdict(config.held_out)
-        settings["held_out"] = {
-            kind: text | {"limit": measure.curve_documents} for kind, text in texts.items()
-        }
+        few = {"limit": measure.curve_documents}
+        settings["held_out"] = {kind: texts[kind] | few for kind in ("domain", "general")}
         settings["training"] |= {
             "eval_strategy": "steps",
             "eval_steps": measure.curve_steps,
@@ -141,9 +158,6 @@ def make_dump(config: StudyConfig, name: str) -> None:
     if isinstance(given, str):
         return
     folder = Path(dump_path(config, name))
-    if (folder / "manifest.json").exists():
-        return
-    say(f"\n=== dump {name}")
     settings = {
         "model": config.model,
         "corpus": asdict(config.general),
@@ -152,11 +166,17 @@ def make_dump(config: StudyConfig, name: str) -> None:
         "output": str(folder),
     }
     file = folder.parent / f"{name}.json"
+    if file.exists():
+        train.refuse_differences(folder, json.loads(file.read_text()), settings)
+    if (folder / "manifest.json").exists():
+        return
+    say(f"\n=== dump {name}")
     write(file, settings)
     command = [sys.executable, str(SCRIPTS / "dump_logits.py"), "--config", str(file)]
     code = subprocess.run(command).returncode
     if code:
-        raise ConfigError(f"dump_logits.py ended with {code}; its message is above")
+        kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)
+        raise kind(f"dump_logits.py ended with {code}; its message is above")
 
 
 class Study:
@@ -252,119 +272,3 @@ def write(file: Path, content: Json) -> None:
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(draft, file)
-
-
-# ---- results
-
-
-def collect(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """The finished runs and, for each arm and learning rate, means and spread over its seeds."""
-    found = {}
-    for one in runs:
-        if (one.folder / MEASURES).exists():
-            measures = json.loads((one.folder / MEASURES).read_text())
-            summary = one.folder / train.SUMMARY
-            trained = json.loads(summary.read_text()) if summary.exists() else {}
-            found[one.name] = {
-                "arm": one.arm,
-                "learning_rate": one.learning_rate,
-                "seed": one.seed,
-                **against(measures, base),
-                "seconds": trained.get("seconds"),
-                "null_test_kl": trained.get("null_test_kl"),
-                "curve": curve(one.folder / METRICS),
-                "domain": measures["domain"],
-                "general": measures["general"],
-            }
-    points: dict[tuple[str, float], list[Json]] = {}
-    for of in found.values():
-        points.setdefault((of["arm"], of["learning_rate"]), []).append(of)
-    order = list(config.arms)
-    return {
-        "model": config.model,
-        "max_length": config.max_length,
-        "machine": machine(),
-        "base": against(base, base) | base,
-        "arms": [
-            {"arm": arm, "learning_rate": rate, "seeds": sorted(of["seed"] for of in members)}
-            | {name: spread([of[name] for of in members]) for name in HEADLINE}
-            for (arm, rate), members in sorted(
-                points.items(), key=lambda point: (order.index(point[0][0]), point[0][1])
-            )
-        ],
-        "runs": found,
-    }
-
-
-HEADLINE = {
-    "domain_perplexity": "domain perplexity",
-    "general_perplexity": "general perplexity",
-    "domain_gain": "domain gain",
-    "general_loss": "general loss",
-    "forward_kl": "KL(base‖m)",
-    "reverse_kl": "KL(m‖base)",
-    "top1_agreement": "same top-1",
-}
-"""Of each run; gain and loss in nats of log-perplexity against the base, divergences on the general
-text."""
-
-
-def against(measures: Json, base: Json) -> Json:
-    """The HEADLINE of one model."""
-    domain, general = measures["domain"], measures["general"]
-    return {
-        "domain_perplexity": domain["perplexity"],
-        "general_perplexity": general["perplexity"],
-        "domain_gain": math.log(base["domain"]["perplexity"] / domain["perplexity"]),
-        "general_loss": math.log(general["perplexity"] / base["general"]["perplexity"]),
-        **{name: general[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")},
-    }
-
-
-def spread(values: list[float]) -> Json:
-    """Mean and sample standard deviation, which one value has none of."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
-
-
-def curve(metrics: Path) -> Json:
-    """{"step", "domain", "general"}: perplexities during training, and the losses."""
-    text = metrics.read_text() if metrics.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    held = [line for line in lines if "eval_domain_perplexity" in line]
-    steps = [line for line in lines if "ce" in line]
-    return {
-        "step": [line["step"] for line in held],
-        "domain": [line["eval_domain_perplexity"] for line in held],
-        "general": [line["eval_general_perplexity"] for line in held],
-        "loss_step": [line["step"] for line in steps],
-        "ce": [line["ce"] for line in steps],
-        "kl": [line["kl"] for line in steps],
-    }
-
-
-def machine() -> Json:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
-
-
-def table(results: Json) -> str:
-    """Markdown: one line for each arm and learning rate, mean ± standard deviation over seeds."""
-    rates = len({of["learning_rate"] for of in results["arms"]}) > 1
-    head = ["arm", *(["learning rate"] if rates else []), "seeds", *HEADLINE.values()]
-    base = {name: spread([results["base"][name]]) for name in HEADLINE}
-    rows = []
-    for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
-        rate = [f"{of['learning_rate']:g}"] if rates else []
-        values = [show(name, of[name]) for name in HEADLINE]
-        rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
-    lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def show(name: str, value: Json) -> str:
-    digits = {"domain_perplexity": 2, "general_perplexity": 2}.get(name, 3)
-    if name in ("forward_kl", "reverse_kl"):
-        digits = 4
-    shown = f"{value['mean']:.{digits}f}"
-    return shown if value["sd"] is None else f"{shown} ± {value['sd']:.{digits}f}"

@@ -83,6 +83,9 @@ def test_study_does_what_is_missing(tmp_path: Path, settings: dict[str, Any]) ->
     assert runs["ce-lr0.001-seed0"]["curve"]["ce"][0] != runs["ce-lr0.001-seed1"]["curve"]["ce"][0]
     assert f"{arms['mol']['domain_perplexity']['mean']:.2f} ± " in done.stdout
 
+    refused = run(tmp_path, settings, "--general.skip", "7", "--only", "[mol]")
+    assert refused.returncode == 3
+    assert "skip" in refused.stderr
     settings["arms"]["ce"]["train"]["training"] = {"max_steps": 4}
     refused = run(tmp_path, settings)
     assert refused.returncode == 3

@@ -1,0 +1,126 @@
+"""A study's numbers: what each run comes to, means and spread over seeds, the table."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pipeline.study_config import StudyConfig
+
+Json = dict[str, Any]
+BASE, RESULTS = "base", "results.json"
+
+
+def of_run(folder: Path, base: Json) -> Json:
+    """What one finished run comes to."""
+    measures = json.loads((folder / "measures.json").read_text())
+    summary = folder / "summary.json"
+    trained = json.loads(summary.read_text()) if summary.exists() else {}
+    return {
+        **against(measures, base),
+        "seconds": trained.get("seconds"),
+        "null_test_kl": trained.get("null_test_kl"),
+        "curve": curve(folder / "metrics.jsonl"),
+        "domain": measures["domain"],
+        "general": measures["general"],
+    }
+
+
+def collect(config: StudyConfig, found: dict[str, Json], base: Json) -> Json:
+    """The finished runs by name, each `of_run` with its arm, learning_rate and seed; and for each
+    arm and learning rate means and spread over its seeds."""
+    points: dict[tuple[str, float], list[Json]] = {}
+    for of in found.values():
+        points.setdefault((of["arm"], of["learning_rate"]), []).append(of)
+    order = list(config.arms)
+    return {
+        "model": config.model,
+        "max_length": config.max_length,
+        "machine": machine(),
+        "base": against(base, base) | base,
+        "arms": [
+            {"arm": arm, "learning_rate": rate, "seeds": sorted(of["seed"] for of in members)}
+            | {name: spread([of[name] for of in members]) for name in HEADLINE}
+            for (arm, rate), members in sorted(
+                points.items(), key=lambda point: (order.index(point[0][0]), point[0][1])
+            )
+        ],
+        "runs": found,
+    }
+
+
+HEADLINE = {
+    "domain_perplexity": "domain perplexity",
+    "general_perplexity": "general perplexity",
+    "domain_gain": "domain gain",
+    "general_loss": "general loss",
+    "forward_kl": "KL(base‖m)",
+    "reverse_kl": "KL(m‖base)",
+    "top1_agreement": "same top-1",
+}
+"""Of each run; gain and loss in nats of log-perplexity against the base, divergences on the general
+text."""
+
+
+def against(measures: Json, base: Json) -> Json:
+    """The HEADLINE of one model."""
+    domain, general = measures["domain"], measures["general"]
+    return {
+        "domain_perplexity": domain["perplexity"],
+        "general_perplexity": general["perplexity"],
+        "domain_gain": math.log(base["domain"]["perplexity"] / domain["perplexity"]),
+        "general_loss": math.log(general["perplexity"] / base["general"]["perplexity"]),
+        **{name: general[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")},
+    }
+
+
+def spread(values: list[float]) -> Json:
+    """Mean and sample standard deviation, which one value has none of."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
+
+
+def curve(metrics: Path) -> Json:
+    """{"step", "domain", "general"}: perplexities during training, and the losses."""
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    held = [line for line in lines if "eval_domain_perplexity" in line]
+    steps = [line for line in lines if "ce" in line]
+    return {
+        "step": [line["step"] for line in held],
+        "domain": [line["eval_domain_perplexity"] for line in held],
+        "general": [line["eval_general_perplexity"] for line in held],
+        "loss_step": [line["step"] for line in steps],
+        "ce": [line["ce"] for line in steps],
+        "kl": [line["kl"] for line in steps],
+    }
+
+
+def machine() -> Json:
+    import torch  # late: whoever reads results needs none
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+
+
+def table(results: Json) -> str:
+    """Markdown: one line for each arm and learning rate, mean ± standard deviation over seeds."""
+    rates = len({of["learning_rate"] for of in results["arms"]}) > 1
+    head = ["arm", *(["learning rate"] if rates else []), "seeds", *HEADLINE.values()]
+    base = {name: spread([results["base"][name]]) for name in HEADLINE}
+    rows = []
+    for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
+        rate = [f"{of['learning_rate']:g}"] if rates else []
+        values = [show(name, of[name]) for name in HEADLINE]
+        rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
+    lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def show(name: str, value: Json) -> str:
+    digits = {"domain_perplexity": 2, "general_perplexity": 2}.get(name, 3)
+    if name in ("forward_kl", "reverse_kl"):
+        digits = 4
+    shown = f"{value['mean']:.{digits}f}"
+    return shown if value["sd"] is None else f"{shown} ± {value['sd']:.{digits}f}"
