@@ -24,12 +24,16 @@ def is_asked_for(args: TrainingArguments) -> bool:
     return args.fsdp_plugin_args is not None or by_launcher
 
 
-def set_up(accelerator: Accelerator) -> None:
+def set_up(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Make accelerate's FSDP2 exact enough for the loss; does nothing without FSDP.
 
-    Raises ConfigError for FSDP1.
+    Raises ConfigError for FSDP1, and on a CPU, where accelerate passes FSDP over without a word.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
+        if is_asked_for(args):
+            raise ConfigError(
+                "training.fsdp: accelerate shards on several GPUs only; leave it out elsewhere"
+            )
         return
     if not accelerator.is_fsdp2:
         raise ConfigError(

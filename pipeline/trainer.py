@@ -182,7 +182,7 @@ class DistillTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        fsdp.set_up(self.accelerator)
+        fsdp.set_up(self.accelerator, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.epoch_sampler
