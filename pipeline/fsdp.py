@@ -8,14 +8,15 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.config import ConfigError
+from pipeline.progress import say
 
 
 def is_asked_for(args: TrainingArguments) -> bool:
@@ -24,15 +25,22 @@ def is_asked_for(args: TrainingArguments) -> bool:
     return args.fsdp_plugin_args is not None or by_launcher
 
 
+def is_on(accelerator: Accelerator) -> bool:
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
 def set_up(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Make accelerate's FSDP2 exact enough for the loss; does nothing without FSDP.
 
-    Raises ConfigError for FSDP1, and on a CPU, where accelerate passes FSDP over without a word.
+    Raises ConfigError for FSDP1, and for a single process, which has nobody to share with.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if is_asked_for(args) and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        shard_on_cpus(accelerator, args)
+    if not is_on(accelerator):
         if is_asked_for(args):
             raise ConfigError(
-                "training.fsdp: accelerate shards on several GPUs only; leave it out elsewhere"
+                "training.fsdp: one process has nothing to share out; start several with "
+                "`accelerate launch --num_processes N`, or leave it out"
             )
         return
     if not accelerator.is_fsdp2:
@@ -48,6 +56,19 @@ def set_up(accelerator: Accelerator, args: TrainingArguments) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def shard_on_cpus(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """What accelerate does for several GPUs, and passes over without a word on a CPU.
+
+    Sharding over gloo is slow, but it is the same code, so it can be tried before GPUs are paid.
+    """
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    for state in (accelerator.state, PartialState()):  # each new state is made from the second
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
 
 
 def load_on_one_rank(args: TrainingArguments) -> None:
@@ -73,6 +94,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def say_shares(accelerator: Accelerator, model: nn.Module) -> None:
+    """One line on what this rank holds; ConfigError where it holds all, and nothing is shared."""
+    if not is_on(accelerator):
+        return
+    weights = list(model.parameters())
+    every = sum(weight.numel() for weight in weights)
+    own = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+    if own == every:
+        raise ConfigError("training.fsdp: each rank holds the whole model, nothing was shared out")
+    if accelerator.is_main_process:
+        say(f"FSDP: rank 0 holds {own:,} of {every:,} weights")
 
 
 def whole(tensor: Tensor) -> Tensor:

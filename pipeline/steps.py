@@ -26,6 +26,7 @@ class Steps(TrainerCallback):
         return Path(self.trainer.args.output_dir) / METRICS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        fsdp.say_shares(self.trainer.accelerator, self.trainer.model)
         if self.trainer.before_training is not None:
             self.trainer.before_training()
             fsdp.reshard(self.trainer.model)

@@ -183,6 +183,7 @@ class DistillTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         fsdp.set_up(self.accelerator, self.args)
+        self.is_fsdp_enabled = fsdp.is_on(self.accelerator)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.epoch_sampler
