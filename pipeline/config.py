@@ -77,8 +77,9 @@ class DumpConfig:
     step: float = 1 / 16
     """Grid of the stored log-probabilities in nats; 1/16 costs about 7e-5 nats of KL."""
     codec: Literal["v1", "v2"] = "v1"
-    """v2: ids coded from their context, 0.64 of v1's bytes; but a shard is held in memory and takes
-    some 30 microseconds of CPU for each token, at its end, and decodes several times slower."""
+    """v2: ids coded from their context, 0.64 of v1's bytes; but a shard is held in memory, takes
+    some 30 microseconds of CPU for each token in a thread of its own, and decodes several times
+    slower."""
     max_length: int = 2048
     """Longest sequence in tokens; longer documents are cut into chunks."""
     add_eos: bool = True

@@ -46,6 +46,7 @@ from storage import (
 )
 from storage.codec import pack
 from storage.grid import quantise
+from storage.shard import ShardReader
 from storage.topk import codec_kl
 
 SPEED_TOKENS = 60_000
@@ -62,10 +63,12 @@ class Line:
     mass: float = float("nan")
     encode: float = float("nan")
     decode: float = float("nan")
+    opened: float = float("nan")  # milliseconds of CPU to open the shard, its tables included
 
     def __str__(self) -> str:
         numbers = [f"{self.size:10.1f}", f"{self.kl:10.1e}", f"{self.mass:8.4f}"]
         numbers += [f"{speed:12,.0f}" for speed in (self.encode, self.decode)]
+        numbers += [f"{self.opened:10.1f}"]
         return f"{self.name:<34}" + "".join(numbers).replace("nan", "  –")
 
 
@@ -146,8 +149,16 @@ def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, ste
         for row in rows:
             writer.write(row)
         marker = writer.commit(cursor={})
+        (committed,) = writer.partition.shards
+        store = writer.partition.dump.store
+
+        def opening() -> None:
+            ShardReader(store, committed).ranks(rows[0].input_ids)
+
+        opened = 1000 / speed(opening, 1)
     kl, mass = marker["kl_sum"] / marker["positions"], marker["mass"] / marker["positions"]
-    return Line(group, name, marker["bytes"] / marker["tokens"], kl, mass)
+    size = marker["bytes"] / marker["tokens"]
+    return Line(group, name, size, kl, mass, opened=opened)
 
 
 def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) -> None:
@@ -336,7 +347,8 @@ def main() -> None:
         else:
             lines = measure_samples(rows, vocab)
         print(
-            f"{'layout':<34}{'bytes/tok':>10}{'KL':>10}{'mass':>8}{'encode/s':>12}{'decode/s':>12}"
+            f"{'layout':<34}{'bytes/tok':>10}{'KL':>10}{'mass':>8}"
+            f"{'encode/s':>12}{'decode/s':>12}{'open, ms':>10}"
         )
         print(*lines, sep="\n", flush=True)
     if given.plot and found:
