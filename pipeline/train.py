@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -143,6 +144,12 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
         which = f", that of {best['checkpoint']}" if best else ""
         say(f"{output}: the student is in {output / FINAL}{which}")
     return summary
+
+
+def leave() -> None:
+    """End this rank's part in the run: threads of the process group that live on abort the exit."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_belongs(

@@ -14,14 +14,17 @@ goes on from there. `training:` is transformers.TrainingArguments, unchanged. Ex
 import sys
 
 from pipeline import cli
-from pipeline.config import TrainConfig, parse, script_parser
+from pipeline.config import DONE, INTERRUPTED, TrainConfig, parse, script_parser
 
 
 def main() -> int:
     config, own = parse(script_parser(TrainConfig, __doc__ or ""), TrainConfig)
     from pipeline import train  # after the settings are known to be good: torch takes seconds
 
-    return cli.main(lambda: train.run(config), own.summary)
+    code = cli.main(lambda: train.run(config), own.summary)
+    if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting
+        train.leave()
+    return code
 
 
 if __name__ == "__main__":
