@@ -194,11 +194,17 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     if len(wrong):
         at = wrong[0]
         fail(int(position[at]), f"id {topk.ids[at]} is outside the vocabulary of {vocab_size}")
-    keys = np.sort(position * vocab_size + topk.ids)
-    twice = np.flatnonzero(keys[1:] == keys[:-1])
-    if len(twice):
-        where, token = divmod(int(keys[twice[0]]), vocab_size)
-        fail(where, f"id {token} stands twice")
+    if len(counts) and (counts == counts[0]).all():  # short sorts are much faster than one of all
+        rows = np.sort(topk.ids.reshape(len(topk), -1), axis=1)
+        twice = np.argwhere(rows[:, 1:] == rows[:, :-1])
+        if len(twice):
+            fail(int(twice[0, 0]), f"id {rows[tuple(twice[0])]} stands twice")
+    else:
+        keys = np.sort(position * vocab_size + topk.ids)
+        again = np.flatnonzero(keys[1:] == keys[:-1])
+        if len(again):
+            where, token = divmod(int(keys[again[0]]), vocab_size)
+            fail(where, f"id {token} stands twice")
     rises = np.flatnonzero((np.diff(topk.logprobs) > 0) & (np.diff(position) == 0))
     if len(rises):
         fail(int(position[rises[0]]), "entries are not by descending logprob")
@@ -213,7 +219,7 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
         raise InvalidRecord(wrong_samples)
     check_samples_belong(topk, samples)
     sampled = np.repeat(np.arange(len(topk)), samples.counts) * vocab_size + samples.ids
-    both = sampled[np.isin(sampled, keys, assume_unique=True)]
+    both = sampled[np.isin(sampled, position * vocab_size + topk.ids, assume_unique=True)]
     if len(both):
         where, token = divmod(int(both[0]), vocab_size)
         fail(where, f"id {token} is kept and sampled from the tail")
