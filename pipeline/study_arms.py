@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline import model_dir
+from pipeline.rows import general_part
 from pipeline.study_config import ArmConfig
 from pipeline.trainer import DistillTrainer
 
@@ -36,7 +37,7 @@ def retargets(arm: ArmConfig) -> list[Retarget]:
     """What an arm does to each row, in turn."""
     changes: list[Retarget] = []
     if not arm.domain:
-        changes.append(without_domain)
+        changes.append(general_part)
     if arm.k is not None:
         k = arm.k
         changes.append(lambda row: cut(row, k))
@@ -87,43 +88,6 @@ def renormalised(row: Row) -> Row:
         "tail_logprob": torch.full_like(row["targets"]["tail_logprob"], -torch.inf),
     }
     return row | {"targets": row["targets"] | changed}
-
-
-def without_domain(row: Row) -> Row:
-    """The general sequences alone, which stand last; the whole row where there are none."""
-    targets, lengths = row["targets"], list(row["sequence_lengths"])
-    domain = len(targets["labels"])
-    if domain == len(targets["rows"]):
-        return row | {"targets": {name: value[:0] for name, value in targets.items()}}
-    start = int(targets["rows"][domain])  # the first position of a sequence has a loss
-    while sum(lengths) > row["input_ids"].shape[1] - start:
-        lengths.pop(0)
-    changed = {"rows": targets["rows"][domain:] - start, "labels": targets["labels"][:0]}
-    return {
-        "input_ids": row["input_ids"][:, start:],
-        "position_ids": row["position_ids"][:, start:],
-        "sequence_lengths": lengths,
-        "targets": targets | changed,
-    }
-
-
-def without_general(row: Row) -> Row:
-    """The domain sequences alone, which stand first; the whole row where there are none."""
-    targets, lengths = row["targets"], list(row["sequence_lengths"])
-    domain = len(targets["labels"])
-    no_general = {name: targets[name][:0] for name in ("ids", "logprobs", "tail_logprob")}
-    changed = targets | no_general | {"rows": targets["rows"][:domain]}
-    if not domain or domain == len(targets["rows"]):
-        return row | {"targets": changed}
-    end = int(targets["rows"][domain])
-    while sum(lengths) > end:
-        lengths.pop()
-    return {
-        "input_ids": row["input_ids"][:, :end],
-        "position_ids": row["position_ids"][:, :end],
-        "sequence_lengths": lengths,
-        "targets": changed,
-    }
 
 
 def interpolate(base: Path, student: Path, weight: float, output: Path) -> None:

@@ -15,7 +15,8 @@ from pipeline import model_dir
 from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError
 from pipeline.losses import Direction
-from pipeline.study_arms import ArmTrainer, Row, without_domain, without_general
+from pipeline.rows import domain_part, general_part
+from pipeline.study_arms import ArmTrainer, Row
 from pipeline.trainer import after_the_head, plain_head
 
 ROWS = 512  # whose logits are held at a time
@@ -44,9 +45,9 @@ class LiveTrainer(ArmTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         total = super().compute_loss(
-            model, without_general(inputs), num_items_in_batch=num_items_in_batch
+            model, domain_part(inputs), num_items_in_batch=num_items_in_batch
         )
-        general = without_domain(inputs)
+        general = general_part(inputs)
         at = general["targets"]["rows"]
         if not len(at):
             return (total, {}) if return_outputs else total

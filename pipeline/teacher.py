@@ -87,14 +87,13 @@ class TransformersTeacher:
         for sequence in sequences:
             input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
             logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
-            logprobs = logits.log_softmax(-1)
-            best, ids = logprobs.topk(self.k)
+            total = logits.logsumexp(-1)
+            best, ids = logits.topk(self.k)
             outside = logits.scatter(1, ids, -torch.inf)
             rest, drawn = outside.logsumexp(-1), None
-            tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
             if self.how.draws:
-                at = places(self.how, rest, logits.logsumexp(-1))
-                drawn = draw(outside, at, rest).cpu()
+                drawn = draw(outside, places(self.how, rest, total), rest).cpu()
+            best, tail = best - total[:, None], rest - total
             yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu(), drawn)
 
 

@@ -11,6 +11,7 @@ from pipeline import study_arms, study_live
 from pipeline.attention import enable_packing
 from pipeline.data import batch_of
 from pipeline.losses import Direction, sparse_divergence
+from pipeline.rows import domain_part, general_part
 from pipeline.study_config import ArmConfig
 from pipeline.trainer import DistillTrainer, add_distill_forward
 from storage import LogitDataset
@@ -81,8 +82,8 @@ def test_live_is_the_full_divergence(
 def test_halves_of_a_row_are_the_whole(tmp_path: Path, row: study_arms.Row) -> None:
     student = tiny_model(tmp_path / "student", seed=3)
     domain, expected = losses(student, row)
-    _, first = losses(student, study_arms.without_general(row))
-    _, second = losses(student, study_arms.without_domain(row))
+    _, first = losses(student, domain_part(row))
+    _, second = losses(student, general_part(row))
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-4, atol=1e-5)
     assert len(first) == domain
 
@@ -123,9 +124,9 @@ def test_renormalised_has_no_tail_and_drifts(model_path: Path, row: study_arms.R
     assert at_base[domain:].mean() > 100 * with_tail[domain:].mean()
 
 
-def test_without_domain_the_general_losses_stay(tmp_path: Path, row: study_arms.Row) -> None:
+def test_without_the_domain_the_general_losses_stay(tmp_path: Path, row: study_arms.Row) -> None:
     student = tiny_model(tmp_path / "student", seed=3)
-    found = study_arms.without_domain(row)
+    found = general_part(row)
     assert found["sequence_lengths"] == row["sequence_lengths"][2:]
     assert found["position_ids"][0, 0] == 0
     domain, expected = losses(student, row)
@@ -134,9 +135,9 @@ def test_without_domain_the_general_losses_stay(tmp_path: Path, row: study_arms.
     torch.testing.assert_close(general, expected[domain:], rtol=1e-4, atol=1e-5)
 
 
-def test_without_domain_and_without_general_there_is_no_loss(dump_path: Path) -> None:
+def test_without_either_part_there_is_no_loss(dump_path: Path) -> None:
     row = batch_of([LogitDataset(dump_path)[5].input_ids[:30]], [])
-    assert len(study_arms.without_domain(row)["targets"]["rows"]) == 0
+    assert len(general_part(row)["targets"]["rows"]) == 0
 
 
 def test_changes_go_one_after_the_other(model_path: Path, row: study_arms.Row) -> None:
