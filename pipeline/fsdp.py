@@ -32,15 +32,15 @@ def is_on(accelerator: Accelerator) -> bool:
 def set_up(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Make accelerate's FSDP2 exact enough for the loss; does nothing without FSDP.
 
-    Raises ConfigError for FSDP1, and for a single process, which has nobody to share with.
+    Raises ConfigError for FSDP1, and where accelerate passes FSDP over.
     """
     if is_asked_for(args) and accelerator.distributed_type == DistributedType.MULTI_CPU:
         shard_on_cpus(accelerator, args)
     if not is_on(accelerator):
         if is_asked_for(args):
             raise ConfigError(
-                "training.fsdp: one process has nothing to share out; start several with "
-                "`accelerate launch --num_processes N`, or leave it out"
+                f"training.fsdp: accelerate shares nothing out on {accelerator.distributed_type}; "
+                "leave it out"
             )
         return
     if not accelerator.is_fsdp2:

@@ -1,9 +1,11 @@
 """Stage two: a domain corpus and a dump on disk -> a student. No teacher is in memory."""
 
+import atexit
 import difflib
 import inspect
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -146,10 +148,18 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     return summary
 
 
-def leave() -> None:
-    """End this rank's part in the run: threads of the process group that live on abort the exit."""
+def leave(code: int) -> None:
+    """End this process, if it is one of several ranks, without the interpreter's own end.
+
+    Threads of a process group may still be freeing tensors, and abort when they ask for an
+    interpreter that is gone. What is registered for the exit (reporters' last uploads) is run.
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def check_belongs(
@@ -322,6 +332,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if args.torch_compile and fsdp.is_asked_for(args):
         raise ConfigError(
             "training.torch_compile does not go with FSDP here; leave one of them out"
+        )
+    # Before an Accelerator is made: one that was asked for FSDP asks the whole process for it.
+    if fsdp.is_asked_for(args) and args.world_size == 1:
+        raise ConfigError(
+            "training.fsdp: one process has nothing to share out; start several with "
+            "`accelerate launch --num_processes N`, or leave it out"
         )
     missing = set(args.report_to) - set(get_available_reporting_integrations()) - {"flyte"}
     if missing:

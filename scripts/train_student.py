@@ -23,7 +23,7 @@ def main() -> int:
 
     code = cli.main(lambda: train.run(config), own.summary)
     if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting
-        train.leave()
+        train.leave(code)
     return code
 
 

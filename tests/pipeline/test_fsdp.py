@@ -1,8 +1,11 @@
 """FSDP2 through the real script: two processes on the CPU, which talk through gloo."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from pipeline import train
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import assert_close, script, settings, steps, yaml_of
+from tests.pipeline.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 # Rank 0 alone reads the weights, layers are checkpointed, each rank writes its own shards.
@@ -135,3 +138,27 @@ def test_a_single_process_has_nobody_to_share_with(
     config = settings(tmp_path, model_path, dump_path, domain, training=FSDP)
     with pytest.raises(ConfigError, match="one process has nothing to share out"):
         train.run(config)
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # the next run in this process is another
+
+
+LEAVES = """
+import atexit, sys
+from torch import distributed
+from pipeline import train
+
+atexit.register(print, "reporters are done")
+if sys.argv[1] == "rank":
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+train.leave(75)
+print("alone")
+"""
+
+
+def test_a_rank_leaves_with_its_code_and_what_waits_for_the_exit() -> None:
+    def leaves(who: str) -> tuple[int, list[str]]:
+        command = [sys.executable, "-c", LEAVES, who]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+        return done.returncode, done.stdout.splitlines()
+
+    assert leaves("rank") == (75, ["reporters are done"])
+    assert leaves("alone") == (0, ["alone", "reporters are done"])
