@@ -311,13 +311,14 @@ def plot(found: dict[str, list[Line]], target: Path) -> None:
                 left.plot(
                     [line.size for line in kept], [line.kl for line in kept], ls="", ms=9, **style
                 )
-                lost = [1 - line.mass for line in these]
-                right.plot([line.size for line in these], lost, ls="", ms=9, **style)
+                if group == "plain":  # the codecs' own are of all rows, the sweeps of fewer
+                    lost = [1 - line.mass for line in these]
+                    right.plot([line.size for line in these], lost, ls="", ms=9, **style)
             else:
                 for axis in (left, right):
                     axis.axvline(these[0].size, color=colours[codec], ls=":", label=group)
         left.set(yscale="log", ylabel="KL of the grid, nats", title=name)
-        right.set(ylabel="mass outside the kept ids", title="k and cut-offs, step 1/16")
+        right.set(ylabel="mass outside the kept ids", title="k and cut-offs, of the first tokens")
         for axis in (left, right):
             axis.set(xlabel="bytes per token", xlim=(0, None))
             axis.grid(alpha=0.3)
