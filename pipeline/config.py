@@ -32,6 +32,10 @@ class Interrupted(Exception):
     """Stopped by a signal with everything committed; the same command goes on. Exit code 75."""
 
 
+KINDS = ("domain", "general", "other")
+"""Of held-out text, as the settings name them."""
+
+
 @dataclass
 class CorpusConfig:
     """Where documents come from and how they become token sequences."""
@@ -202,6 +206,9 @@ class HeldOutConfig:
     """Reported as eval_domain_perplexity."""
     general: CorpusConfig | None = None
     """Reported as eval_general_perplexity."""
+    other: CorpusConfig | None = None
+    """General text of another source than the dump's: is only what the student was held to kept?
+    Reported as eval_other_perplexity."""
     dump: str | None = None
     """A dump of held-out general text by the same base model. The mean KL to it, in loss.direction
     and nats per token, is reported as eval_general_kl."""
@@ -293,6 +300,9 @@ class EvalConfig:
     """Held-out domain text."""
     general: CorpusConfig | None = None
     """Held-out general text."""
+    other: CorpusConfig | None = None
+    """General text of another source than the dump's: is only what the students were held to kept?
+    """
     base: str = "base"
     """The name of the model that the others are compared with."""
     output: str | None = None
@@ -316,10 +326,16 @@ class EvalConfig:
             f"base {self.base!r}: one of the models is meant ({', '.join(self.models)})",
         )
         require(
-            self.domain is not None or self.general is not None,
-            "nothing to evaluate on: give domain.path, general.path or both",
+            any(of is not None for of in (self.domain, self.general, self.other)),
+            "nothing to evaluate on: give domain.path, general.path or other.path",
         )
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+
+
+def held_out_texts(of: HeldOutConfig | EvalConfig) -> list[tuple[str, CorpusConfig]]:
+    """Those that are given, by kind."""
+    given = [(kind, getattr(of, kind)) for kind in KINDS]
+    return [(kind, corpus) for kind, corpus in given if corpus is not None]
 
 
 def require(condition: bool, message: str) -> None:

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 
 from pipeline import model_dir
 from pipeline.attention import enable_packing, packing_arguments
-from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
+from pipeline.config import (
+    KINDS,
+    ConfigError,
+    CorpusConfig,
+    EvalConfig,
+    RefusedError,
+    held_out_texts,
+)
 from pipeline.corpus import Corpus
 from pipeline.data import pack
 from pipeline.measures import Sums, by_document, intervals, measure
@@ -121,8 +128,7 @@ class Comparison:
             kind: held_out(corpus, tokenizer, config.max_length, config.add_eos).spread(
                 config.sequences
             )
-            for kind, corpus in [("domain", config.domain), ("general", config.general)]
-            if corpus is not None
+            for kind, corpus in held_out_texts(config)
         }
         self.base = load(base, config.dtype)
         self._base_sums: dict[str, list[Sums]] = {}
@@ -222,7 +228,7 @@ def load(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def flat(found: dict[str, Any]) -> dict[str, float]:
-    """The three numbers that most people come for."""
+    """The numbers that most people come for."""
     names = {f"{kind}_perplexity": found[kind]["perplexity"] for kind in found}
     if "general" in found:
         names["kl_to_base"] = found["general"]["forward_kl"]
@@ -235,7 +241,7 @@ def table(report: dict[str, Any]) -> str:
     head += f"{'KL(base‖m)':>11} {'KL(m‖base)':>11} {'same top-1':>11}"
     lines = [head, "-" * len(head)]
     for name, found in report["models"].items():
-        for kind in ("domain", "general"):
+        for kind in KINDS:
             if kind in found:
                 of = found[kind]
                 lines.append(
@@ -252,7 +258,7 @@ def more(report: dict[str, Any]) -> str:
     head += f"{'tail mass':>10} {'tail KL':>8} {'ECE':>7} {'documents worse':>16}"
     lines = ["", head]
     for name, found in report["models"].items():
-        for kind in ("domain", "general"):
+        for kind in KINDS:
             if kind in found:
                 of = found[kind]
                 low, high = of["intervals"]["perplexity"]

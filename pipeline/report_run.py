@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import KINDS
 from pipeline.report_html import axes, heading, page, pairs, picture
 
 Json = dict[str, Any]
@@ -19,10 +20,7 @@ def report(folder: Path) -> str:
         ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
         (
             "Held-out perplexity",
-            {
-                "domain": ["eval_domain_perplexity"],
-                "general": ["eval_general_perplexity"],
-            },
+            {kind: [f"eval_{kind}_perplexity"] for kind in KINDS},
         ),
         ("Speed", {"tokens per second": ["tokens_per_s"], "share spent waiting": ["wait_share"]}),
         ("Optimizer", {"learning rate": ["learning_rate"], "gradient norm": ["grad_norm"]}),

@@ -6,6 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import KINDS
 from pipeline.report_html import axes, heading, note, page, pairs, picture, quote, table
 from pipeline.study_results import RESULTS
 from pipeline.study_results import table as as_markdown
@@ -25,7 +26,8 @@ def report(folder: Path) -> str:
             arms(results),
             note(
                 "Mean ± standard deviation over the seeds. Gain and loss are nats of "
-                "log-perplexity against the base; divergences and top-1 are on the general text."
+                "log-perplexity against the base; divergences and top-1 are on the general text, "
+                "those named other's on general text of another source."
             ),
             *forgetting(results),
             heading("Runs"),
@@ -120,25 +122,18 @@ def forgetting(results: Json) -> list[str]:
 
 
 def runs(results: Json) -> str:
-    head = ["run", "domain perplexity", "95 %", "general perplexity", "95 %", "KL(base‖m)", "95 %"]
+    """A line for each run and kind of text."""
+    head = ["run", "text", "perplexity", "95 %", "KL(base‖m)", "95 %", "KL(m‖base)"]
     head += ["tail KL", "ECE", "documents worse"]
     rows = []
     for name, one in results["runs"].items():
-        domain, general = one["domain"], one["general"]
-        rows.append(
-            [
-                name,
-                f"{domain['perplexity']:.2f}",
-                span(domain, "perplexity", 2),
-                f"{general['perplexity']:.2f}",
-                span(general, "perplexity", 2),
-                f"{general['forward_kl']:.4f}",
-                span(general, "forward_kl", 4),
-                f"{general['tail_kl']:.3f}",
-                f"{general['ece']:.3f}",
-                f"{general['documents_worse']} of {general['documents']}",
-            ]
-        )
+        for kind in KINDS:
+            if kind in one:
+                of = one[kind]
+                row = [name, kind, f"{of['perplexity']:.2f}", span(of, "perplexity", 2)]
+                row += [f"{of['forward_kl']:.4f}", span(of, "forward_kl", 4)]
+                row += [f"{of['reverse_kl']:.4f}", f"{of['tail_kl']:.3f}", f"{of['ece']:.3f}"]
+                rows.append([*row, f"{of['documents_worse']} of {of['documents']}"])
     return table(head, rows)
 
 

@@ -194,6 +194,7 @@ class Study:
                 models={BASE: config.model},
                 domain=config.held_out.domain,
                 general=config.held_out.general,
+                other=config.held_out.other,
                 max_length=config.max_length,
                 dtype=config.measure.dtype,
                 batch_tokens=config.measure.batch_tokens,

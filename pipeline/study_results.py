@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import KINDS
 from pipeline.study_config import StudyConfig
 
 Json = dict[str, Any]
@@ -22,8 +23,7 @@ def of_run(folder: Path, base: Json) -> Json:
         "seconds": trained.get("seconds"),
         "null_test_kl": trained.get("null_test_kl"),
         "curve": curve(folder / "metrics.jsonl"),
-        "domain": measures["domain"],
-        "general": measures["general"],
+        **{kind: measures[kind] for kind in KINDS if kind in measures},
     }
 
 
@@ -41,7 +41,11 @@ def collect(config: StudyConfig, found: dict[str, Json], base: Json) -> Json:
         "base": against(base, base) | base,
         "arms": [
             {"arm": arm, "learning_rate": rate, "seeds": sorted(of["seed"] for of in members)}
-            | {name: spread([of[name] for of in members]) for name in HEADLINE}
+            | {
+                name: spread([of[name] for of in members])
+                for name in HEADLINE
+                if name in members[0]
+            }
             for (arm, rate), members in sorted(
                 points.items(), key=lambda point: (order.index(point[0][0]), point[0][1])
             )
@@ -58,21 +62,29 @@ HEADLINE = {
     "forward_kl": "KL(base‖m)",
     "reverse_kl": "KL(m‖base)",
     "top1_agreement": "same top-1",
+    "other_loss": "other's loss",
+    "other_forward_kl": "other's KL(base‖m)",
+    "other_reverse_kl": "other's KL(m‖base)",
 }
-"""Of each run; gain and loss in nats of log-perplexity against the base, divergences on the general
-text."""
+"""Of each run; gain and losses in nats of log-perplexity against the base, divergences on the
+general text. The last are on general text of another source, where a study has some."""
 
 
 def against(measures: Json, base: Json) -> Json:
     """The HEADLINE of one model."""
     domain, general = measures["domain"], measures["general"]
-    return {
+    found = {
         "domain_perplexity": domain["perplexity"],
         "general_perplexity": general["perplexity"],
         "domain_gain": math.log(base["domain"]["perplexity"] / domain["perplexity"]),
         "general_loss": math.log(general["perplexity"] / base["general"]["perplexity"]),
         **{name: general[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")},
     }
+    if "other" in measures:
+        other = measures["other"]
+        found["other_loss"] = math.log(other["perplexity"] / base["other"]["perplexity"])
+        found |= {f"other_{name}": other[name] for name in ("forward_kl", "reverse_kl")}
+    return found
 
 
 def spread(values: list[float]) -> Json:
@@ -107,12 +119,13 @@ def machine() -> Json:
 def table(results: Json) -> str:
     """Markdown: one line for each arm and learning rate, mean ± standard deviation over seeds."""
     rates = len({of["learning_rate"] for of in results["arms"]}) > 1
-    head = ["arm", *(["learning rate"] if rates else []), "seeds", *HEADLINE.values()]
-    base = {name: spread([results["base"][name]]) for name in HEADLINE}
+    shown = {name: label for name, label in HEADLINE.items() if name in results["base"]}
+    head = ["arm", *(["learning rate"] if rates else []), "seeds", *shown.values()]
+    base = {name: spread([results["base"][name]]) for name in shown}
     rows = []
     for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
         rate = [f"{of['learning_rate']:g}"] if rates else []
-        values = [show(name, of[name]) for name in HEADLINE]
+        values = [show(name, of[name]) for name in shown]
         rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
     lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(f"| {line} |" for line in lines)
@@ -120,7 +133,7 @@ def table(results: Json) -> str:
 
 def show(name: str, value: Json) -> str:
     digits = {"domain_perplexity": 2, "general_perplexity": 2}.get(name, 3)
-    if name in ("forward_kl", "reverse_kl"):
+    if name.endswith("_kl"):
         digits = 4
     shown = f"{value['mean']:.{digits}f}"
     return shown if value["sd"] is None else f"{shown} ± {value['sd']:.{digits}f}"

@@ -20,7 +20,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from pipeline import fsdp, memory, model_dir
-from pipeline.config import ConfigError, HeldOutConfig, Interrupted, RefusedError, TrainConfig
+from pipeline.config import (
+    ConfigError,
+    HeldOutConfig,
+    Interrupted,
+    RefusedError,
+    TrainConfig,
+    held_out_texts,
+)
 from pipeline.corpus import Corpus
 from pipeline.evaluate import held_out
 from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
@@ -76,11 +83,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     dataset = MixedDataset(domain, general, config.mix, seed, per_step, config.mix_by)
     texts = {
         name: held_out(corpus, tokenizer, max_length(config, dumps), adds_eos(dumps))
-        for name, corpus in [
-            ("domain", config.held_out.domain),
-            ("general", config.held_out.general),
-        ]
-        if corpus is not None
+        for name, corpus in held_out_texts(config.held_out)
     }
     say(
         f"{output}: {len(domain):,} domain sequences ({len(domain.ids):,} tokens)"
@@ -327,7 +330,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if args.eval_strategy != "no" and not held:
         raise ConfigError(
             "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path, "
-            "held_out.general.path or held_out.dump"
+            "held_out.general.path, held_out.other.path or held_out.dump"
         )
     if args.torch_compile and fsdp.is_asked_for(args):
         raise ConfigError(
@@ -367,12 +370,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 def metrics_of(held_out: HeldOutConfig) -> list[str]:
     """What evaluation during training measures."""
-    measured = {
-        "eval_domain_perplexity": held_out.domain,
-        "eval_general_perplexity": held_out.general,
-        f"eval_{GENERAL_KL}": held_out.dump,
-    }
-    return [name for name, source in measured.items() if source is not None]
+    perplexities = [f"eval_{kind}_perplexity" for kind, _ in held_out_texts(held_out)]
+    return perplexities + [f"eval_{GENERAL_KL}"] * (held_out.dump is not None)
 
 
 def read_domain(

@@ -85,18 +85,20 @@ def test_measures_equal_the_naive_ones(
     tmp_path: Path, model_path: Path, student: Path, general: Path, batch_tokens: int
 ) -> None:
     domain = write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(5)])
+    other = write_texts(tmp_path / "other.jsonl", [text.swapcase() for text in some_texts(3)])
     report = evaluate.run(
         EvalConfig(
             models={"base": str(model_path), "student": str(student)},
             domain=CorpusConfig(str(domain)),
             general=CorpusConfig(str(general)),
+            other=CorpusConfig(str(other)),
             max_length=100,
             batch_tokens=batch_tokens,
             tail_k=20,
         )
     )
     for name, path in [("base", model_path), ("student", student)]:
-        for kind, corpus in [("domain", domain), ("general", general)]:
+        for kind, corpus in [("domain", domain), ("general", general), ("other", other)]:
             expected = naive(path, model_path, corpus, 20)
             measured = {key: report["models"][name][kind][key] for key in expected}
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -58,6 +58,7 @@ def one_run(arm: str, seed: int, gain: float, loss: float) -> dict[str, Any]:
     text = {
         "perplexity": 20.0,
         "forward_kl": 0.1,
+        "reverse_kl": 0.3,
         "tail_kl": 0.2,
         "ece": 0.01,
         "documents": 9,
@@ -84,9 +85,13 @@ def one_run(arm: str, seed: int, gain: float, loss: float) -> dict[str, Any]:
         "forward_kl": 0.1,
         "reverse_kl": 0.1,
         "top1_agreement": 0.9,
+        "other_loss": loss / 2,
+        "other_forward_kl": 0.1,
+        "other_reverse_kl": 0.1,
         "curve": {"step": [0, 5], "domain": [90.0, 20.0], "general": [12.0, 12.5]},
         "domain": text,
         "general": text,
+        "other": text | {"perplexity": 31.25},
     }
 
 
@@ -136,6 +141,7 @@ def test_pages_say_what_was_measured(
     text, kind = report.make(str(study_folder))
     assert kind == "study"
     assert "1.425 ± 0.035" in text, "mean and spread of the domain gain of mol"
+    assert "<td>other</td><td>31.25</td>" in text
     assert "&lt;b&gt;mol&lt;/b&gt; &amp; a" in text
     assert "document 3, 90 tokens: 2.00 → 3.00" in text
     for path in (dump_path, training_run, study_folder):

@@ -24,12 +24,17 @@ def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
     texts = some_texts(22)
     domain = {"path": str(write_texts(tmp_path / "domain.jsonl", [t[::-1] for t in texts]))}
     general = {"path": str(write_texts(tmp_path / "general.jsonl", texts))}
+    other = {"path": str(write_texts(tmp_path / "other.jsonl", [t.swapcase() for t in texts]))}
     return {
         "model": str(model_path),
         "output": str(tmp_path / "study"),
         "domain": {**domain, "skip": 6},
         "general": {**general, "skip": 6},
-        "held_out": {"domain": {**domain, "limit": 6}, "general": {**general, "limit": 6}},
+        "held_out": {
+            "domain": {**domain, "limit": 6},
+            "general": {**general, "limit": 6},
+            "other": {**other, "limit": 6},
+        },
         "max_length": 64,
         "dumps": {"all": {"k": 512, "engine": "transformers"}},
         "seeds": [0, 1],
@@ -82,6 +87,7 @@ def test_study_does_what_is_missing(tmp_path: Path, settings: dict[str, Any]) ->
     assert stored["curve"]["step"] == [0, 2, 3]
     assert runs["ce-lr0.001-seed0"]["curve"]["ce"][0] != runs["ce-lr0.001-seed1"]["curve"]["ce"][0]
     assert f"{arms['mol']['domain_perplexity']['mean']:.2f} ± " in done.stdout
+    assert "| other's KL(base‖m) |" in done.stdout
 
     refused = run(tmp_path, settings, "--general.skip", "7", "--only", "[mol]")
     assert refused.returncode == 3
@@ -104,7 +110,19 @@ def check_numbers(results: dict[str, Any], arms: dict[str, Any]) -> None:
     assert one["domain_gain"] == pytest.approx(gain)
     assert one["domain_gain"] > 0.01
     assert arms["ce"]["domain_gain"]["mean"] > arms["half"]["domain_gain"]["mean"] > 0
-    assert base["general_loss"] == 0
+    assert base["general_loss"] == base["other_loss"] == 0
+    loss = math.log(one["other"]["perplexity"] / base["other"]["perplexity"])
+    assert one["other_loss"] == pytest.approx(loss)
+    assert one["other_forward_kl"] == one["other"]["forward_kl"] > 0
+
+
+def test_text_of_another_source_is_optional() -> None:
+    measured = {"perplexity": 9.0, "forward_kl": 0.1, "reverse_kl": 0.2, "top1_agreement": 0.9}
+    kinds = {"domain": measured, "general": measured, "other": measured}
+    results = study.collect(config(), {}, kinds)
+    assert "| other's loss | other's KL(base‖m) | other's KL(m‖base) |" in study.table(results)
+    del kinds["other"]
+    assert "other" not in study.table(study.collect(config(), {}, kinds))
 
 
 def config(**changes: Any) -> StudyConfig:
