@@ -209,6 +209,8 @@ class HeldOutConfig:
     other: CorpusConfig | None = None
     """General text of another source than the dump's: is only what the student was held to kept?
     Reported as eval_other_perplexity."""
+    sequences: int | None = None
+    """Use at most that many sequences of each of these, evenly spread over it."""
     dump: str | None = None
     """A dump of held-out general text by the same base model. The mean KL to it, in loss.direction
     and nats per token, is reported as eval_general_kl."""

@@ -107,9 +107,11 @@ def forgetting(results: Json) -> list[str]:
     drawn = {label: curves for label, curves in drawn.items() if curves}
     if not drawn:
         return []
-    figures, plots = axes(2)
+    [first, *_], *_ = drawn.values()
+    kinds = [kind for kind in KINDS if kind in first]
+    figures, plots = axes(len(kinds))
     for (label, curves), colour in zip(drawn.items(), colours(len(drawn)), strict=True):
-        for plot, kind in zip(plots, ("domain", "general"), strict=True):
+        for plot, kind in zip(plots, kinds, strict=True):
             values = zip(*(curve[kind] for curve in curves), strict=False)
             mean = [sum(value) / len(value) for value in values]
             plot.plot(curves[0]["step"][: len(mean)], mean, color=colour, label=label)

@@ -116,9 +116,7 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
     }
     measure = config.measure
     if measure.curve_steps:
-        texts = asdict(config.held_out)
-        few = {"limit": measure.curve_documents}
-        settings["held_out"] = {kind: texts[kind] | few for kind in ("domain", "general")}
+        settings["held_out"] = asdict(config.held_out) | {"sequences": measure.curve_sequences}
         settings["training"] |= {
             "eval_strategy": "steps",
             "eval_steps": measure.curve_steps,
@@ -198,7 +196,7 @@ class Study:
                 max_length=config.max_length,
                 dtype=config.measure.dtype,
                 batch_tokens=config.measure.batch_tokens,
-                sequences=config.measure.sequences,
+                sequences=config.held_out.sequences,
                 tail_k=config.measure.tail_k,
             )
             tokenizer = model_dir.load_tokenizer(self.folder)

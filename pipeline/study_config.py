@@ -36,8 +36,6 @@ class ArmConfig:
 class MeasureConfig:
     """How each student is measured on the held-out text."""
 
-    sequences: int | None = None
-    """At most so many sequences of each text, evenly spread over it."""
     tail_k: int = 64
     """The tail measures look outside the base's that many most probable tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -46,8 +44,8 @@ class MeasureConfig:
     """Tokens that go through a model at a time."""
     curve_steps: int = 0
     """Perplexities during training every so many steps; 0 for none."""
-    curve_documents: int = 20
-    """Held-out documents of each kind for those."""
+    curve_sequences: int = 50
+    """At most so many sequences of each text for those."""
 
 
 @dataclass
@@ -61,7 +59,7 @@ class StudyConfig:
     general: CorpusConfig
     """The general corpus, which the study's dumps are made of."""
     held_out: HeldOutConfig
-    """Text to measure on, that no arm trains on."""
+    """Text to measure on, that no arm trains on; of each at most held_out.sequences."""
     output: str
     """Directory: dumps/, runs/ARM-lrRATE-seedSEED/, results.json, table.md."""
     arms: dict[str, ArmConfig]

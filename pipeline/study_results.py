@@ -94,15 +94,15 @@ def spread(values: list[float]) -> Json:
 
 
 def curve(metrics: Path) -> Json:
-    """{"step", "domain", "general"}: perplexities during training, and the losses."""
+    """{"step", "domain", "general", "other"}: perplexities during training, and the losses."""
     text = metrics.read_text() if metrics.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     held = [line for line in lines if "eval_domain_perplexity" in line]
+    kinds = [kind for kind in KINDS if any(f"eval_{kind}_perplexity" in line for line in held)]
     steps = [line for line in lines if "ce" in line]
     return {
         "step": [line["step"] for line in held],
-        "domain": [line["eval_domain_perplexity"] for line in held],
-        "general": [line["eval_general_perplexity"] for line in held],
+        **{kind: [line[f"eval_{kind}_perplexity"] for line in held] for kind in kinds},
         "loss_step": [line["step"] for line in steps],
         "ce": [line["ce"] for line in steps],
         "kl": [line["kl"] for line in steps],

@@ -82,7 +82,9 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     general = GeneralStream(list(dumps), list(dumps.values()), seed) if dumps else None
     dataset = MixedDataset(domain, general, config.mix, seed, per_step, config.mix_by)
     texts = {
-        name: held_out(corpus, tokenizer, max_length(config, dumps), adds_eos(dumps))
+        name: held_out(corpus, tokenizer, max_length(config, dumps), adds_eos(dumps)).spread(
+            config.held_out.sequences
+        )
         for name, corpus in held_out_texts(config.held_out)
     }
     say(
