@@ -13,6 +13,7 @@ from pipeline.study_results import table as as_markdown
 
 Json = dict[str, Any]
 MARKERS = "os^Dv<>Pp*Xh"
+BELOW: Json = {"loc": "outside lower center", "fontsize": "small"}
 
 
 def report(folder: Path) -> str:
@@ -65,7 +66,7 @@ def frontier(results: Json) -> str:
         xlabel="loss on general text, nats of log-perplexity",
         ylabel="gain on the domain, nats",
     )
-    figures[0].legend(loc="outside lower center", ncols=3, fontsize="small")
+    figures[0].legend(ncols=3, **BELOW)
     caption = "One point for each run. Grey: the Pareto front; left and up is better."
     return picture(figures, caption)
 
@@ -109,7 +110,7 @@ def forgetting(results: Json) -> list[str]:
         return []
     [first, *_], *_ = drawn.values()
     kinds = [kind for kind in KINDS if kind in first]
-    figures, plots = axes(len(kinds))
+    figures, plots = axes(len(kinds), height=3.0 + 0.2 * ceil(len(drawn) / 2))
     for (label, curves), colour in zip(drawn.items(), colours(len(drawn)), strict=True):
         for plot, kind in zip(plots, kinds, strict=True):
             values = zip(*(curve[kind] for curve in curves), strict=False)
@@ -119,7 +120,8 @@ def forgetting(results: Json) -> list[str]:
             plot.set_yscale("log")
             plot.yaxis.set_major_formatter("{x:.3g}")
             plot.yaxis.set_minor_formatter("{x:.3g}")
-            plot.legend(fontsize="small")
+    for figure in figures:
+        figure.legend(*plots[0].get_legend_handles_labels(), ncols=2, **BELOW)
     return [heading("Forgetting, step by step"), picture(figures, "Means over the seeds.")]
 
 
