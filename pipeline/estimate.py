@@ -32,6 +32,8 @@ class Estimate:
     """Standard error of the tokens: only some documents were counted."""
     sample_tokens: int
     bytes_per_token: float
+    kept_mass: float
+    """Mean probability of the stored top-k."""
     tokens_per_s: float
     start_s: float
     """Until the engine was up."""
@@ -64,7 +66,7 @@ class Estimate:
 def run(config: DumpConfig, documents: int, run_tokens: int | None = None) -> dict[str, Any]:
     """Estimate from so many documents, print it, return it. Raises what `dump.run` raises."""
     found = measure(config, documents)
-    print(describe(found, config.engine, run_tokens))
+    print(describe(found, config, run_tokens))
     return asdict(found) | {"disk": found.disk, "seconds": found.seconds}
 
 
@@ -97,6 +99,7 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
         tokens_error=error,
         sample_tokens=int(done["tokens"]),
         bytes_per_token=float(done["bytes_per_token"]),
+        kept_mass=float(done["kept_mass"]),
         tokens_per_s=rate,
         start_s=max(time.monotonic() - began - done["tokens"] / rate, 0.0),
         parameters=total,
@@ -131,7 +134,7 @@ def weights(folder: Path) -> tuple[int, int]:
     return total, total - embedding.numel() + (head.numel() if head is embedding else 0)
 
 
-def describe(of: Estimate, engine: str, run_tokens: int | None) -> str:
+def describe(of: Estimate, config: DumpConfig, run_tokens: int | None) -> str:
     per_run = run_tokens or of.tokens
     reads = "one pass over this corpus" if run_tokens is None else f"{run_tokens:,} general tokens"
     error = f" ± {of.tokens_error / of.tokens:.1%}" if of.tokens_error else ""
@@ -139,8 +142,9 @@ def describe(of: Estimate, engine: str, run_tokens: int | None) -> str:
     speed = of.flops_per_token * of.tokens_per_s
     return f"""
 corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}
-measured on  {of.sample_tokens:,} tokens through {engine}
+measured on  {of.sample_tokens:,} tokens through {config.engine}
 disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token (in larger shards fewer)
+{kept(of.kept_mass, config)}
 engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine, N engines take one
              Nth; {hours(of.start_s)} more for each start. A small sample does not fill a GPU.
 compute      {si(of.parameters)} parameters, {si(of.flops_per_token)}FLOP per token, \
@@ -150,6 +154,17 @@ a live teacher, instead
 memory       {size(of.weight_bytes)} for its weights beside each student
 each run     {hours(per_run / of.tokens_per_s)} more, for {reads}, at this engine's speed
 break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every run after that saves this"""
+
+
+def kept(mass: float, config: DumpConfig) -> str:
+    """What the student will not see of the teacher, while it can still be chosen."""
+    line = "kept        "
+    if config.k:
+        line += f" the top {config.k} hold {mass:.1%} of the probability"
+    if config.samples:
+        return f"{line}{',' * (config.k > 0)} {config.samples} draws stand for the rest"
+    return f"""{line}; the rest is kept as a sum.
+             Where that is a lot, add `samples: 32`: draws that teach it, too"""
 
 
 def size(count: float) -> str:

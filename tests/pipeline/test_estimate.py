@@ -35,6 +35,7 @@ def test_estimate_is_what_the_dump_takes(
     assert found.tokens == pytest.approx(done["tokens"], rel=0.1)
     assert 0 < found.tokens_error < 0.2 * found.tokens
     assert abs(found.tokens - done["tokens"]) < 3 * found.tokens_error
+    assert found.kept_mass == pytest.approx(done["kept_mass"], rel=0.1)
     assert found.disk == pytest.approx(done["bytes"], rel=0.3)
     assert found.seconds == pytest.approx(found.tokens / found.tokens_per_s)
     assert found.break_even(found.tokens / 4) == pytest.approx(4)
@@ -68,3 +69,12 @@ def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_pat
     assert f"after {found['tokens'] / 1000:.3g} runs" in done.stdout
     assert f"{found['bytes_per_token']:.1f} bytes per token" in done.stdout
     assert "110 documents" in done.stdout
+    assert f"the top 8 hold {found['kept_mass']:.1%} of the probability; the rest" in done.stdout
+
+
+def test_estimate_says_what_the_student_will_see_of_the_rest() -> None:
+    corpus = CorpusConfig("corpus.jsonl")
+    hybrid = estimate.kept(0.774, DumpConfig("m", corpus, "out", k=64, samples=32))
+    assert hybrid.endswith(" the top 64 hold 77.4% of the probability, 32 draws stand for the rest")
+    alone = estimate.kept(0.0, DumpConfig("m", corpus, "out", k=0, samples=50))
+    assert " ".join(alone.split()) == "kept 50 draws stand for the rest"
