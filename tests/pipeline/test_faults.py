@@ -174,7 +174,11 @@ def test_a_dump_ends_with_the_process_that_started_it(
     """The parent is killed; the dump stops by itself, leaving no open shard."""
     write_texts(corpus, some_texts(3000))
     words = [*command(tmp_path, model_path, corpus), "--engine=transformers"]
-    code = f"import subprocess as s; p = s.Popen({words!r}); print(p.pid, flush=True); p.wait()"
+    # Under nohup SIGHUP is ignored, by which a dump knows that it is to outlive its parent.
+    code = (
+        "import signal, subprocess; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        f"p = subprocess.Popen({words!r}); print(p.pid, flush=True); p.wait()"
+    )
     log = (tmp_path / "log").open("w")
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True
