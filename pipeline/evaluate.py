@@ -26,9 +26,9 @@ from pipeline.config import (
     held_out_texts,
 )
 from pipeline.corpus import Corpus
-from pipeline.data import pack
+from pipeline.data.mixing import Int32s, TokenSequences
+from pipeline.data.packing import pack
 from pipeline.measures import Sums, by_document, intervals, measure
-from pipeline.mixing import Int32s, TokenSequences
 from pipeline.progress import Progress, say
 
 WORST = 5  # documents shown as text

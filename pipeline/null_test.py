@@ -15,8 +15,8 @@ import torch
 
 from pipeline import fsdp
 from pipeline.config import RefusedError, TrainConfig
-from pipeline.data import packed_rows
-from pipeline.mixing import GeneralStream
+from pipeline.data.mixing import GeneralStream
+from pipeline.data.packing import packed_rows
 from pipeline.progress import say
 from pipeline.trainer import DistillTrainer
 from pipeline.verify import SURE

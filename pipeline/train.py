@@ -29,8 +29,8 @@ from pipeline.config import (
     held_out_texts,
 )
 from pipeline.corpus import Corpus
+from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.evaluate import held_out
-from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals

@@ -30,11 +30,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from pipeline import fsdp
 from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
-from pipeline.data import collate, packed_rows
+from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
+from pipeline.data.packing import collate, packed_rows
 from pipeline.evaluate import Sums, compare
 from pipeline.gradients import gradient_parts
 from pipeline.losses import Direction, linear_sparse_divergence
-from pipeline.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.rows import without_targets
 from pipeline.steps import Steps
 from storage import LogitDataset

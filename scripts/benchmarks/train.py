@@ -29,8 +29,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.data import collate
-from pipeline.mixing import GeneralStream, MixedDataset
+from pipeline.data.mixing import GeneralStream, MixedDataset
+from pipeline.data.packing import collate
 from pipeline.trainer import add_distill_forward
 from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump

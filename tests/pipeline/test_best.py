@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import train
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, LossConfig, RefusedError
-from pipeline.data import batch_of
+from pipeline.data.packing import batch_of
 from pipeline.losses import sparse_divergence
 from storage import LogitDataset
 from tests.models import tiny_model

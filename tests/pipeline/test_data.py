@@ -7,8 +7,7 @@ import pytest
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
-from pipeline.data import collate, fill
-from pipeline.mixing import (
+from pipeline.data.mixing import (
     BLOCK,
     GENERAL,
     EpochSampler,
@@ -19,6 +18,7 @@ from pipeline.mixing import (
     apportion,
     shuffled,
 )
+from pipeline.data.packing import collate, fill
 from pipeline.model_dir import load_tokenizer
 from storage import LogitDataset
 from tests.pipeline.corpora import some_texts, write_texts

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from pipeline import train
 from pipeline.config import LossConfig
 from pipeline.corpus import Corpus
-from pipeline.data import batch_of, collate
+from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.data.packing import batch_of, collate
 from pipeline.losses import sparse_divergence
-from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.model_dir import load_tokenizer
 from pipeline.rows import domain_part, general_part, without_targets
 from storage import LogitDataset

@@ -19,7 +19,7 @@ from pipeline.config import (
     RefusedError,
     TrainConfig,
 )
-from pipeline.data import packed_rows
+from pipeline.data.packing import packed_rows
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
 from tests.models import tiny_model

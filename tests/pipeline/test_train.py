@@ -35,9 +35,9 @@ from pipeline.config import (
     NullTestConfig,
     RefusedError,
 )
-from pipeline.data import collate
+from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.data.packing import collate
 from pipeline.losses import sparse_divergence
-from pipeline.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.trainer import add_distill_forward
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.models import tiny_model

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.mixing import Int32s, Item
+from pipeline.data.mixing import Int32s, Item
 from storage import Record
 
 
