@@ -17,9 +17,9 @@ from pipeline import fsdp
 from pipeline.config import RefusedError, TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import packed_rows
+from pipeline.dump.recompute import SURE
 from pipeline.progress import say
 from pipeline.trainer import DistillTrainer
-from pipeline.verify import SURE
 from storage import Record
 
 

@@ -63,10 +63,11 @@ def main() -> int:
             index, config.partitions = partition_number(own.partition)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--partition: {error}")
-    from pipeline import cli, dump  # late: this takes seconds
+    from pipeline import cli  # late: this takes seconds
+    from pipeline.dump import dump
 
     if own.estimate:
-        from pipeline import estimate
+        from pipeline.dump import estimate
 
         return cli.main(lambda: estimate.run(config, own.estimate, own.run_tokens), own.summary)
     if config.workers > 1 and index is None and own.only is None:

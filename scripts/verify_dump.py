@@ -27,8 +27,9 @@ def main() -> int:
     code = storage_main(["verify", given.dump])
     if code or not given.against:
         return code
-    from pipeline import cli, verify
+    from pipeline import cli
     from pipeline.config import DAMAGED
+    from pipeline.dump import recompute as verify
 
     good = [False]
 

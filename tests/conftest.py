@@ -31,8 +31,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dump_path(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
     """A finished dump of `model_path` over 30 documents, k = 8, sequences of up to 100 tokens."""
-    from pipeline import dump
     from pipeline.config import CorpusConfig, DumpConfig
+    from pipeline.dump import dump
     from tests.pipeline.corpora import some_texts, write_texts
 
     folder = tmp_path_factory.mktemp("dumped")

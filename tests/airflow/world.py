@@ -40,8 +40,9 @@ max_length: 100
 
 def make(folder: Path) -> None:
     """Relative paths in the configs start at `folder`."""
-    from pipeline import cli, dump
+    from pipeline import cli
     from pipeline.config import CorpusConfig, DumpConfig
+    from pipeline.dump import dump
 
     folder.mkdir(parents=True, exist_ok=True)
     tiny_model(folder / "model")

@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import torch
 
-import pipeline.dump  # noqa: F401  imported here so that the attempts need not
+import pipeline.dump.dump  # noqa: F401  imported here so that the attempts need not
 from storage import Dump, IncompleteDump, LogitDataset, verify
 from storage.gc import leftovers, remove
 from tests.models import tiny_model

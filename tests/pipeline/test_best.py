@@ -139,8 +139,8 @@ def test_a_metric_that_is_not_measured(
 def test_a_held_out_dump_of_another_teacher_is_refused(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
-    from pipeline import dump
     from pipeline.config import DumpConfig
+    from pipeline.dump import dump
 
     other = tiny_model(tmp_path / "other", seed=9)
     held_out = tmp_path / "held_out"

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import cli, dump
+from pipeline import cli
 from pipeline.config import ConfigError, CorpusConfig, DumpConfig
+from pipeline.dump import dump
 from storage import (
     Dump,
     IncompleteDump,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import dump, estimate
 from pipeline.config import CorpusConfig, DumpConfig
+from pipeline.dump import dump, estimate
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, dump
+from pipeline import cli
 from pipeline.config import Interrupted
-from pipeline.stages import Behind, ahead
+from pipeline.dump import dump
+from pipeline.dump.threads import Behind, ahead
 from storage import LogitDataset, PlanMismatch, StoreError, verify
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import SCRIPT, rows, settings

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import dump, generate
+from pipeline import generate
 from pipeline.config import ConfigError, CorpusConfig, GenerateConfig, Interrupted, RefusedError
 from pipeline.corpus import Corpus
+from pipeline.dump import dump
 from pipeline.model_dir import load_tokenizer
 from pipeline.progress import Progress
 from tests.pipeline.corpora import some_texts, write_texts

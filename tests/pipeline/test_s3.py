@@ -11,8 +11,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline import cli, dump
+from pipeline import cli
 from pipeline.config import ConfigError, CorpusConfig
+from pipeline.dump import dump
 from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
 from tests.pipeline.corpora import some_texts, write_texts

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import dump, train, verify
+from pipeline import train
 from pipeline.config import (
     ConfigError,
     CorpusConfig,
@@ -20,6 +20,8 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.data.packing import packed_rows
+from pipeline.dump import dump
+from pipeline.dump import recompute as verify
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
 from tests.models import tiny_model

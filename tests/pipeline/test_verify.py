@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import verify
 from pipeline.config import ConfigError
+from pipeline.dump import recompute as verify
 from tests.models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_dump.py"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dump
 from pipeline.config import ConfigError, FailedError
+from pipeline.dump import dump
+from pipeline.dump.workers import Pool, visible_devices
 from pipeline.progress import Progress
-from pipeline.workers import Pool, visible_devices
 from storage import LogitDataset, verify
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import SCRIPT, rows, settings

@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline import model_dir, workers
+from pipeline import model_dir
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Corpus, Sequence
+from pipeline.dump import workers
+from pipeline.dump.threads import Behind, ahead
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
-from pipeline.stages import Behind, ahead
 from pipeline.teacher import Teacher, engine_version, make_teacher
 from storage import Dump, Partition, Record, ShardWriter, TopK, create_dump
 
