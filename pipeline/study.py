@@ -26,7 +26,7 @@ from pipeline.config import (
     parse,
     script_parser,
 )
-from pipeline.evaluate import Comparison
+from pipeline.evaluation.evaluate import Comparison
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.study_config import StudyConfig

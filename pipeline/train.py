@@ -30,7 +30,7 @@ from pipeline.config import (
 )
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
-from pipeline.evaluate import held_out
+from pipeline.evaluation.evaluate import held_out
 from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals

@@ -32,7 +32,7 @@ from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
 from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.data.packing import collate, packed_rows
-from pipeline.evaluate import Sums, compare
+from pipeline.evaluation.evaluate import Sums, compare
 from pipeline.gradients import gradient_parts
 from pipeline.losses import Direction, linear_sparse_divergence
 from pipeline.rows import without_targets

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.measures import COLUMNS, Sums, by_document, intervals, measure
+from pipeline.evaluation.measures import COLUMNS, Sums, by_document, intervals, measure
 
 
 def rows(number: int, **columns: object) -> np.ndarray:

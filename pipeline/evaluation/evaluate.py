@@ -28,7 +28,7 @@ from pipeline.config import (
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import Int32s, TokenSequences
 from pipeline.data.packing import pack
-from pipeline.measures import Sums, by_document, intervals, measure
+from pipeline.evaluation.measures import Sums, by_document, intervals, measure
 from pipeline.progress import Progress, say
 
 WORST = 5  # documents shown as text
