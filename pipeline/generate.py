@@ -10,9 +10,9 @@ import json
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from pipeline import model_dir
 from pipeline.config import ConfigError, GenerateConfig, RefusedError
 from pipeline.corpus import Corpus
+from pipeline.models import directory as model_dir
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
 from storage.store import Store

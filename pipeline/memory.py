@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from pipeline import fsdp, losses, model_dir
-from pipeline.attention import PACKED
+from pipeline import fsdp, losses
 from pipeline.config import ConfigError, TrainConfig
+from pipeline.models import directory as model_dir
+from pipeline.models.attention import PACKED
 from pipeline.progress import say
 from pipeline.student import with_lora
 

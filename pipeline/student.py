@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from pipeline import fsdp, model_dir
+from pipeline import fsdp
 from pipeline.config import ConfigError, TrainConfig
+from pipeline.models import directory as model_dir
 from pipeline.trainer import DistillTrainer, add_distill_forward
 
 

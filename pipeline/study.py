@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import model_dir, study_arms, train
+from pipeline import study_arms, train
 from pipeline.config import (
     FAILED,
     INTERRUPTED,
@@ -27,6 +27,7 @@ from pipeline.config import (
     script_parser,
 )
 from pipeline.evaluation.evaluate import Comparison
+from pipeline.models import directory as model_dir
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.study_config import StudyConfig

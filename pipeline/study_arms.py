@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline import model_dir
+from pipeline.models import directory as model_dir
 from pipeline.rows import general_part
 from pipeline.study_config import ArmConfig
 from pipeline.trainer import DistillTrainer

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import model_dir
-from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError
 from pipeline.losses import Direction
+from pipeline.models import directory as model_dir
+from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.rows import domain_part, general_part
 from pipeline.study_arms import ArmTrainer, Row
 from pipeline.trainer import after_the_head, plain_head

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pipeline import model_dir
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Sequence
+from pipeline.models import directory as model_dir
 from pipeline.progress import say
 from pipeline.sampling import NO_SAMPLES, Sampling, draw, places
 from storage import TopK

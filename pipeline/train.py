@@ -19,7 +19,7 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from pipeline import fsdp, memory, model_dir
+from pipeline import fsdp, memory
 from pipeline.config import (
     ConfigError,
     HeldOutConfig,
@@ -31,6 +31,7 @@ from pipeline.config import (
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.evaluation.evaluate import held_out
+from pipeline.models import directory as model_dir
 from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals

@@ -28,13 +28,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline import fsdp
-from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import ConfigError, LossConfig
 from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.data.packing import collate, packed_rows
 from pipeline.evaluation.evaluate import Sums, compare
 from pipeline.gradients import gradient_parts
 from pipeline.losses import Direction, linear_sparse_divergence
+from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.rows import without_targets
 from pipeline.steps import Steps
 from storage import LogitDataset

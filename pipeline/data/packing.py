@@ -17,7 +17,7 @@ def pack(
     """(input_ids, position_ids, predicts), each [T]: sequences one after the other in one row.
 
     position_ids start at 0 with each sequence; predicts is False at the last token of each. See
-    pipeline.attention for what keeps the sequences apart.
+    pipeline.models.attention for what keeps the sequences apart.
     """
     lengths = np.array([len(sequence) for sequence in sequences])
     ends = np.cumsum(lengths)

@@ -13,11 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline import model_dir
 from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Corpus, Sequence
 from pipeline.dump import workers
 from pipeline.dump.threads import Behind, ahead
+from pipeline.models import directory as model_dir
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
 from pipeline.teacher import Teacher, engine_version, make_teacher

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import model_dir
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
+from pipeline.models import directory as model_dir
 
 COUNTED = 1000  # documents, spread over the corpus, whose tokens are counted
 

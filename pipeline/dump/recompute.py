@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import model_dir
 from pipeline.config import ConfigError
+from pipeline.models import directory as model_dir
 from storage import LogitDataset, Record
 
 SURE = 4  # standard errors that chance does not reach

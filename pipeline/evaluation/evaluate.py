@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import model_dir
-from pipeline.attention import enable_packing, packing_arguments
 from pipeline.config import (
     KINDS,
     ConfigError,
@@ -29,6 +27,8 @@ from pipeline.corpus import Corpus
 from pipeline.data.mixing import Int32s, TokenSequences
 from pipeline.data.packing import pack
 from pipeline.evaluation.measures import Sums, by_document, intervals, measure
+from pipeline.models import directory as model_dir
+from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.progress import Progress, say
 
 WORST = 5  # documents shown as text

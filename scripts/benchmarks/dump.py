@@ -101,9 +101,10 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
     """One contender in this process: tokens, seconds, CPU seconds of the front end."""
     from dataclasses import replace
 
-    from pipeline import model_dir, teacher
+    from pipeline import teacher
     from pipeline.corpus import Corpus
     from pipeline.dump import dump
+    from pipeline.models import directory as model_dir
 
     cpu: Counter[str] = Counter()
     run = threading.Thread.run

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pipeline.attention import PACKED, enable_packing, packing_arguments
 from pipeline.config import ConfigError
+from pipeline.models.attention import PACKED, enable_packing, packing_arguments
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -19,7 +19,7 @@ from pipeline.data.mixing import (
     shuffled,
 )
 from pipeline.data.packing import collate, fill
-from pipeline.model_dir import load_tokenizer
+from pipeline.models.directory import load_tokenizer
 from storage import LogitDataset
 from tests.pipeline.corpora import some_texts, write_texts
 

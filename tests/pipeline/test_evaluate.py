@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
 from pipeline.corpus import Corpus
 from pipeline.evaluation import evaluate
-from pipeline.model_dir import load_tokenizer
+from pipeline.models.directory import load_tokenizer
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 

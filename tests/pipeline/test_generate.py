@@ -13,7 +13,7 @@ from pipeline import generate
 from pipeline.config import ConfigError, CorpusConfig, GenerateConfig, Interrupted, RefusedError
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
-from pipeline.model_dir import load_tokenizer
+from pipeline.models.directory import load_tokenizer
 from pipeline.progress import Progress
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import settings

@@ -14,7 +14,7 @@ from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.data.packing import batch_of, collate
 from pipeline.losses import sparse_divergence
-from pipeline.model_dir import load_tokenizer
+from pipeline.models.directory import load_tokenizer
 from pipeline.rows import domain_part, general_part, without_targets
 from storage import LogitDataset
 from tests.models import tiny_model

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import study_arms, study_live
-from pipeline.attention import enable_packing
 from pipeline.data.packing import batch_of
 from pipeline.losses import Direction, sparse_divergence
+from pipeline.models.attention import enable_packing
 from pipeline.rows import domain_part, general_part
 from pipeline.study_config import ArmConfig
 from pipeline.trainer import DistillTrainer, add_distill_forward

@@ -82,7 +82,7 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
     tmp_path: Path, model_path: Path, dump_path: Path, arch: Any, tie: bool, direction: Any
 ) -> None:
     from pipeline.corpus import Corpus
-    from pipeline.model_dir import load_tokenizer
+    from pipeline.models.directory import load_tokenizer
 
     corpus = write_texts(tmp_path / "d.jsonl", some_texts(4))
     tokens = TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
@@ -165,7 +165,7 @@ def test_a_run_learns_and_leaves_a_plain_model(
     assert perplexities[-1] < perplexities[0]
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert student.dtype == torch.float32
-    from pipeline.model_dir import load_tokenizer, tokenizer_fingerprint
+    from pipeline.models.directory import load_tokenizer, tokenizer_fingerprint
 
     saved = tokenizer_fingerprint(load_tokenizer(tmp_path / "run" / "model"))
     assert saved == tokenizer_fingerprint(load_tokenizer(model_path))

@@ -91,7 +91,7 @@ def test_activations_are_what_autograd_saves(model_path: Path) -> None:
     """The pass on the meta device against one on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.attention import PACKED
+    from pipeline.models.attention import PACKED
 
     model = AutoModelForCausalLM.from_pretrained(model_path)
     model.set_attn_implementation(PACKED)
