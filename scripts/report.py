@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("path", help="the directory of a dump, a training run or a study")
     parser.add_argument("--output", default="report.html", help="default: %(default)s")
     given = parser.parse_args()
-    from pipeline import report
+    from pipeline.report import report
 
     return cli.main(lambda: report.run(given.path, given.output), None)
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import report, report_dump, report_study
 from pipeline.config import ConfigError
-from pipeline.report_html import page, pairs, quote
+from pipeline.report import dump_page as report_dump
+from pipeline.report import report
+from pipeline.report import study_page as report_study
+from pipeline.report.html import page, pairs, quote
 from storage import LogitDataset
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"

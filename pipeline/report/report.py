@@ -21,15 +21,15 @@ def make(path: str) -> tuple[str, str]:
     """(the page, what it is about)"""
     folder = Path(path)
     if (folder / "results.json").exists():
-        from pipeline import report_study
+        from pipeline.report import study_page as report_study
 
         return report_study.report(folder), "study"
     if (folder / "metrics.jsonl").exists():
-        from pipeline import report_run
+        from pipeline.report import run_page as report_run
 
         return report_run.report(folder), "training run"
     if (folder / "plan.json").exists() or "://" in path:
-        from pipeline import report_dump
+        from pipeline.report import dump_page as report_dump
 
         return report_dump.report(path), "dump"
     raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.report_html import axes, heading, note, page, pairs, picture, table
+from pipeline.report.html import axes, heading, note, page, pairs, picture, table
 from storage import LogitDataset, Record
 
 ROWS = 300  # read, evenly spread over the dump

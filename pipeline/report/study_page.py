@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import KINDS
-from pipeline.report_html import axes, heading, note, page, pairs, picture, quote, table
+from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
 from pipeline.study_results import RESULTS
 from pipeline.study_results import table as as_markdown
 

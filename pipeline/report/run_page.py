@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import KINDS
-from pipeline.report_html import axes, heading, page, pairs, picture
+from pipeline.report.html import axes, heading, page, pairs, picture
 
 Json = dict[str, Any]
 KNOWN = ("steps", "null_test_kl", "seconds", "domain_tokens", "general_tokens")
