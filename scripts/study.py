@@ -13,12 +13,12 @@ import sys
 
 from pipeline import cli
 from pipeline.config import parse, script_parser
-from pipeline.study_config import StudyConfig
+from pipeline.study.config import StudyConfig
 
 
 def main() -> int:
     config, own = parse(script_parser(StudyConfig, __doc__ or ""), StudyConfig)
-    from pipeline import study  # after the settings are known to be good: torch takes seconds
+    from pipeline.study import study  # after the settings are known to be good: torch takes seconds
 
     return cli.main(lambda: study.run(config), own.summary)
 

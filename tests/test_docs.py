@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import DumpConfig, EvalConfig, TrainConfig, parse, script_parser
-from pipeline.study_config import StudyConfig
+from pipeline.study.config import StudyConfig
 from storage.__main__ import parser as storage_parser
 
 ROOT = Path(__file__).parents[1]

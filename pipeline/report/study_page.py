@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.config import KINDS
 from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
-from pipeline.study_results import RESULTS
-from pipeline.study_results import table as as_markdown
+from pipeline.study.results import RESULTS
+from pipeline.study.results import table as as_markdown
 
 Json = dict[str, Any]
 MARKERS = "os^Dv<>Pp*Xh"

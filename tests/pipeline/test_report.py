@@ -99,7 +99,7 @@ def one_run(arm: str, seed: int, gain: float, loss: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pipeline.study_results import HEADLINE, spread
+    from pipeline.study.results import HEADLINE, spread
 
     runs = {
         "ce-0": one_run("ce", 0, 1.5, 0.30),

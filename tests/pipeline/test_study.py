@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import study
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig
-from pipeline.study_config import ArmConfig, StudyConfig
+from pipeline.study import study
+from pipeline.study.config import ArmConfig, StudyConfig
 from tests.pipeline.corpora import some_texts, write_texts
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"

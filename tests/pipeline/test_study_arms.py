@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import study_arms, study_live
 from pipeline.data.packing import batch_of
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import enable_packing
 from pipeline.rows import domain_part, general_part
-from pipeline.study_config import ArmConfig
+from pipeline.study import arms as study_arms
+from pipeline.study import live_teacher as study_live
+from pipeline.study.config import ArmConfig
 from pipeline.trainer import DistillTrainer, add_distill_forward
 from storage import LogitDataset
 from tests.models import tiny_model

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import study_arms, train
+from pipeline import train
 from pipeline.config import (
     FAILED,
     INTERRUPTED,
@@ -30,8 +30,9 @@ from pipeline.evaluation.evaluate import Comparison
 from pipeline.models import directory as model_dir
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.study_config import StudyConfig
-from pipeline.study_results import BASE, RESULTS, collect, of_run, table
+from pipeline.study import arms as study_arms
+from pipeline.study.config import StudyConfig
+from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 
 Json = dict[str, Any]
 SCRIPTS = Path(__file__).parents[1] / "scripts"

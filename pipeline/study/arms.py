@@ -13,7 +13,7 @@ import torch
 
 from pipeline.models import directory as model_dir
 from pipeline.rows import general_part
-from pipeline.study_config import ArmConfig
+from pipeline.study.config import ArmConfig
 from pipeline.trainer import DistillTrainer
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def retargets(arm: ArmConfig) -> list[Retarget]:
 
 def trainer_of(arm: ArmConfig, base: Path) -> Callable[..., DistillTrainer]:
     """What makes the trainer of an arm: the product's own for MoL from disk as it is shipped."""
-    from pipeline.study_live import LiveTrainer
+    from pipeline.study.live_teacher import LiveTrainer
 
     changes = retargets(arm)
     if arm.targets == "live":

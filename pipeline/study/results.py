@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import KINDS
-from pipeline.study_config import StudyConfig
+from pipeline.study.config import StudyConfig
 
 Json = dict[str, Any]
 BASE, RESULTS = "base", "results.json"
