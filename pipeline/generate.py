@@ -40,7 +40,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 
     Raises ConfigError, RefusedError (the directory holds a corpus of other settings), StoreError.
     """
-    from pipeline.teacher import VllmGenerator
+    from pipeline.teacher.vllm_teacher import VllmGenerator
 
     folder = model_dir.resolve(config.model, config.revision)
     dtype = config.dtype

@@ -20,7 +20,7 @@ from pipeline.dump.threads import Behind, ahead
 from pipeline.models import directory as model_dir
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
-from pipeline.teacher import Teacher, engine_version, make_teacher
+from pipeline.teacher.vllm_teacher import Teacher, engine_version, make_teacher
 from storage import Dump, Partition, Record, ShardWriter, TopK, create_dump
 
 Summary = dict[str, Any]

@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.losses import sparse_divergence
-from pipeline.sampling import Sampling, draw, places
+from pipeline.teacher.sampling import Sampling, draw, places
 from storage import LogitDataset, Record, Samples, Successors, sampled
 from storage.codec import pack
 from storage.grid import dequantise, quantise

@@ -86,7 +86,7 @@ def replace_pooler(with_head: bool) -> None:
     """Have the plug-in return nothing, having applied the head or not."""
     import torch
 
-    from pipeline import topk_model
+    from pipeline.teacher import topk_model
 
     def pack(model: Any, hidden: Any, k: int, how: Any, vocab_size: int) -> Any:
         rows = topk_model.rows_at_a_time(topk_model.LOGITS_BYTES_CPU, vocab_size)
@@ -101,10 +101,10 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
     """One contender in this process: tokens, seconds, CPU seconds of the front end."""
     from dataclasses import replace
 
-    from pipeline import teacher
     from pipeline.corpus import Corpus
     from pipeline.dump import dump
     from pipeline.models import directory as model_dir
+    from pipeline.teacher import vllm_teacher as teacher
 
     cpu: Counter[str] = Counter()
     run = threading.Thread.run

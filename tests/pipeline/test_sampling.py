@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import sparse_divergence
-from pipeline.sampling import NONE, Sampling, draw, places, uniform
+from pipeline.teacher.sampling import NONE, Sampling, draw, places, uniform
 from storage import TopK
 
 

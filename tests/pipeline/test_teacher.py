@@ -14,8 +14,14 @@ import torch
 
 from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
-from pipeline.sampling import Sampling
-from pipeline.teacher import Pooled, PromptLogprobs, Teacher, TransformersTeacher, VllmTeacher
+from pipeline.teacher.sampling import Sampling
+from pipeline.teacher.vllm_teacher import (
+    Pooled,
+    PromptLogprobs,
+    Teacher,
+    TransformersTeacher,
+    VllmTeacher,
+)
 from storage import TopK
 from storage.successors import compiled
 from storage.topk import check_topk
@@ -182,7 +188,7 @@ def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -
 def test_samples_without_the_plugin_are_refused(
     long_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
     with pytest.raises(ConfigError, match="draw no samples"):
         VllmTeacher(long_model, ["Qwen3ForCausalLM"], K, 512, how=Sampling(8))
 
@@ -206,7 +212,7 @@ def test_a_model_that_the_plugin_cannot_wrap(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """prompt_logprobs instead, said so, and the same answers; also as long as the model reads."""
-    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
     given = sequences([2, 40, 333, 2048])
     with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
@@ -224,7 +230,7 @@ def test_a_quantised_model_gives_what_vllm_gives_for_it(
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
         assert isinstance(teacher.path, Pooled)
         found = answers(teacher, given)
-    monkeypatch.setattr("pipeline.topk_model.PREFIX", "Unheard")
+    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
         expected = answers(teacher, given)
@@ -245,7 +251,7 @@ def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) ->
     """SIGKILL for the process in front; vLLM's own processes follow."""
     code = (
         "import os, time, pathlib\n"
-        "from pipeline.teacher import VllmTeacher\n"
+        "from pipeline.teacher.vllm_teacher import VllmTeacher\n"
         "if __name__ == '__main__':\n"
         f"    VllmTeacher(pathlib.Path({str(long_model)!r}), ['Qwen3ForCausalLM'], 4, 256)\n"
         "    print('up', flush=True)\n"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import teacher
 from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
-from pipeline.sampling import NO_SAMPLES, Sampling
+from pipeline.teacher import vllm_teacher as teacher
+from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 
-topk_model = pytest.importorskip("pipeline.topk_model", reason="needs vllm")
+topk_model = pytest.importorskip("pipeline.teacher.topk_model", reason="needs vllm")
 
 
 @pytest.mark.parametrize("size", [5, 64, 1000, 4099, 33_000])

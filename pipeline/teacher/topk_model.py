@@ -3,7 +3,7 @@
 `register` is this package's entry point in vllm.general_plugins. For an architecture "X" the model
 "TopKX" is X itself with a pooler that applies X's own head to every position and returns, per
 position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k ids (floats
-bit-cast), and N ids drawn from the tail (pipeline/sampling.py), where a dump asks for them.
+bit-cast), and N ids drawn from the tail (pipeline/teacher/sampling.py), where a dump asks for them.
 Tensors all the way: no Python object per entry.
 
 Interfaces of vLLM 0.32 that are used: ModelRegistry, Pooler, VllmModelForPooling,
@@ -28,8 +28,8 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
-from pipeline.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 from pipeline.signals import die_with_parent
+from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 
 PREFIX = "TopK"
 OWNER = "MOL_DUMP_PID"  # the process whose engine this is

@@ -17,7 +17,7 @@ from pipeline.config import ConfigError, DumpConfig
 from pipeline.corpus import Sequence
 from pipeline.models import directory as model_dir
 from pipeline.progress import say
-from pipeline.sampling import NO_SAMPLES, Sampling, draw, places
+from pipeline.teacher.sampling import NO_SAMPLES, Sampling, draw, places
 from storage import TopK
 
 Answers = Generator[tuple[Sequence, TopK], None, None]
@@ -98,7 +98,7 @@ class TransformersTeacher:
 
 
 class VllmTeacher:
-    """vLLM, through the top-k pooling plug-in (pipeline/topk_model.py) or, for a model that this
+    """vLLM, through the top-k pooling plug-in (pipeline/teacher/topk_model.py) or, for a model that this
     cannot wrap, through prompt_logprobs.
 
     `engine_args` go to vLLM's EngineArgs as they are, over the defaults below. Raises ConfigError
@@ -290,7 +290,7 @@ class Pooled:
     def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
         from vllm import PoolingParams
 
-        from pipeline.topk_model import PREFIX
+        from pipeline.teacher.topk_model import PREFIX
 
         overrides = {
             "architectures": [PREFIX + name for name in architectures],
@@ -365,14 +365,14 @@ def can_wrap(architectures: list[str]) -> bool:
     from vllm.model_executor.models import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    from pipeline.topk_model import PREFIX
+    from pipeline.teacher.topk_model import PREFIX
 
     load_general_plugins()
     known = ModelRegistry.get_supported_archs()
     return any(PREFIX + name in known for name in architectures)
 
 
-# Everything of vLLM that this file and pipeline/topk_model.py use: module, name, parameters.
+# Everything of vLLM that this file and pipeline/teacher/topk_model.py use: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
