@@ -14,7 +14,7 @@ import torch
 from pipeline.models import directory as model_dir
 from pipeline.rows import general_part
 from pipeline.study.config import ArmConfig
-from pipeline.trainer import DistillTrainer
+from pipeline.training.trainer import DistillTrainer
 
 Row = dict[str, Any]
 Retarget = Callable[[Row], Row]

@@ -17,7 +17,7 @@ from pipeline.models import directory as model_dir
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.rows import domain_part, general_part
 from pipeline.study.arms import ArmTrainer, Row
-from pipeline.trainer import after_the_head, plain_head
+from pipeline.training.trainer import after_the_head, plain_head
 
 ROWS = 512  # whose logits are held at a time
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import train
 from pipeline.config import (
     FAILED,
     INTERRUPTED,
@@ -33,6 +32,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.study import arms as study_arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
+from pipeline.training import train
 
 Json = dict[str, Any]
 SCRIPTS = Path(__file__).parents[1] / "scripts"

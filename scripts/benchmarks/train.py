@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
-from pipeline.trainer import add_distill_forward
+from pipeline.training.trainer import add_distill_forward
 from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import train
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, LossConfig, RefusedError
 from pipeline.data.packing import batch_of
 from pipeline.losses import sparse_divergence
+from pipeline.training import train
 from storage import LogitDataset
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import train
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
+from pipeline.training import train
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
@@ -144,7 +144,7 @@ def test_a_single_process_has_nobody_to_share_with(
 LEAVES = """
 import atexit, sys
 from torch import distributed
-from pipeline import train
+from pipeline.training import train
 
 atexit.register(print, "reporters are done")
 if sys.argv[1] == "rank":

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import train
 from pipeline.config import LossConfig
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
@@ -16,6 +15,7 @@ from pipeline.data.packing import batch_of, collate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import load_tokenizer
 from pipeline.rows import domain_part, general_part, without_targets
+from pipeline.training import train
 from storage import LogitDataset
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import train
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, TrainConfig
+from pipeline.training import train
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.runs import assert_close, settings, steps
 

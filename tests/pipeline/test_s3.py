@@ -249,7 +249,7 @@ def test_training_from_s3_is_training_from_disk(
     tmp_path: Path, model_path: Path, corpus: Path, client: Any
 ) -> None:
     """Two steps, read in a forked worker process: the same losses."""
-    from pipeline import train
+    from pipeline.training import train
     from tests.pipeline import test_train
 
     dump.run(settings(tmp_path, model_path, corpus))

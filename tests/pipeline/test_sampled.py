@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import train
 from pipeline.config import (
     ConfigError,
     CorpusConfig,
@@ -22,6 +21,7 @@ from pipeline.config import (
 from pipeline.data.packing import packed_rows
 from pipeline.dump import dump
 from pipeline.dump import recompute as verify
+from pipeline.training import train
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
 from tests.models import tiny_model

@@ -14,7 +14,7 @@ from pipeline.rows import domain_part, general_part
 from pipeline.study import arms as study_arms
 from pipeline.study import live_teacher as study_live
 from pipeline.study.config import ArmConfig
-from pipeline.trainer import DistillTrainer, add_distill_forward
+from pipeline.training.trainer import DistillTrainer, add_distill_forward
 from storage import LogitDataset
 from tests.models import tiny_model
 

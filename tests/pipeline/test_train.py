@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline import cli, train
+from pipeline import cli
 from pipeline.config import (
     ConfigError,
     CorpusConfig,
@@ -38,7 +38,8 @@ from pipeline.config import (
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.data.packing import collate
 from pipeline.losses import sparse_divergence
-from pipeline.trainer import add_distill_forward
+from pipeline.training import train
+from pipeline.training.trainer import add_distill_forward
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts

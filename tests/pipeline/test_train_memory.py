@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import memory, train
 from pipeline.config import ConfigError
+from pipeline.training import memory, train
 from tests.models import tiny_model
 from tests.pipeline.corpora import some_texts, write_texts
 from tests.pipeline.runs import settings, yaml_of
@@ -18,7 +18,9 @@ from tests.pipeline.runs import settings, yaml_of
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from pipeline import memory, student, train
+from pipeline.training import memory
+from pipeline.training import student
+from pipeline.training import train
 from pipeline.config import TrainConfig, parse, script_parser
 
 def resident():

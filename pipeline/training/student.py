@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from pipeline import fsdp
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.models import directory as model_dir
-from pipeline.trainer import DistillTrainer, add_distill_forward
+from pipeline.training import fsdp
+from pipeline.training.trainer import DistillTrainer, add_distill_forward
 
 
 def load_student(

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from pipeline import fsdp
 from pipeline.config import RefusedError, TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import packed_rows
 from pipeline.dump.recompute import SURE
 from pipeline.progress import say
-from pipeline.trainer import DistillTrainer
+from pipeline.training import fsdp
+from pipeline.training.trainer import DistillTrainer
 from storage import Record
 
 

@@ -27,16 +27,16 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from pipeline import fsdp
 from pipeline.config import ConfigError, LossConfig
 from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.data.packing import collate, packed_rows
 from pipeline.evaluation.evaluate import Sums, compare
-from pipeline.gradients import gradient_parts
 from pipeline.losses import Direction, linear_sparse_divergence
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.rows import without_targets
-from pipeline.steps import Steps
+from pipeline.training import fsdp
+from pipeline.training.gradients import gradient_parts
+from pipeline.training.run_log import Steps
 from storage import LogitDataset
 
 Json = dict[str, Any]
@@ -136,7 +136,7 @@ class DistillTrainer(Trainer):
     stored in each checkpoint and must be the same where one is resumed.
     `held_out` names the corpora whose perplexities evaluation reports; it also reports the KL to
     the first `held_out_rows` rows of `held_out_dump`, all by default. Every
-    `gradient_cosine_steps` steps the gradients of both parts are compared (pipeline.gradients).
+    `gradient_cosine_steps` steps the gradients of both parts are compared (pipeline.training.gradients).
     """
 
     def __init__(

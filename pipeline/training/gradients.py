@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.fsdp import whole
 from pipeline.rows import domain_part, general_part
+from pipeline.training.fsdp import whole
 
 if TYPE_CHECKING:
-    from pipeline.trainer import DistillTrainer
+    from pipeline.training.trainer import DistillTrainer
 
 Json = dict[str, Any]
 

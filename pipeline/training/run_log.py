@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from pipeline import fsdp
 from pipeline.progress import Progress
+from pipeline.training import fsdp
 
 if TYPE_CHECKING:
-    from pipeline.trainer import DistillTrainer
+    from pipeline.training.trainer import DistillTrainer
 
 METRICS = "metrics.jsonl"
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from pipeline import fsdp, losses
+from pipeline import losses
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.models import directory as model_dir
 from pipeline.models.attention import PACKED
 from pipeline.progress import say
-from pipeline.student import with_lora
+from pipeline.training import fsdp
+from pipeline.training.student import with_lora
 
 PROBE = [8] * 8  # lengths of the sequences whose activations are counted; few see each other
 

@@ -19,7 +19,6 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from pipeline import fsdp, memory
 from pipeline.config import (
     ConfigError,
     HeldOutConfig,
@@ -32,11 +31,12 @@ from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.evaluation.evaluate import held_out
 from pipeline.models import directory as model_dir
-from pipeline.null_test import null_test
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.student import load_student, save_final
-from pipeline.trainer import GENERAL_KL, DistillTrainer, items_per_step
+from pipeline.training import fsdp, memory
+from pipeline.training.null_test import null_test
+from pipeline.training.student import load_student, save_final
+from pipeline.training.trainer import GENERAL_KL, DistillTrainer, items_per_step
 from storage import LogitDataset
 from storage.manifest import differences
 
