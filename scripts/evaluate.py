@@ -15,9 +15,8 @@ from pipeline.config import EvalConfig, parse, script_parser
 
 def main() -> int:
     config, own = parse(script_parser(EvalConfig, __doc__ or ""), EvalConfig)
-    from pipeline.evaluation import (
-        evaluate,  # after the settings are known to be good: torch takes seconds
-    )
+    # After the settings are known to be good: torch takes seconds.
+    from pipeline.evaluation import evaluate
 
     return cli.main(lambda: evaluate.run(config), own.summary)
 

@@ -19,9 +19,8 @@ from pipeline.config import DONE, INTERRUPTED, TrainConfig, parse, script_parser
 
 def main() -> int:
     config, own = parse(script_parser(TrainConfig, __doc__ or ""), TrainConfig)
-    from pipeline.training import (
-        train,  # after the settings are known to be good: torch takes seconds
-    )
+    # After the settings are known to be good: torch takes seconds.
+    from pipeline.training import train
 
     code = cli.main(lambda: train.run(config), own.summary)
     if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting

@@ -35,7 +35,7 @@ from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
 
 Json = dict[str, Any]
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
 
 

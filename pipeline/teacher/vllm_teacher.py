@@ -98,7 +98,7 @@ class TransformersTeacher:
 
 
 class VllmTeacher:
-    """vLLM, through the top-k pooling plug-in (pipeline/teacher/topk_model.py) or, for a model that this
+    """vLLM, through the top-k pooling plug-in (topk_model.py) or, for a model that this
     cannot wrap, through prompt_logprobs.
 
     `engine_args` go to vLLM's EngineArgs as they are, over the defaults below. Raises ConfigError
@@ -372,7 +372,7 @@ def can_wrap(architectures: list[str]) -> bool:
     return any(PREFIX + name in known for name in architectures)
 
 
-# Everything of vLLM that this file and pipeline/teacher/topk_model.py use: module, name, parameters.
+# Everything of vLLM that this file and topk_model.py use: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "

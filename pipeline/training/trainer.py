@@ -136,7 +136,7 @@ class DistillTrainer(Trainer):
     stored in each checkpoint and must be the same where one is resumed.
     `held_out` names the corpora whose perplexities evaluation reports; it also reports the KL to
     the first `held_out_rows` rows of `held_out_dump`, all by default. Every
-    `gradient_cosine_steps` steps the gradients of both parts are compared (pipeline.training.gradients).
+    `gradient_cosine_steps` steps the gradients of both parts are compared (gradients.py).
     """
 
     def __init__(
