@@ -3,7 +3,9 @@
 Needs numpy, pyarrow, zstandard and fsspec, and numba for payloads of version 2; never torch.
 """
 
-from storage.codec import decode, encode
+from storage.codec.codec import decode, encode
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import Row, Successors
 from storage.dataset import LogitDataset
 from storage.errors import (
     CorruptPayload,
@@ -16,10 +18,8 @@ from storage.errors import (
     StoreError,
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
-from storage.ranked import Ranks
 from storage.samples import Samples
 from storage.shard import ShardWriter
-from storage.successors import Row, Successors
 from storage.topk import Record, TopK
 from storage.verify import verify
 

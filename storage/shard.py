@@ -16,8 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from storage import sampled
-from storage.codec import decode, pack, unpack
+from storage.codec import samples as sampled
+from storage.codec.codec import decode, pack, unpack
+from storage.codec.grid import Grid, dequantise, quantise
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import Row, Successors
 from storage.errors import (
     CorruptPayload,
     CorruptShard,
@@ -25,12 +28,9 @@ from storage.errors import (
     InvalidRecord,
     StorageError,
 )
-from storage.grid import Grid, dequantise, quantise
 from storage.manifest import Json, Partition, Shard, to_json
-from storage.ranked import Ranks
 from storage.source import open_source
 from storage.store import Store
-from storage.successors import Row, Successors
 from storage.topk import Int32s, Record, TopK, check_samples_belong, codec_kl
 
 SCHEMA = pa.schema(

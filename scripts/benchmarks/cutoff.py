@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.losses import sparse_divergence
 from pipeline.teacher.sampling import Sampling, draw, places
-from storage import LogitDataset, Record, Samples, Successors, sampled
-from storage.codec import pack
-from storage.grid import dequantise, quantise
+from storage import LogitDataset, Record, Samples, Successors
+from storage.codec import samples as sampled
+from storage.codec.codec import pack
+from storage.codec.grid import dequantise, quantise
 from storage.topk import TopK, codec_kl
 
 # (k, min_prob, top_p)

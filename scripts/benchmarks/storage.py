@@ -33,19 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import (
-    LogitDataset,
-    Ranks,
-    Record,
-    ShardWriter,
-    Successors,
-    TopK,
-    create_dump,
-    decode,
-    sampled,
-)
-from storage.codec import pack
-from storage.grid import quantise
+from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
+from storage.codec import samples as sampled
+from storage.codec.codec import pack
+from storage.codec.grid import quantise
 from storage.shard import ShardReader
 from storage.topk import codec_kl
 

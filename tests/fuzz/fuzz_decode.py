@@ -21,14 +21,14 @@ import numpy as np
 
 with atheris.instrument_imports(include=["storage"]):
     import storage  # noqa: F401
-    from storage import sampled
-    from storage.codec import decode, unpack
+    from storage.codec import samples as sampled
+    from storage.codec.codec import decode, unpack
+    from storage.codec.frames import HEADER, Header, deflate, join
+    from storage.codec.grid import dequantise, quantise
+    from storage.codec.v1 import Ranks
+    from storage.codec.v2_tables import Successors
     from storage.errors import StorageError
-    from storage.frames import HEADER, Header, deflate, join
-    from storage.grid import dequantise, quantise
-    from storage.ranked import Ranks
     from storage.samples import Samples
-    from storage.successors import Successors
     from storage.topk import TopK, check_topk
 
 POSITIONS, VOCAB = 12, 40
@@ -109,7 +109,7 @@ def read(data: bytes) -> None:
 
 def seeds() -> dict[str, bytes]:
     """One good input for each reader."""
-    from storage.codec import pack
+    from storage.codec.codec import pack
 
     return {
         "plain": b"\0" + pack(GRID),

@@ -23,7 +23,7 @@ from pipeline.teacher.vllm_teacher import (
     VllmTeacher,
 )
 from storage import TopK
-from storage.successors import compiled
+from storage.codec.v2_tables import compiled
 from storage.topk import check_topk
 from tests.models import quantise_int8, tiny_model
 

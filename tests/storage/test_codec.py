@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
-from storage.frames import HEADER
+from storage.codec.frames import HEADER
 from storage.topk import codec_kl
 from tests.storage.records import VOCAB, random_topk
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import CorruptPayload, InvalidRecord, StorageError, Successors, TopK, decode, encode
-from storage.codec import pack, unpack
-from storage.frames import HEADER
-from storage.grid import Grid, quantise
+from storage.codec.codec import pack, unpack
+from storage.codec.frames import HEADER
+from storage.codec.grid import Grid, quantise
 from tests.storage.records import VOCAB, random_topk
 
 

@@ -22,11 +22,11 @@ from storage import (
     StorageError,
     TopK,
     create_dump,
-    sampled,
     verify,
 )
 from storage.__main__ import main
-from storage.frames import deflate, join
+from storage.codec import samples as sampled
+from storage.codec.frames import deflate, join
 from storage.samples import fault
 from storage.topk import check_topk
 from tests.fuzz.corrupt_shard import corrupt

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from storage.codec.frames import Frames, Header, deflate, join, split_planes
+from storage.codec.grid import Grid, Integers
 from storage.errors import CorruptPayload, InvalidRecord
-from storage.frames import Frames, Header, deflate, join, split_planes
-from storage.grid import Grid, Integers
 from storage.topk import Int32s, TopK, UInt16s
 
 VERSION = 1

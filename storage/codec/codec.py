@@ -1,18 +1,19 @@
 """encode(TopK) -> bytes and decode(bytes) -> TopK. FORMAT.md is the specification.
 
-Log-probabilities are rounded to a uniform grid in the log domain (storage.grid). Version 1
-renumbers ids by frequency (storage.ranked), version 2 codes them from their context
-(storage.contextual).
+Log-probabilities are rounded to a uniform grid in the log domain (storage.codec.grid). Version 1
+renumbers ids by frequency (storage.codec.v1), version 2 codes them from their context
+(storage.codec.v2).
 """
 
 import numpy as np
 
-from storage import contextual, ranked
+from storage.codec import v1 as ranked
+from storage.codec import v2 as contextual
+from storage.codec.frames import Header
+from storage.codec.grid import Grid, dequantise, quantise
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import Row, fits
 from storage.errors import CorruptPayload
-from storage.frames import Header
-from storage.grid import Grid, dequantise, quantise
-from storage.ranked import Ranks
-from storage.successors import Row, fits
 from storage.topk import TopK
 
 VERSIONS = (ranked.VERSION, contextual.VERSION)

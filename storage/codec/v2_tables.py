@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from storage.codec.frames import inflate, split_planes
+from storage.codec.grid import Grid, Integers
+from storage.codec.v1 import Ranks
 from storage.errors import CorruptPayload, StorageError
-from storage.frames import inflate, split_planes
-from storage.grid import Grid, Integers
-from storage.ranked import Ranks
 from storage.topk import Int32s, UInt16s
 
 MAX_LEVEL = 4096  # grid points between the best and the last entry, exclusive
@@ -32,9 +32,9 @@ PARTS = struct.Struct("<BIII6I")  # shift, V, frequent ids, listed; bytes of eac
 
 @cache
 def compiled() -> ModuleType:
-    """storage.kernels, which needs numba."""
+    """storage.codec.v2_kernels, which needs numba."""
     try:
-        from storage import kernels
+        from storage.codec import v2_kernels as kernels
     except ImportError as error:
         raise StorageError(
             f"payloads of version 2 need numba ({error}): pip install numba, or dump with codec: v1"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from storage.codec.frames import MAX_ENTRIES, MAX_POSITIONS, Frames, deflate, join, split_planes
 from storage.errors import CorruptPayload, FormatVersionError
-from storage.frames import MAX_ENTRIES, MAX_POSITIONS, Frames, deflate, join, split_planes
 from storage.samples import Samples, fault
 
 MAGIC, VERSION = b"MoLs", 1

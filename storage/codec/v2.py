@@ -1,7 +1,7 @@
 """Payload version 2: ids and levels coded from their context with a compiled entropy coder.
 
 Numbers that a position has once (entries, spread, best, tail) are byte planes as in version 1;
-what storage.kernels writes about the entries follows them, then a CRC-32 of the whole payload.
+what storage.codec.v2_kernels writes about the entries follows them, then a CRC-32 of the whole payload.
 """
 
 import struct
@@ -9,11 +9,11 @@ import zlib
 
 import numpy as np
 
+from storage.codec.frames import Frames, Header, deflate, join, split_planes
+from storage.codec.grid import Grid
+from storage.codec.v1 import is_equal
+from storage.codec.v2_tables import MAX_LEVEL, Row
 from storage.errors import CorruptPayload, InvalidRecord
-from storage.frames import Frames, Header, deflate, join, split_planes
-from storage.grid import Grid
-from storage.ranked import is_equal
-from storage.successors import MAX_LEVEL, Row
 
 VERSION = 2
 FAILURES = (

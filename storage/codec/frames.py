@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from storage.codec.grid import MAX_STEP, Integers
 from storage.errors import CorruptPayload, FormatVersionError
-from storage.grid import MAX_STEP, Integers
 
 MAGIC = b"MoLk"
 # magic, version, planes of counts (0: all equal) / ids / steps / best / tails, step, vocabulary,
