@@ -21,6 +21,7 @@ from storage.codec.codec import decode, pack, unpack
 from storage.codec.grid import Grid, dequantise, quantise
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, Successors
+from storage.data_file import open_source
 from storage.errors import (
     CorruptPayload,
     CorruptShard,
@@ -29,7 +30,6 @@ from storage.errors import (
     StorageError,
 )
 from storage.manifest import Json, Partition, Shard, to_json
-from storage.source import open_source
 from storage.store import Store
 from storage.topk import Int32s, Record, TopK, check_samples_belong, codec_kl
 
