@@ -1,7 +1,7 @@
 """Payload version 2: ids and levels coded from their context with a compiled entropy coder.
 
 Numbers that a position has once (entries, spread, best, tail) are byte planes as in version 1;
-what storage.codec.v2_kernels writes about the entries follows them, then a CRC-32 of the whole payload.
+what v2_kernels writes about the entries follows them, then a CRC-32 of the whole payload.
 """
 
 import struct

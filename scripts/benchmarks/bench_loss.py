@@ -1,7 +1,7 @@
 """Time, peak memory and gradient error of the losses, forward and backward, on the same shapes.
 
-    python scripts/benchmarks/loss.py
-    python scripts/benchmarks/loss.py --rows 8192 --width 4096 --vocabulary 151936 --dtype bfloat16
+    python scripts/benchmarks/bench_loss.py
+    python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 --dtype bfloat16
 
 From hidden states and a head's weight to a scalar and the gradients of both. Each case runs in a
 process of its own, all cases in turn for several rounds; the table shows the fastest round, as a
@@ -13,21 +13,17 @@ against the same loss in float64 on `--error_rows` rows; 0 leaves it out.
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[2])  # this folder's names would hide the packages
-
 import torch
+from processes import hardware, in_turn, peak, reset_peak
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.losses import BUFFER_BYTES, linear_sparse_divergence, sparse_divergence
-from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
 
 Inputs = dict[str, Tensor]
 Loss = Callable[[Inputs], Tensor]

@@ -1,6 +1,6 @@
 """Bytes per token, distortion and speed of the stored format, on one core.
 
-    python scripts/benchmarks/storage.py runs/demo/dump sample.npz --plot storage.png
+    python scripts/benchmarks/bench_storage.py runs/demo/dump sample.npz --plot storage.png
 
 Takes dumps (finished or not), or .npz files with input_ids [N, T], ids and logprobs [N, T, K] and
 vocab_size. Writes each as real shards and reads them back as a reader would: bytes are whole
@@ -17,9 +17,7 @@ what as many ids take as 17 + 7 bits each. Of a dump without, that is estimated 
 
 import argparse
 import os
-import sys
 
-sys.path.pop(0)  # this file's folder: its name would hide the package
 os.environ["OMP_NUM_THREADS"] = "1"  # one core: what is measured is work, not the machine
 
 import tempfile

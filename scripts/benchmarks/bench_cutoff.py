@@ -1,6 +1,6 @@
 """What a cut-off costs the student: bytes per token against the error of its gradient.
 
-    python scripts/benchmarks/cutoff.py MODEL DUMP --rows 16
+    python scripts/benchmarks/bench_cutoff.py MODEL DUMP --rows 16
 
 Reads rows of a dump of MODEL, runs the model on them again for its full distributions, and takes
 students that are the model with noise on its weights. The gradient is that of all parameters, of
@@ -16,9 +16,7 @@ which gradients are taken, kept entries as above.
 import argparse
 import copy
 import os
-import sys
 
-sys.path.pop(0)  # this file's folder: its names would hide packages
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import itertools

@@ -1,7 +1,7 @@
 """A training step from disk against plain cross-entropy, and against a live teacher.
 
-    python scripts/benchmarks/train.py
-    python scripts/benchmarks/train.py --hidden 2048 --layers 16 --vocabulary 151936 --length 2048
+    python scripts/benchmarks/bench_train.py
+    python scripts/benchmarks/bench_train.py --hidden 2048 --layers 16 --vocabulary 151936 --length 2048
 
 The same sequences in every case, half domain and half general, packed in one row:
 
@@ -22,17 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[2])  # this folder's names would hide the packages
-
 import numpy as np
 import torch
+from processes import hardware, in_turn, peak, reset_peak
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
 from pipeline.training.trainer import add_distill_forward
-from scripts.benchmarks.processes import hardware, in_turn, peak, reset_peak
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
 
 CASES = ["cross-entropy", "mol from disk", "live teacher"]

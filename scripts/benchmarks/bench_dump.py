@@ -1,6 +1,6 @@
 """Stage one against its floors: tokens per second, and CPU that the front end costs.
 
-    python scripts/benchmarks/dump.py --corpus corpus.jsonl --model MODEL --random --rounds 3
+    python scripts/benchmarks/bench_dump.py --corpus corpus.jsonl --model MODEL --random --rounds 3
 
 floor 1   the engine's prefill, no output at all
 floor 2   prefill and the head on every position, nothing else
@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.pop(0)  # this file's folder: its name would hide pipeline.dump
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not be counted
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the floors replace the plug-in's pooler
