@@ -25,7 +25,7 @@ test: setup  ## every test but Airflow's and the long ones
 	$(PYTHON) -m pytest -m "not long"
 
 test-kill: setup  ## kill one dump 200 times, also with a second writer alive, and compare every row
-	$(PYTHON) -m tests.pipeline.kills --kills 200
+	$(PYTHON) -m tests.helpers.kills --kills 200
 	$(PYTHON) -m pytest -m long
 
 test-fast: setup  ## the tests that start no engine and take no time

@@ -23,7 +23,7 @@ def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 with its tokenizer."""
-    from tests.models import tiny_model
+    from tests.helpers.models import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model"))
 
@@ -33,7 +33,7 @@ def dump_path(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Pat
     """A finished dump of `model_path` over 30 documents, k = 8, sequences of up to 100 tokens."""
     from pipeline.config import CorpusConfig, DumpConfig
     from pipeline.dump import dump
-    from tests.pipeline.corpora import some_texts, write_texts
+    from tests.helpers.corpora import some_texts, write_texts
 
     folder = tmp_path_factory.mktemp("dumped")
     corpus = write_texts(folder / "corpus.jsonl", some_texts(30))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "examples" / "plain_torch.py"
 

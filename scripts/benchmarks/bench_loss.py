@@ -1,7 +1,8 @@
 """Time, peak memory and gradient error of the losses, forward and backward, on the same shapes.
 
     python scripts/benchmarks/bench_loss.py
-    python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 --dtype bfloat16
+    python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 \\
+        --dtype bfloat16
 
 From hidden states and a head's weight to a scalar and the gradients of both. Each case runs in a
 process of its own, all cases in turn for several rounds; the table shows the fastest round, as a

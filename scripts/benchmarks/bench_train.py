@@ -1,7 +1,8 @@
 """A training step from disk against plain cross-entropy, and against a live teacher.
 
     python scripts/benchmarks/bench_train.py
-    python scripts/benchmarks/bench_train.py --hidden 2048 --layers 16 --vocabulary 151936 --length 2048
+    python scripts/benchmarks/bench_train.py --hidden 2048 --layers 16 --vocabulary 151936 \\
+        --length 2048
 
 The same sequences in every case, half domain and half general, packed in one row:
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from storage import LogitDataset, verify
-from tests.models import TEXTS, tiny_model
-from tests.pipeline.corpora import write_texts
+from tests.helpers.corpora import write_texts
+from tests.helpers.models import TEXTS, tiny_model
 
 DOCUMENTS = 600
 DUMP = """

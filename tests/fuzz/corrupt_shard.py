@@ -18,7 +18,7 @@ import numpy as np
 
 from storage import Dump, Record, StorageError
 from storage.shard import ShardReader
-from tests.storage.records import make_dump
+from tests.helpers.records import make_dump
 
 
 def contents(reader: ShardReader) -> list[bytes]:

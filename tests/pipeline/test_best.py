@@ -14,9 +14,9 @@ from pipeline.data.packing import batch_of
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
 from storage import LogitDataset
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import settings
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import settings
 
 
 @pytest.fixture

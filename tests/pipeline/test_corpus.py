@@ -13,7 +13,7 @@ import zstandard
 from pipeline.config import ConfigError, CorpusConfig
 from pipeline.corpus import Corpus
 from pipeline.models.directory import load_tokenizer
-from tests.pipeline.corpora import some_texts, write_jsonl, write_texts
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 
 EOS = 0
 

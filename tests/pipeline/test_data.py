@@ -21,7 +21,7 @@ from pipeline.data.mixing import (
 from pipeline.data.packing import collate, fill
 from pipeline.models.directory import load_tokenizer
 from storage import LogitDataset
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 
 
 @pytest.fixture(scope="module")

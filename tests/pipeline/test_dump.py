@@ -27,8 +27,8 @@ from storage import (
     ShardWriter,
     verify,
 )
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
 

@@ -16,8 +16,8 @@ from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
 from pipeline.corpus import Corpus
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import load_tokenizer
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 

@@ -19,7 +19,7 @@ from pipeline.config import Interrupted
 from pipeline.dump import dump
 from pipeline.dump.threads import Behind, ahead
 from storage import LogitDataset, PlanMismatch, StoreError, verify
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import SCRIPT, rows, settings
 
 ROOT = os.geteuid() == 0

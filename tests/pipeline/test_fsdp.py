@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
 from pipeline.training import train
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 # Rank 0 alone reads the weights, layers are checkpointed, each rank writes its own shards.

@@ -15,7 +15,7 @@ from pipeline.corpus import Corpus
 from pipeline.dump import dump
 from pipeline.models.directory import load_tokenizer
 from pipeline.progress import Progress
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import settings
 
 EOS = 0

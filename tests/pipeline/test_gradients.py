@@ -17,9 +17,9 @@ from pipeline.models.directory import load_tokenizer
 from pipeline.rows import domain_part, general_part, without_targets
 from pipeline.training import train
 from storage import LogitDataset
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import settings, steps
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import settings, steps
 
 PARTS = ("ce_grad_norm", "kl_grad_norm", "grad_cosine")
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_twelve_kills() -> None:
-    command = [sys.executable, "-m", "tests.pipeline.kills", "--kills=12", "--seed=3"]
+    command = [sys.executable, "-m", "tests.helpers.kills", "--kills=12", "--seed=3"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert re.search(r"12 kills \(\d+ inside a step of a commit", result.stdout)

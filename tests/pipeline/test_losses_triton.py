@@ -9,7 +9,7 @@ import pytest
 
 
 def test_interpreted_kernel_equals_plain_torch() -> None:
-    checks = Path(__file__).with_name("triton_checks.py")
+    checks = Path(__file__).parents[1] / "helpers" / "triton_checks.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from storage import LogitDataset
-from tests.pipeline import kills
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers import kills
+from tests.helpers.corpora import some_texts, write_texts
 
 
 def peak_of(pid: int) -> tuple[float, int]:

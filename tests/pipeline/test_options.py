@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, TrainConfig
 from pipeline.training import train
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import assert_close, settings, steps
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.runs import assert_close, settings, steps
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from pipeline.config import ConfigError, CorpusConfig
 from pipeline.dump import dump
 from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.s3 import FAULTS, FaultyProxy, MotoServer, environment
 from tests.pipeline.test_dump import SCRIPT, rows, settings
-from tests.s3 import FAULTS, FaultyProxy, MotoServer, environment
 
 BUCKET = "bucket"
 

@@ -24,8 +24,8 @@ from pipeline.dump import recompute as verify
 from pipeline.training import train
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
 from tests.pipeline.test_train import settings, with_rows, yaml_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

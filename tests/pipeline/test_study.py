@@ -13,7 +13,7 @@ import pytest
 from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"
 

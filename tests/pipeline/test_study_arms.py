@@ -16,7 +16,7 @@ from pipeline.study import live_teacher as study_live
 from pipeline.study.config import ArmConfig
 from pipeline.training.trainer import DistillTrainer, add_distill_forward
 from storage import LogitDataset
-from tests.models import tiny_model
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from pipeline.teacher.vllm_teacher import (
 from storage import TopK
 from storage.codec.v2_tables import compiled
 from storage.topk import check_topk
-from tests.models import quantise_int8, tiny_model
+from tests.helpers.models import quantise_int8, tiny_model
 
 K = 16
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

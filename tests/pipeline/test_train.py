@@ -41,9 +41,9 @@ from pipeline.losses import sparse_divergence
 from pipeline.training import train
 from pipeline.training.trainer import add_distill_forward
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 
 @pytest.fixture

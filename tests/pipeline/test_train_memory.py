@@ -10,9 +10,9 @@ import torch
 
 from pipeline.config import ConfigError
 from pipeline.training import memory, train
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
-from tests.pipeline.runs import settings, yaml_of
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import settings, yaml_of
 
 # Peak resident set above what was there before the model was loaded, through the real code.
 MEASURE = """

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.dump import recompute as verify
-from tests.models import tiny_model
+from tests.helpers.models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_dump.py"
 

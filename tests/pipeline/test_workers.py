@@ -14,7 +14,7 @@ from pipeline.dump import dump
 from pipeline.dump.workers import Pool, visible_devices
 from pipeline.progress import Progress
 from storage import LogitDataset, verify
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
 from tests.pipeline.test_dump import SCRIPT, rows, settings
 
 

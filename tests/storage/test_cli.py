@@ -7,7 +7,7 @@ import pytest
 
 from storage import LogitDataset
 from storage.__main__ import main
-from tests.storage.records import make_dump, random_record
+from tests.helpers.records import make_dump, random_record
 
 
 def test_inspect_shows_plan_sizes_and_mass(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

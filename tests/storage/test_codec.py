@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
 from storage.codec.frames import HEADER
 from storage.topk import codec_kl
-from tests.storage.records import VOCAB, random_topk
+from tests.helpers.records import VOCAB, random_topk
 
 
 @st.composite

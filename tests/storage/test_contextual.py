@@ -11,7 +11,7 @@ from storage import CorruptPayload, InvalidRecord, StorageError, Successors, Top
 from storage.codec.codec import pack, unpack
 from storage.codec.frames import HEADER
 from storage.codec.grid import Grid, quantise
-from tests.storage.records import VOCAB, random_topk
+from tests.helpers.records import VOCAB, random_topk
 
 
 def learned(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import decode, encode
-from tests.storage.records import VOCAB, random_topk
+from tests.helpers.records import VOCAB, random_topk
 
 
 @given(

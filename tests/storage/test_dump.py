@@ -23,7 +23,7 @@ from storage import (
 from storage.manifest import Dump
 from storage.shard import ShardReader
 from tests.fuzz.corrupt_shard import corrupt
-from tests.storage.records import assert_same, make_dump, plan, random_record
+from tests.helpers.records import assert_same, make_dump, plan, random_record
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 

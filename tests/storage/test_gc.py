@@ -8,7 +8,7 @@ import pytest
 
 from storage import CorruptShard, IncompleteDump, LogitDataset, ShardWriter, create_dump, verify
 from storage.__main__ import main
-from tests.storage.records import make_dump, plan, random_record
+from tests.helpers.records import make_dump, plan, random_record
 
 
 def age(path: Path, hours: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import storage
-from tests.storage.records import make_dump
+from tests.helpers.records import make_dump
 
 ROOT = Path(storage.__file__).parent
 

@@ -30,7 +30,7 @@ from storage.codec.frames import deflate, join
 from storage.samples import fault
 from storage.topk import check_topk
 from tests.fuzz.corrupt_shard import corrupt
-from tests.storage.records import (
+from tests.helpers.records import (
     VOCAB,
     make_dump,
     plan,

@@ -8,7 +8,7 @@ import pytest
 
 from storage import LogitDataset, ShardWriter, StoreError, create_dump, verify
 from storage.store import Store
-from tests.storage.records import assert_same, plan, random_record
+from tests.helpers.records import assert_same, plan, random_record
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Every attempt is a process of its own that runs scripts/dump_logits.py as a user would. To start in
 milliseconds it is forked from this one, which has imported everything and done nothing else.
 
-    python -m tests.pipeline.kills --kills 200 --seed 0
+    python -m tests.helpers.kills --kills 200 --seed 0
 """
 
 import argparse
@@ -29,8 +29,8 @@ import torch
 import pipeline.dump.dump  # noqa: F401  imported here so that the attempts need not
 from storage import Dump, IncompleteDump, LogitDataset, verify
 from storage.gc import leftovers, remove
-from tests.models import tiny_model
-from tests.pipeline.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
 STEPS = {"fsync": 4, "replace": 1, "link": 1, "unlink": 1, "chmod": 1}  # of os: calls per commit

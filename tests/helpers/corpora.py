@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.models import TEXTS
+from tests.helpers.models import TEXTS
 
 
 def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> Path:
