@@ -11,8 +11,8 @@ import pytest
 from pipeline.config import DumpConfig, EvalConfig, TrainConfig, parse, script_parser
 from pipeline.study.config import StudyConfig
 from storage.__main__ import parser as storage_parser
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.removesuffix("&").strip()

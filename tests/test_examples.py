@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "examples" / "plain_torch.py"
+SCRIPT = SCRIPTS / "examples" / "plain_torch.py"
 
 
 def test_plain_torch(tmp_path: Path, model_path: Path, dump_path: Path) -> None:

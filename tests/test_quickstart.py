@@ -9,8 +9,9 @@ import pytest
 
 from pipeline import demo
 from storage import LogitDataset, verify
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
+SCRIPT = SCRIPTS / "quickstart.py"
 SHORT = [
     "base.training.max_steps=6",
     "base.domain.limit=60",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "setup_venv.py"
+from tests.helpers.paths import SCRIPTS
+
+SCRIPT = SCRIPTS / "setup_venv.py"
 
 
 def make_wheel(folder: Path, name: str, version: str) -> None:

@@ -86,7 +86,7 @@ def estimate(
     go. Left out: the interpreter and CUDA's context, kernels' workspaces, the allocator's
     fragmentation, the batches, evaluation's logits and, on the CPU, the weights while they are
     loaded and saved. On a CPU a model of 26 million parameters took 1.1 to 1.4 times as much at its
-    peak (tests/pipeline/test_train_memory.py).
+    peak (tests/pipeline/training/test_memory.py).
     """
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
     model = empty_student(config, folder, compute)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.paths import SCRIPTS
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,7 +34,7 @@ from storage.gc import leftovers, remove
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
+SCRIPT = SCRIPTS / "dump_logits.py"
 STEPS = {"fsync": 4, "replace": 1, "link": 1, "unlink": 1, "chmod": 1}  # of os: calls per commit
 
 

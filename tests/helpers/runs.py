@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.config import CorpusConfig, TrainConfig
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_student.py"
+SCRIPT = SCRIPTS / "train_student.py"
 UNTIMED = {"tokens_per_s", "wait_share"}
 
 

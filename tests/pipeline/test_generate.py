@@ -16,7 +16,8 @@ from pipeline.dump import dump
 from pipeline.models.directory import load_tokenizer
 from pipeline.progress import Progress
 from tests.helpers.corpora import some_texts, write_texts
-from tests.pipeline.test_dump import settings
+from tests.helpers.paths import SCRIPTS
+from tests.pipeline.dump.test_dump import settings
 
 EOS = 0
 
@@ -112,7 +113,7 @@ def test_settings_that_yield_nothing_end(tmp_path: Path, tokenizer: Any) -> None
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_the_engine_writes_a_corpus_that_stage_one_reads(tmp_path: Path, model_path: Path) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "generate_corpus.py"
+    script = SCRIPTS / "generate_corpus.py"
     command = [sys.executable, str(script), f"--model={model_path}", f"--output={tmp_path / 'out'}"]
     command += ["--tokens=1500", "--batch=16", "--max_length=64"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
 
 def test_interpreted_kernel_equals_plain_torch() -> None:
-    checks = Path(__file__).parents[1] / "helpers" / "triton_checks.py"
+    checks = ROOT / "tests" / "helpers" / "triton_checks.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

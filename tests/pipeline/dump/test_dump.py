@@ -29,8 +29,9 @@ from storage import (
 )
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
+SCRIPT = SCRIPTS / "dump_logits.py"
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"
+SCRIPT = SCRIPTS / "study.py"
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "dump_logits.py"
+SCRIPT = SCRIPTS / "dump_logits.py"
 
 
 def config(tmp_path: Path, model: Path) -> DumpConfig:

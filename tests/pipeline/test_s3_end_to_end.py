@@ -18,7 +18,7 @@ from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.s3 import FAULTS, FaultyProxy, MotoServer, environment
-from tests.pipeline.test_dump import SCRIPT, rows, settings
+from tests.pipeline.dump.test_dump import SCRIPT, rows, settings
 
 BUCKET = "bucket"
 

@@ -18,8 +18,9 @@ from pipeline.evaluation import evaluate
 from pipeline.models.directory import load_tokenizer
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+SCRIPT = SCRIPTS / "evaluate.py"
 
 
 @pytest.fixture

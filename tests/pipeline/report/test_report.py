@@ -19,8 +19,9 @@ from pipeline.report import report
 from pipeline.report import study_page as report_study
 from pipeline.report.html import page, pairs, quote
 from storage import LogitDataset
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+SCRIPT = SCRIPTS / "report.py"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -10,8 +10,9 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.dump import recompute as verify
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import SCRIPTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_dump.py"
+SCRIPT = SCRIPTS / "verify_dump.py"
 
 
 def test_its_own_model_agrees_and_another_does_not(

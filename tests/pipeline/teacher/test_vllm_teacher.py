@@ -26,6 +26,7 @@ from storage import TopK
 from storage.codec.v2_tables import compiled
 from storage.topk import check_topk
 from tests.helpers.models import quantise_int8, tiny_model
+from tests.helpers.paths import ROOT
 
 K = 16
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -260,7 +261,7 @@ def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) ->
     script = tmp_path / "front.py"
     script.write_text(code)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = str(ROOT)
     with (tmp_path / "log").open("w") as log:
         front = subprocess.Popen(
             [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=log, env=environment

@@ -26,9 +26,9 @@ from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
-from tests.pipeline.test_train import settings, with_rows, yaml_of
+from tests.helpers.paths import SCRIPTS
+from tests.pipeline.training.test_train import settings, with_rows, yaml_of
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 MakeDump = Callable[[int, int], Path]
 
 
