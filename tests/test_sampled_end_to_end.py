@@ -25,9 +25,10 @@ from pipeline.training import train
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import with_rows
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
-from tests.pipeline.training.test_train import settings, with_rows, yaml_of
+from tests.helpers.runs import settings, yaml_of
 
 MakeDump = Callable[[int, int], Path]
 

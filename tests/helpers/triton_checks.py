@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline import losses
 from pipeline import losses_triton as kernel
-from tests.pipeline.test_losses import both, ragged, teacher
+from tests.helpers.losses import both, ragged, teacher
 
 N, K = 9, 5
 

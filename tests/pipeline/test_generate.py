@@ -16,8 +16,8 @@ from pipeline.dump import dump
 from pipeline.models.directory import load_tokenizer
 from pipeline.progress import Progress
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import settings
 from tests.helpers.paths import SCRIPTS
-from tests.pipeline.dump.test_dump import settings
 
 EOS = 0
 

@@ -12,18 +12,9 @@ from pipeline.losses import (
     linear_sparse_divergence,
     sparse_divergence,
 )
+from tests.helpers.losses import DIRECTIONS, both, ragged, teacher
 
 N, V, D, K = 13, 41, 7, 5
-DIRECTIONS = ["forward", "reverse"]
-both = pytest.mark.parametrize("direction", DIRECTIONS)
-
-
-def teacher(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, logprobs, tail of the top k of softmax(logits)."""
-    logprobs = logits.log_softmax(-1)
-    kept, ids = logprobs.topk(k)
-    rest = logprobs.scatter(1, ids, -torch.inf)
-    return ids, kept, rest.logsumexp(1) if k < logits.shape[1] else rest[:, 0]
 
 
 def student(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,18 +34,6 @@ def full_kl(logits: Tensor, base: Tensor, direction: str) -> Tensor:
     p, q = base.log_softmax(-1), logits.log_softmax(-1)
     p, q = (p, q) if direction == "forward" else (q, p)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def ragged(ids: Tensor, logprobs: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop entries into the tail, row by row, down to none; padding has id 0, as in a batch."""
-    counts = torch.arange(len(ids)) % (ids.shape[1] + 1)
-    drop = torch.arange(ids.shape[1]) >= counts[:, None]
-    dropped = logprobs.masked_fill(~drop, -torch.inf).logsumexp(1)
-    return (
-        ids.masked_fill(drop, 0),
-        logprobs.masked_fill(drop, -torch.inf),
-        torch.logaddexp(tail, dropped),
-    )
 
 
 @both

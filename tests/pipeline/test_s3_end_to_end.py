@@ -17,8 +17,8 @@ from pipeline.dump import dump
 from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import SCRIPT, rows, settings
 from tests.helpers.s3 import FAULTS, FaultyProxy, MotoServer, environment
-from tests.pipeline.dump.test_dump import SCRIPT, rows, settings
 
 BUCKET = "bucket"
 
@@ -250,7 +250,7 @@ def test_training_from_s3_is_training_from_disk(
 ) -> None:
     """Two steps, read in a forked worker process: the same losses."""
     from pipeline.training import train
-    from tests.pipeline import test_train
+    from tests.helpers import runs
 
     dump.run(settings(tmp_path, model_path, corpus))
     for path in (tmp_path / "dump").rglob("*"):
@@ -259,7 +259,7 @@ def test_training_from_s3_is_training_from_disk(
             client.upload_file(str(path), BUCKET, key)
     logged = {}
     for name, place in [("disk", str(tmp_path / "dump")), ("s3", f"s3://{BUCKET}/copied")]:
-        config = test_train.settings(
+        config = runs.settings(
             tmp_path,
             model_path,
             Path("none"),
@@ -269,6 +269,6 @@ def test_training_from_s3_is_training_from_disk(
         )
         config.dump = place
         train.run(config)
-        logged[name] = test_train.steps(tmp_path / name)
+        logged[name] = runs.steps(tmp_path / name)
     assert len(logged["disk"]) == 2
     assert logged["s3"] == logged["disk"]

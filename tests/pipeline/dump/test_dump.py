@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import cli
-from pipeline.config import ConfigError, CorpusConfig, DumpConfig
+from pipeline.config import ConfigError
 from pipeline.dump import dump
 from storage import (
     Dump,
@@ -28,10 +28,8 @@ from storage import (
     verify,
 )
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import SCRIPT, rows, settings
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
-
-SCRIPT = SCRIPTS / "dump_logits.py"
 
 
 @pytest.fixture
@@ -40,32 +38,6 @@ def corpus(tmp_path: Path) -> Path:
     texts = some_texts(30)
     texts[3] = texts[17] = ""
     return write_texts(tmp_path / "corpus.jsonl", texts)
-
-
-def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) -> DumpConfig:
-    given = {
-        "model": str(model_path),
-        "corpus": CorpusConfig(str(corpus)),
-        "output": str(tmp_path / "dump"),
-        "k": 8,
-        "max_length": 100,
-        "engine": "transformers",
-        "shard_tokens": 500,
-        **changes,
-    }
-    return DumpConfig(**given)  # type: ignore[arg-type]
-
-
-def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
-    """Every row's content, by document and chunk."""
-    found = {}
-    for record in LogitDataset(path):
-        topk = record.topk
-        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
-        key = (record.doc_id, record.chunk)
-        assert key not in found
-        found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
-    return found
 
 
 def test_dump_holds_what_the_model_says(tmp_path: Path, model_path: Path, corpus: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.dump import dump
 from pipeline.dump.threads import Behind, ahead
 from storage import LogitDataset, PlanMismatch, StoreError, verify
 from tests.helpers.corpora import some_texts, write_texts
-from tests.pipeline.dump.test_dump import SCRIPT, rows, settings
+from tests.helpers.dumps import SCRIPT, rows, settings
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="mounting needs root")

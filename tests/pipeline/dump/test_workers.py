@@ -15,7 +15,7 @@ from pipeline.dump.workers import Pool, visible_devices
 from pipeline.progress import Progress
 from storage import LogitDataset, verify
 from tests.helpers.corpora import some_texts, write_texts
-from tests.pipeline.dump.test_dump import SCRIPT, rows, settings
+from tests.helpers.dumps import SCRIPT, rows, settings
 
 
 @pytest.fixture

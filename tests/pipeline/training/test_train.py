@@ -40,8 +40,9 @@ from pipeline.data.packing import collate
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
 from pipeline.training.trainer import add_distill_forward
-from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
+from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import with_rows
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -359,20 +360,6 @@ def test_the_objective_is_normalised_by_the_tokens_of_the_step(
 
 
 # ---- what does not fit together
-
-
-def with_rows(source: Path, target: Path, change: Any) -> Path:
-    """A finished dump with the same plan and changed rows."""
-    old = LogitDataset(source)
-    plan = {name: value for name, value in old.plan.items() if name != "format_version"}
-    dump = create_dump(target, plan)
-    writer = ShardWriter(dump.partition(0), 0)
-    for record in old:
-        writer.write(change(record))
-    writer.commit(cursor={"document": 0}, stats={"documents": 0})
-    dump.partition(0).finish({})
-    dump.finish()
-    return target
 
 
 def shifted(record: Record) -> Record:

@@ -1,0 +1,52 @@
+"""Stage one for the tests: settings, the real script, the rows of a finished dump."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import CorpusConfig, DumpConfig
+from storage import LogitDataset, ShardWriter, create_dump
+from tests.helpers.paths import SCRIPTS
+
+SCRIPT = SCRIPTS / "dump_logits.py"
+
+
+def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) -> DumpConfig:
+    given = {
+        "model": str(model_path),
+        "corpus": CorpusConfig(str(corpus)),
+        "output": str(tmp_path / "dump"),
+        "k": 8,
+        "max_length": 100,
+        "engine": "transformers",
+        "shard_tokens": 500,
+        **changes,
+    }
+    return DumpConfig(**given)  # type: ignore[arg-type]
+
+
+def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
+    """Every row's content, by document and chunk."""
+    found = {}
+    for record in LogitDataset(path):
+        topk = record.topk
+        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        key = (record.doc_id, record.chunk)
+        assert key not in found
+        found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    return found
+
+
+def with_rows(source: Path, target: Path, change: Any) -> Path:
+    """A finished dump with the same plan and changed rows."""
+    old = LogitDataset(source)
+    plan = {name: value for name, value in old.plan.items() if name != "format_version"}
+    dump = create_dump(target, plan)
+    writer = ShardWriter(dump.partition(0), 0)
+    for record in old:
+        writer.write(change(record))
+    writer.commit(cursor={"document": 0}, stats={"documents": 0})
+    dump.partition(0).finish({})
+    dump.finish()
+    return target
