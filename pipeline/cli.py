@@ -1,12 +1,15 @@
 """How every script ends: its errors as one message and an exit code, its summary as JSON."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.config import (
+import jsonargparse
+
+from pipeline.errors import (
     BAD_INPUT,
     DAMAGED,
     DONE,
@@ -19,6 +22,8 @@ from pipeline.config import (
     RefusedError,
 )
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
+
+Config = TypeVar("Config")
 
 CODES: list[tuple[type[Exception], int]] = [
     (ConfigError, BAD_INPUT),
@@ -45,3 +50,33 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
     if summary_file:
         Path(summary_file).write_text(json.dumps(summary, indent=1) + "\n")
     return DONE
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of a script's docstring: its commands are there to be copied."""
+
+
+def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
+    """A parser with --config and every field of the dataclass as a dotted option."""
+    parser = jsonargparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
+    parser.add_class_arguments(config, None)
+    parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
+    return parser
+
+
+def parse(
+    parser: jsonargparse.ArgumentParser, config: type[Config], arguments: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
+    found = parser.parse_args(arguments)
+    own = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
+    made = parser.instantiate(found)
+    try:
+        settings = config(**{name: made[name] for name in own})
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    return settings, argparse.Namespace(
+        **{name: value for name, value in vars(made).items() if name not in own}
+    )

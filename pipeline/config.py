@@ -1,39 +1,13 @@
-"""The settings of each script, and the one way to read them: YAML, then dotted overrides."""
+"""The settings of each script. The docstring under a field is its help text."""
 
-import argparse
 import math
-import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import jsonargparse
-
-# The docstring under a field is its help text.
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-# Exit codes of every script. Schedulers act on them: refusals must not be retried, interruptions
-# should be. Any other failure is 1: the cause is outside, such as a full disk.
-DONE, FAILED, BAD_INPUT, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 75
-
-
-class ConfigError(Exception):
-    """A setting or an input that cannot work; says what to do. Exit code 2."""
-
-
-class RefusedError(Exception):
-    """Parts that do not fit together, such as a student and another model's dump. Exit code 3."""
-
-
-class FailedError(Exception):
-    """Something outside stopped the work, and another attempt may end well. Exit code 1."""
-
-
-class Interrupted(Exception):
-    """Stopped by a signal with everything committed; the same command goes on. Exit code 75."""
-
+from pipeline.errors import ConfigError
 
 KINDS = ("domain", "general", "other")
-"""Of held-out text, as the settings name them."""
+"""The three kinds of held-out text."""
 
 
 @dataclass
@@ -351,37 +325,4 @@ def require_temperature_one(temperature: float) -> None:
         f"temperature {temperature}: only 1 is possible. Top-k probabilities taken at 1 do not "
         "determine the distribution at another: most of its mass would lie outside the "
         "stored ids. Set temperature to 1, or leave it out.",
-    )
-
-
-Config = TypeVar("Config")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Keeps the lines of a script's docstring: its commands are there to be copied."""
-
-
-def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
-    """A parser with --config and every field of the dataclass as a dotted option."""
-    parser = jsonargparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
-    parser.add_class_arguments(config, None)
-    parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
-    return parser
-
-
-def parse(
-    parser: jsonargparse.ArgumentParser, config: type[Config], arguments: list[str] | None = None
-) -> tuple[Config, argparse.Namespace]:
-    """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
-    found = parser.parse_args(arguments)
-    own = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
-    made = parser.instantiate(found)
-    try:
-        settings = config(**{name: made[name] for name in own})
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    return settings, argparse.Namespace(
-        **{name: value for name, value in vars(made).items() if name not in own}
     )

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import ConfigError, CorpusConfig
+from pipeline.config import CorpusConfig
+from pipeline.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst")
 FORMATS = {

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, RefusedError
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.progress import say
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -10,8 +10,9 @@ import json
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from pipeline.config import ConfigError, GenerateConfig, RefusedError
+from pipeline.config import GenerateConfig
 from pipeline.corpus import Corpus
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.models import directory as model_dir
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from pipeline.config import INTERRUPTED, Interrupted
+from pipeline.errors import INTERRUPTED, Interrupted
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 

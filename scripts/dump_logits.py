@@ -16,7 +16,9 @@ import re
 import signal
 import sys
 
-from pipeline.config import INTERRUPTED, DumpConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import DumpConfig
+from pipeline.errors import INTERRUPTED
 from pipeline.signals import die_with_parent
 
 

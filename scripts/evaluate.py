@@ -10,7 +10,8 @@ input, 3 refused (the models have different tokenizers).
 import sys
 
 from pipeline import cli
-from pipeline.config import EvalConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import EvalConfig
 
 
 def main() -> int:

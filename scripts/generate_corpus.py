@@ -10,7 +10,8 @@ of other settings), 75 interrupted.
 import sys
 
 from pipeline import cli
-from pipeline.config import GenerateConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import GenerateConfig
 from pipeline.signals import die_with_parent
 
 

@@ -12,7 +12,7 @@ settings), 4 damaged dump, 75 interrupted.
 import sys
 
 from pipeline import cli
-from pipeline.config import parse, script_parser
+from pipeline.cli import parse, script_parser
 from pipeline.study.config import StudyConfig
 
 

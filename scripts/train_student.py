@@ -14,7 +14,9 @@ goes on from there. `training:` is transformers.TrainingArguments, unchanged. Ex
 import sys
 
 from pipeline import cli
-from pipeline.config import DONE, INTERRUPTED, TrainConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import TrainConfig
+from pipeline.errors import DONE, INTERRUPTED
 
 
 def main() -> int:

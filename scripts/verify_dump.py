@@ -28,8 +28,8 @@ def main() -> int:
     if code or not given.against:
         return code
     from pipeline import cli
-    from pipeline.config import DAMAGED
     from pipeline.dump import recompute as verify
+    from pipeline.errors import DAMAGED
 
     good = [False]
 

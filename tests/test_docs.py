@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import DumpConfig, EvalConfig, TrainConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import DumpConfig, EvalConfig, TrainConfig
 from pipeline.study.config import StudyConfig
 from storage.__main__ import parser as storage_parser
 from tests.helpers.paths import ROOT

@@ -10,17 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import (
-    ConfigError,
-    CorpusConfig,
-    DumpConfig,
-    LossConfig,
-    RefusedError,
-    TrainConfig,
-)
+from pipeline.config import CorpusConfig, DumpConfig, LossConfig, TrainConfig
 from pipeline.data.packing import packed_rows
 from pipeline.dump import dump
 from pipeline.dump import recompute as verify
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.training import train
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage

@@ -13,10 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.config import ConfigError, DumpConfig
+from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus, Sequence
 from pipeline.dump import workers
 from pipeline.dump.threads import Behind, ahead
+from pipeline.errors import ConfigError
 from pipeline.models import directory as model_dir
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals

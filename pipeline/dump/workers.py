@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import BAD_INPUT, DONE, REFUSED, ConfigError, FailedError
+from pipeline.errors import BAD_INPUT, DONE, REFUSED, ConfigError, FailedError
 from pipeline.progress import REPORT_TO, Progress, say
 
 ATTEMPTS = 3  # of each partition

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config import (
-    KINDS,
-    ConfigError,
-    CorpusConfig,
-    EvalConfig,
-    RefusedError,
-    held_out_texts,
-)
+from pipeline.config import KINDS, CorpusConfig, EvalConfig, held_out_texts
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import Int32s, TokenSequences
 from pipeline.data.packing import pack
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation.measures import Sums, by_document, intervals, measure
 from pipeline.models import directory as model_dir
 from pipeline.models.attention import enable_packing, packing_arguments

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 
 PACKED = "packed_sequences"  # has no mask function on purpose: transformers then makes no masks
 

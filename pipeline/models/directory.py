@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (

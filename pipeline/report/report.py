@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.progress import say
 
 

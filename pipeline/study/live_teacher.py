@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.losses import Direction
 from pipeline.models import directory as model_dir
 from pipeline.models.attention import enable_packing, packing_arguments

@@ -14,17 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import (
-    FAILED,
-    INTERRUPTED,
-    ConfigError,
-    EvalConfig,
-    FailedError,
-    Interrupted,
-    TrainConfig,
-    parse,
-    script_parser,
-)
+from pipeline.cli import parse, script_parser
+from pipeline.config import EvalConfig, TrainConfig
+from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Interrupted
 from pipeline.evaluation.evaluate import Comparison
 from pipeline.models import directory as model_dir
 from pipeline.progress import say

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pipeline.config import ConfigError, DumpConfig
+from pipeline.config import DumpConfig
 from pipeline.corpus import Sequence
+from pipeline.errors import ConfigError
 from pipeline.models import directory as model_dir
 from pipeline.progress import say
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling, draw, places

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.progress import say
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from pipeline import losses
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.models import directory as model_dir
 from pipeline.models.attention import PACKED
 from pipeline.progress import say

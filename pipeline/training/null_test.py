@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from pipeline.config import RefusedError, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import packed_rows
 from pipeline.dump.recompute import SURE
+from pipeline.errors import RefusedError
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.trainer import DistillTrainer

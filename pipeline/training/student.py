@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.models import directory as model_dir
 from pipeline.training import fsdp
 from pipeline.training.trainer import DistillTrainer, add_distill_forward

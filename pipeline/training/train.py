@@ -19,16 +19,10 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from pipeline.config import (
-    ConfigError,
-    HeldOutConfig,
-    Interrupted,
-    RefusedError,
-    TrainConfig,
-    held_out_texts,
-)
+from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
 from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.errors import ConfigError, Interrupted, RefusedError
 from pipeline.evaluation.evaluate import held_out
 from pipeline.models import directory as model_dir
 from pipeline.progress import say

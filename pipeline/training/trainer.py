@@ -27,9 +27,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from pipeline.config import ConfigError, LossConfig
+from pipeline.config import LossConfig
 from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
 from pipeline.data.packing import collate, packed_rows
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Sums, compare
 from pipeline.losses import Direction, linear_sparse_divergence
 from pipeline.models.attention import enable_packing, packing_arguments

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, CorpusConfig, DumpConfig, parse, script_parser
+from pipeline.cli import parse, script_parser
+from pipeline.config import CorpusConfig, DumpConfig
+from pipeline.errors import ConfigError
 
 MINIMAL = "model: m\noutput: o\ncorpus:\n  path: c\n"
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import ConfigError, CorpusConfig
+from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
+from pipeline.errors import ConfigError
 from pipeline.models.directory import load_tokenizer
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 

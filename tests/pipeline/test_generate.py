@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline import generate
-from pipeline.config import ConfigError, CorpusConfig, GenerateConfig, Interrupted, RefusedError
+from pipeline.config import CorpusConfig, GenerateConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
+from pipeline.errors import ConfigError, Interrupted, RefusedError
 from pipeline.models.directory import load_tokenizer
 from pipeline.progress import Progress
 from tests.helpers.corpora import some_texts, write_texts

@@ -12,8 +12,9 @@ import fsspec
 import pytest
 
 from pipeline import cli
-from pipeline.config import ConfigError, CorpusConfig
+from pipeline.config import CorpusConfig
 from pipeline.dump import dump
+from pipeline.errors import ConfigError
 from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
 from tests.helpers.corpora import some_texts, write_texts

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import cli
-from pipeline.config import ConfigError
 from pipeline.dump import dump
+from pipeline.errors import ConfigError
 from storage import (
     Dump,
     IncompleteDump,

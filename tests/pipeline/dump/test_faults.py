@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.config import Interrupted
 from pipeline.dump import dump
 from pipeline.dump.threads import Behind, ahead
+from pipeline.errors import Interrupted
 from storage import LogitDataset, PlanMismatch, StoreError, verify
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import SCRIPT, rows, settings

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
 from pipeline.dump import recompute as verify
+from pipeline.errors import ConfigError
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
 

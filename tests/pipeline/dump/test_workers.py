@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, FailedError
 from pipeline.dump import dump
 from pipeline.dump.workers import Pool, visible_devices
+from pipeline.errors import ConfigError, FailedError
 from pipeline.progress import Progress
 from storage import LogitDataset, verify
 from tests.helpers.corpora import some_texts, write_texts

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import ConfigError, CorpusConfig, EvalConfig, RefusedError
+from pipeline.config import CorpusConfig, EvalConfig
 from pipeline.corpus import Corpus
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import load_tokenizer
 from tests.helpers.corpora import some_texts, write_texts

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.models.attention import PACKED, enable_packing, packing_arguments
 
 SHAPE: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.report import dump_page as report_dump
 from pipeline.report import report
 from pipeline.report import study_page as report_study

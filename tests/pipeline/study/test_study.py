@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig
+from pipeline.config import CorpusConfig, HeldOutConfig
+from pipeline.errors import ConfigError
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
 from tests.helpers.corpora import some_texts, write_texts

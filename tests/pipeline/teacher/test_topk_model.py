@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
+from pipeline.errors import ConfigError
 from pipeline.teacher import vllm_teacher as teacher
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ConfigError
 from pipeline.corpus import Sequence
+from pipeline.errors import ConfigError
 from pipeline.teacher.sampling import Sampling
 from pipeline.teacher.vllm_teacher import (
     Pooled,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, LossConfig, RefusedError
+from pipeline.config import CorpusConfig, HeldOutConfig, LossConfig
 from pipeline.data.packing import batch_of
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
 from storage import LogitDataset

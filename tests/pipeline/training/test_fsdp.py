@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
+from pipeline.config import CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.training import train
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model

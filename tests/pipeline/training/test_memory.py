@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.training import memory, train
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
@@ -21,7 +21,8 @@ from pathlib import Path
 from pipeline.training import memory
 from pipeline.training import student
 from pipeline.training import train
-from pipeline.config import TrainConfig, parse, script_parser
+from pipeline.config import TrainConfig
+from pipeline.cli import parse, script_parser
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError, CorpusConfig, HeldOutConfig, TrainConfig
+from pipeline.config import CorpusConfig, HeldOutConfig, TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.training import train
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.runs import assert_close, settings, steps

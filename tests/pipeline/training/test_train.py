@@ -27,16 +27,10 @@ from transformers import (
 )
 
 from pipeline import cli
-from pipeline.config import (
-    ConfigError,
-    CorpusConfig,
-    HeldOutConfig,
-    LossConfig,
-    NullTestConfig,
-    RefusedError,
-)
+from pipeline.config import CorpusConfig, HeldOutConfig, LossConfig, NullTestConfig
 from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
 from pipeline.data.packing import collate
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
 from pipeline.training.trainer import add_distill_forward
