@@ -1,4 +1,4 @@
-"""How every script ends: its errors as one message and an exit code, its summary as JSON."""
+"""The command line of every script: options and YAML in, a summary as JSON and an exit code out."""
 
 import argparse
 import json
@@ -25,31 +25,8 @@ from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 Config = TypeVar("Config")
 
-CODES: list[tuple[type[Exception], int]] = [
-    (ConfigError, BAD_INPUT),
-    (IncompleteDump, BAD_INPUT),
-    (PlanMismatch, REFUSED),
-    (RefusedError, REFUSED),
-    (FailedError, FAILED),
-    (StoreError, FAILED),
-    (StorageError, DAMAGED),
-    (Interrupted, INTERRUPTED),
-]
-
-
-def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
-    """Run the script's work; returns the exit code."""
-    try:
-        summary = work()
-    except tuple(kind for kind, _ in CODES) as error:
-        code = next(code for kind, code in CODES if isinstance(error, kind))
-        again = code in (INTERRUPTED, FAILED)
-        hint = "; run the same command again to go on" if again else ""
-        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
-        return code
-    if summary_file:
-        Path(summary_file).write_text(json.dumps(summary, indent=1) + "\n")
-    return DONE
+# The docstring under a field of a settings dataclass is its help text.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
@@ -80,3 +57,30 @@ def parse(
     return settings, argparse.Namespace(
         **{name: value for name, value in vars(made).items() if name not in own}
     )
+
+
+CODES: list[tuple[type[Exception], int]] = [
+    (ConfigError, BAD_INPUT),
+    (IncompleteDump, BAD_INPUT),
+    (PlanMismatch, REFUSED),
+    (RefusedError, REFUSED),
+    (FailedError, FAILED),
+    (StoreError, FAILED),
+    (StorageError, DAMAGED),
+    (Interrupted, INTERRUPTED),
+]
+
+
+def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
+    """Run the script's work; returns the exit code."""
+    try:
+        summary = work()
+    except tuple(kind for kind, _ in CODES) as error:
+        code = next(code for kind, code in CODES if isinstance(error, kind))
+        again = code in (INTERRUPTED, FAILED)
+        hint = "; run the same command again to go on" if again else ""
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        return code
+    if summary_file:
+        Path(summary_file).write_text(json.dumps(summary, indent=1) + "\n")
+    return DONE

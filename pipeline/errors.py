@@ -16,7 +16,7 @@ class RefusedError(Exception):
 
 
 class FailedError(Exception):
-    """Something outside stopped the work, such as a full disk; another attempt may succeed. Exit code 1."""
+    """Something outside stopped the work; another attempt may succeed. Exit code 1."""
 
 
 class Interrupted(Exception):

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 
-from pipeline.cli import parse, script_parser
+from pipeline import cli
 from pipeline.config import DumpConfig
 from pipeline.errors import INTERRUPTED
 from pipeline.signals import die_with_parent
@@ -33,7 +33,7 @@ def main() -> int:
     die_with_parent()
     for known in (signal.SIGINT, signal.SIGTERM):  # until the dump takes over
         signal.signal(known, lambda *_: sys.exit(INTERRUPTED))
-    parser = script_parser(DumpConfig, __doc__ or "")
+    parser = cli.script_parser(DumpConfig, __doc__ or "")
     parser.add_argument(
         "--partition",
         type=str,
@@ -58,14 +58,14 @@ def main() -> int:
         type=int,
         help="with --estimate: general tokens that one student run reads (default: all, once)",
     )
-    config, own = parse(parser, DumpConfig)
+    config, own = cli.parse(parser, DumpConfig)
     index = None
     if own.partition:
         try:
             index, config.partitions = partition_number(own.partition)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--partition: {error}")
-    from pipeline import cli  # late: this takes seconds
+
     from pipeline.dump import dump
 
     if own.estimate:

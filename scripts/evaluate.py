@@ -10,12 +10,11 @@ input, 3 refused (the models have different tokenizers).
 import sys
 
 from pipeline import cli
-from pipeline.cli import parse, script_parser
 from pipeline.config import EvalConfig
 
 
 def main() -> int:
-    config, own = parse(script_parser(EvalConfig, __doc__ or ""), EvalConfig)
+    config, own = cli.parse(cli.script_parser(EvalConfig, __doc__ or ""), EvalConfig)
     # After the settings are known to be good: torch takes seconds.
     from pipeline.evaluation import evaluate
 

@@ -10,14 +10,13 @@ of other settings), 75 interrupted.
 import sys
 
 from pipeline import cli
-from pipeline.cli import parse, script_parser
 from pipeline.config import GenerateConfig
 from pipeline.signals import die_with_parent
 
 
 def main() -> int:
     die_with_parent()
-    config, own = parse(script_parser(GenerateConfig, __doc__ or ""), GenerateConfig)
+    config, own = cli.parse(cli.script_parser(GenerateConfig, __doc__ or ""), GenerateConfig)
     from pipeline import generate  # late: this takes seconds
 
     return cli.main(lambda: generate.run(config), own.summary)

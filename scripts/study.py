@@ -12,12 +12,11 @@ settings), 4 damaged dump, 75 interrupted.
 import sys
 
 from pipeline import cli
-from pipeline.cli import parse, script_parser
 from pipeline.study.config import StudyConfig
 
 
 def main() -> int:
-    config, own = parse(script_parser(StudyConfig, __doc__ or ""), StudyConfig)
+    config, own = cli.parse(cli.script_parser(StudyConfig, __doc__ or ""), StudyConfig)
     from pipeline.study import study  # after the settings are known to be good: torch takes seconds
 
     return cli.main(lambda: study.run(config), own.summary)

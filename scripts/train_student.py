@@ -14,13 +14,12 @@ goes on from there. `training:` is transformers.TrainingArguments, unchanged. Ex
 import sys
 
 from pipeline import cli
-from pipeline.cli import parse, script_parser
 from pipeline.config import TrainConfig
 from pipeline.errors import DONE, INTERRUPTED
 
 
 def main() -> int:
-    config, own = parse(script_parser(TrainConfig, __doc__ or ""), TrainConfig)
+    config, own = cli.parse(cli.script_parser(TrainConfig, __doc__ or ""), TrainConfig)
     # After the settings are known to be good: torch takes seconds.
     from pipeline.training import train
 
