@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import CorpusConfig
 from pipeline.errors import ConfigError
+from pipeline.types import Int32s, Int64s
 
 COMPRESSED = (".gz", ".zst")
 FORMATS = {
@@ -255,3 +257,51 @@ def local_copy(file: str) -> str:
         fs.get_file(root, str(own))
         os.replace(own, copy)
     return str(copy)
+
+
+class TokenSequences:
+    """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        sequences = list(corpus.sequences())
+        self.documents = np.array([sequence.document for sequence in sequences], np.int64)
+        """[len] the document that each sequence is of"""
+        self._join([sequence.input_ids for sequence in sequences])
+
+    def _join(self, parts: list[Int32s]) -> None:
+        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def spread(self, number: int | None) -> "TokenSequences":
+        """At most so many of them, evenly spread; all without a number."""
+        if number is None or number >= len(self):
+            return self
+        chosen = np.arange(number) * len(self) // number
+        found = copy(self)
+        found.documents = self.documents[chosen]
+        found._join([self[int(index)] for index in chosen])
+        return found
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __iter__(self) -> Iterator[Int32s]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Int32s:
+        return self.ids[self.starts[index] : self.starts[index + 1]]
+
+    @property
+    def lengths(self) -> Int64s:
+        """Tokens of each sequence."""
+        return np.diff(self.starts)
+
+
+def held_out(
+    corpus: CorpusConfig, tokenizer: Any, max_length: int, add_eos: bool
+) -> TokenSequences:
+    """A corpus for evaluation; ConfigError when nothing in it can be predicted."""
+    text = TokenSequences(Corpus(corpus, tokenizer, max_length, add_eos))
+    if not len(text):
+        raise ConfigError(f"corpus {corpus.path}: no document has two tokens to evaluate on")
+    return text

@@ -7,61 +7,20 @@ the same number of items per step.
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import TokenSequences
+from pipeline.types import Int32s, Int64s
 from storage import LogitDataset, Record
 
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 MixBy = Literal["sequences", "tokens"]
 DOMAIN, GENERAL, BLOCKS = 0, 1, 2  # kinds of random numbers
 BLOCK = 1000  # general sequences in which several dumps stand in their exact proportion
-
-
-class TokenSequences:
-    """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        sequences = list(corpus.sequences())
-        self.documents = np.array([sequence.document for sequence in sequences], np.int64)
-        """[len] the document that each sequence is of"""
-        self._join([sequence.input_ids for sequence in sequences])
-
-    def _join(self, parts: list[Int32s]) -> None:
-        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
-
-    def spread(self, number: int | None) -> "TokenSequences":
-        """At most so many of them, evenly spread; all without a number."""
-        if number is None or number >= len(self):
-            return self
-        chosen = np.arange(number) * len(self) // number
-        found = copy(self)
-        found.documents = self.documents[chosen]
-        found._join([self[int(index)] for index in chosen])
-        return found
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __iter__(self) -> Iterator[Int32s]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Int32s:
-        return self.ids[self.starts[index] : self.starts[index + 1]]
-
-    @property
-    def lengths(self) -> Int64s:
-        """Tokens of each sequence."""
-        return np.diff(self.starts)
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.data.mixing import Int32s, Item
+from pipeline.data.mixing import Item
+from pipeline.types import Int32s
 from storage import Record
 
 

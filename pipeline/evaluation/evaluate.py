@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config import KINDS, CorpusConfig, EvalConfig, held_out_texts
-from pipeline.corpus import Corpus
-from pipeline.data.mixing import Int32s, TokenSequences
+from pipeline.config import KINDS, EvalConfig, held_out_texts
+from pipeline.corpus import TokenSequences, held_out
 from pipeline.data.packing import pack
-from pipeline.errors import ConfigError, RefusedError
+from pipeline.errors import RefusedError
 from pipeline.evaluation.measures import Sums, by_document, intervals, measure
 from pipeline.models import directory as model_dir
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.progress import Progress, say
+from pipeline.types import Int32s
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each
@@ -165,16 +165,6 @@ class Comparison:
 
 def status_line(name: str, kind: str, total: Sums) -> str:
     return f"{name}, {kind} text: perplexity {total.perplexity:.2f}"
-
-
-def held_out(
-    corpus: CorpusConfig, tokenizer: Any, max_length: int, add_eos: bool
-) -> TokenSequences:
-    """A corpus for evaluation; ConfigError when nothing in it can be predicted."""
-    text = TokenSequences(Corpus(corpus, tokenizer, max_length, add_eos))
-    if not len(text):
-        raise ConfigError(f"corpus {corpus.path}: no document has two tokens to evaluate on")
-    return text
 
 
 def by_documents(sums: list[Sums], against: list[Sums], text: TokenSequences) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed
@@ -20,10 +19,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
-from pipeline.corpus import Corpus
-from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.corpus import Corpus, TokenSequences, held_out
+from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.errors import ConfigError, Interrupted, RefusedError
-from pipeline.evaluation.evaluate import held_out
 from pipeline.models import directory as model_dir
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
@@ -31,10 +29,10 @@ from pipeline.training import fsdp, memory
 from pipeline.training.null_test import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import GENERAL_KL, DistillTrainer, items_per_step
+from pipeline.types import Json
 from storage import LogitDataset
 from storage.manifest import differences
 
-Json = dict[str, Any]
 Dumps = dict[LogitDataset, float]  # with their weights
 FINAL, SUMMARY = "model", "summary.json"
 # Training arguments that do not change what is learnt: a run may go on with others.

@@ -28,7 +28,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import LossConfig
-from pipeline.data.mixing import EpochSampler, MixedDataset, TokenSequences
+from pipeline.corpus import TokenSequences
+from pipeline.data.mixing import EpochSampler, MixedDataset
 from pipeline.data.packing import collate, packed_rows
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Sums, compare

@@ -38,7 +38,7 @@ CASES = ["cross-entropy", "mol from disk", "live teacher"]
 
 
 class Domain:
-    """Random token sequences, all of one length, as `mixing.TokenSequences` has them."""
+    """Random token sequences, all of one length, as `corpus.TokenSequences` has them."""
 
     def __init__(self, number: int, length: int, vocabulary: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)

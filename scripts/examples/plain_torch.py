@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus
-from pipeline.data.mixing import TokenSequences
+from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.packing import packed_rows
 from pipeline.losses import linear_sparse_divergence
 from pipeline.models.attention import enable_packing, packing_arguments

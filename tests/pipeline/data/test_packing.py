@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.mixing import (
     BLOCK,
     GENERAL,
@@ -14,7 +14,6 @@ from pipeline.data.mixing import (
     GeneralStream,
     Item,
     MixedDataset,
-    TokenSequences,
     apportion,
     shuffled,
 )

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, EvalConfig
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, held_out
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import load_tokenizer
@@ -162,7 +162,7 @@ def test_worst_documents_and_changes(
 
 def test_sequences_are_spread_over_the_text(model_path: Path, general: Path) -> None:
     tokenizer = load_tokenizer(model_path)
-    text = evaluate.held_out(CorpusConfig(str(general)), tokenizer, 16, True)
+    text = held_out(CorpusConfig(str(general)), tokenizer, 16, True)
     few = text.spread(7)
     assert len(few) == 7
     assert len(text) > 30

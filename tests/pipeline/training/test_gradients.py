@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import LossConfig
-from pipeline.corpus import Corpus
-from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.corpus import Corpus, TokenSequences
+from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import batch_of, collate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import load_tokenizer

@@ -28,7 +28,8 @@ from transformers import (
 
 from pipeline import cli
 from pipeline.config import CorpusConfig, HeldOutConfig, LossConfig, NullTestConfig
-from pipeline.data.mixing import GeneralStream, MixedDataset, TokenSequences
+from pipeline.corpus import TokenSequences
+from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.losses import sparse_divergence
