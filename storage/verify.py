@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from storage.errors import IncompleteDump, InvalidRecord, StorageError, StoreError
 from storage.gc import MARKER
 from storage.manifest import Dump, Shard, to_json
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
 

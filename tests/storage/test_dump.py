@@ -21,7 +21,7 @@ from storage import (
     verify,
 )
 from storage.manifest import Dump
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from tests.fuzz.corrupt_shard import corrupt
 from tests.helpers.records import assert_same, make_dump, plan, random_record
 
@@ -47,7 +47,7 @@ def test_rows_come_back_in_order(tmp_path: Path, codec: str) -> None:
 def test_row_groups_are_crossed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    monkeypatch.setattr("storage.shard.ROW_GROUP_TOKENS", 60)
+    monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", 60)
     make_dump(tmp_path, shards=1, rows=10, codec=codec)
     dataset = LogitDataset(tmp_path)
     assert dataset._reader(0).file.num_row_groups == 4
@@ -58,7 +58,7 @@ def test_row_groups_are_crossed(
 def test_rows_read_together_open_each_row_group_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.shard.ROW_GROUP_TOKENS", 60)
+    monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", 60)
     monkeypatch.setattr("storage.dataset.CACHED_GROUPS", 1)
     make_dump(tmp_path, shards=2, rows=10)
     dataset, opened = LogitDataset(tmp_path), []
