@@ -101,9 +101,9 @@ def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
         return []
     end = int(samples.counts[: at + 1].sum(dtype=np.int64))
     here = slice(end - int(samples.counts[at]), end)
-    drawn = zip(samples.ids[here].tolist(), samples.times[here].tolist(), strict=True)
-    best = sorted(drawn, key=lambda pair: -pair[1])[:top]
-    return [(token, times, samples.draws) for token, times in best]
+    ids, times = samples.ids[here].tolist(), samples.times[here].tolist()
+    most = np.argsort(-samples.times[here].astype(int), kind="stable")[:top]
+    return [(ids[at], times[at], samples.draws) for at in most]
 
 
 def show(token: str, width: int = 14) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,16 @@ from storage.topk import Int32s, Record, TopK, codec_kl
 ROW_GROUP_TOKENS = 16_384
 LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
 PAYLOADS = ("payload", "samples", "successors")  # already compressed
+
+
+class PendingRow(NamedTuple):
+    """A checked row that is not in the file yet."""
+
+    doc_id: str
+    chunk: int
+    input_ids: Int32s
+    samples: bytes  # encoded; empty without samples
+    grid: Grid
 
 
 class ShardWriter:
@@ -58,8 +69,7 @@ class ShardWriter:
         self.sampled_ids = self.sample_bytes = 0
         self.mass = self.kl_sum = self.kl_max = 0.0
         self.histogram = np.zeros(MASS_BINS, np.int64)
-        # doc_id, chunk, input_ids, the encoded samples, the exact part
-        self.pending: list[tuple[str, int, Int32s, bytes, Grid]] = []
+        self.pending: list[PendingRow] = []
         self.pending_tokens = 0
         self.tables: Ranks | Successors | None = None
         self.file: pq.ParquetWriter | None = None
@@ -96,7 +106,7 @@ class ShardWriter:
         self.kl_sum += float(kl.sum())
         self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
         samples = self.encode_samples(record.topk)
-        self.pending.append((record.doc_id, record.chunk, ids, samples, grid.narrow()))
+        self.pending.append(PendingRow(record.doc_id, record.chunk, ids, samples, grid.narrow()))
         self.pending_tokens += len(ids)
         self.rows += 1
         self.tokens += len(ids)
@@ -127,10 +137,10 @@ class ShardWriter:
                 "plan_sha256": hashlib.sha256(to_json(self.partition.dump.plan)).digest().hex(),
             }
             if self.codec == "v1":
-                self.tables = Ranks.learn((row[-1] for row in self.pending), self.vocab_size)
+                self.tables = Ranks.learn((row.grid for row in self.pending), self.vocab_size)
                 metadata["ranks"] = pack_ranks(self.tables)
             else:
-                rows = [(input_ids, grid) for _, _, input_ids, _, grid in self.pending]
+                rows = [(row.input_ids, row.grid) for row in self.pending]
                 self.tables = Successors.learn(rows, self.vocab_size)
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
@@ -158,22 +168,21 @@ class ShardWriter:
         assert self.local is not None
         size = tokens = 0
         while size < len(self.pending) and tokens < ROW_GROUP_TOKENS:
-            tokens += len(self.pending[size][2])
+            tokens += len(self.pending[size].input_ids)
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
-        doc_ids, chunks, input_ids, samples, grids = zip(*rows, strict=True)
         # What takes time lets other threads run.
         with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
-            payloads = list(pool.map(self.payload, input_ids, grids))
+            payloads = list(pool.map(self.payload, rows))
         columns = [
-            pa.array(doc_ids, pa.string()),
-            pa.array(chunks, pa.int32()),
-            pa.array([len(ids) for ids in input_ids], pa.int32()),
-            pa.array(input_ids, SCHEMA.field("input_ids").type),
+            pa.array([row.doc_id for row in rows], pa.string()),
+            pa.array([row.chunk for row in rows], pa.int32()),
+            pa.array([len(row.input_ids) for row in rows], pa.int32()),
+            pa.array([row.input_ids for row in rows], SCHEMA.field("input_ids").type),
             pa.array(payloads, pa.binary()),
         ]
         if self.draws:
-            columns.append(pa.array(samples, pa.binary()))
+            columns.append(pa.array([row.samples for row in rows], pa.binary()))
         if isinstance(self.tables, Successors):
             first = self.tables.pack() if self.flushed_tokens == 0 else None
             columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
@@ -183,12 +192,12 @@ class ShardWriter:
         self.flushed_tokens += tokens
         self.flushed_bytes = self.local.stat().st_size
 
-    def payload(self, input_ids: Int32s, grid: Grid) -> bytes:
+    def payload(self, row: PendingRow) -> bytes:
         """A row's bytes; what is committed has been read back."""
-        ranks = self.tables
-        bound = ranks.row(input_ids) if isinstance(ranks, Successors) else ranks
-        data = pack(grid, bound)
-        if not unpack(data, bound).same(grid):
+        tables = self.tables
+        ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
+        data = pack(row.grid, ranks)
+        if not unpack(data, ranks).same(row.grid):
             raise CorruptShard(f"{self.name}: a row reads back as another; nothing is committed")
         return data
 

@@ -109,8 +109,8 @@ def check_shard(
             key = (record.doc_id, record.chunk)
             if key in seen:
                 return (
-                    f"{shard.file}, row {number}: document {key[0]!r}, chunk {key[1]} stands "
-                    f"in {seen[key]} already"
+                    f"{shard.file}, row {number}: document {record.doc_id!r}, chunk "
+                    f"{record.chunk} is already in {seen[key]}"
                 )
             seen[key] = shard.file
             try:  # what readers take the time for nowhere else: an id twice, kept and sampled

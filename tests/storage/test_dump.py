@@ -314,7 +314,7 @@ def test_verify_finds_an_id_that_stands_twice(tmp_path: Path) -> None:
     """Of a writer that is not ours: version 1 can say it, and its checksums are right."""
     writer = ShardWriter(create_dump(tmp_path, plan()).partition(0))
     writer.write(random_record(1))
-    (*_, grid) = writer.pending[0]
+    grid = writer.pending[0].grid
     grid.ids[9] = grid.ids[8]
     marker = writer.commit({})
     Dump(tmp_path).partition(0).finish({})

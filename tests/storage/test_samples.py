@@ -197,7 +197,9 @@ def test_any_planes_are_errors_or_samples(drawn: st.DataObject) -> None:
     width, more = drawn.draw(st.integers(1, 4)), drawn.draw(st.integers(0, 2))
     sizes = [sum(counts)] * (width + more)
     parts = [bytes(counts), *(drawn.draw(st.binary(min_size=n, max_size=n)) for n in sizes)]
-    header = sampled.Header((1, width, more), draws, vocab_size, positions, sum(counts))
+    header = sampled.Header(
+        sampled.Planes(1, width, more), draws, vocab_size, positions, sum(counts)
+    )
     try:
         found = sampled.unpack(join(header.pack(), deflate([parts])))
     except StorageError:
@@ -207,7 +209,7 @@ def test_any_planes_are_errors_or_samples(drawn: st.DataObject) -> None:
 
 
 def test_a_lying_header_allocates_nothing() -> None:
-    header = sampled.Header((2, 1, 0), 65535, 1 << 20, 1 << 24, 1 << 31)
+    header = sampled.Header(sampled.Planes(2, 1, 0), 65535, 1 << 20, 1 << 24, 1 << 31)
     with pytest.raises(CorruptPayload):
         sampled.unpack(header.pack() + bytes(12))
 
@@ -270,10 +272,11 @@ def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
     writer = ShardWriter(dump.partition(0))
     for tokens in (20, 30):
         writer.write(random_record(tokens, tokens, samples=DRAWS))
-    writer.pending[0], writer.pending[1] = (
-        (*one[:3], other[3], one[4])
-        for one, other in [(writer.pending[0], writer.pending[1]), writer.pending[1::-1]]
-    )
+    first, second = writer.pending
+    writer.pending = [
+        first._replace(samples=second.samples),
+        second._replace(samples=first.samples),
+    ]
     marker = writer.commit({})
     dump.partition(0).finish({})
     dump.finish()
