@@ -320,7 +320,7 @@ def test_verify_finds_an_id_that_stands_twice(tmp_path: Path) -> None:
     Dump(tmp_path).partition(0).finish({})
     Dump(tmp_path).finish()
     (fault,) = verify(tmp_path).faults
-    assert f"{marker['file']}, row 0: position 1: id {grid.ids[8]} stands twice" in fault
+    assert f"{marker['file']}, row 0: position 1: id {grid.ids[8]} appears twice" in fault
 
 
 @CODECS

@@ -126,19 +126,25 @@ def wrong_records() -> list[tuple[TopK, str]]:
     check_topk(topk, VOCAB)
     two = np.array([2, 0], np.uint16)
     return [
-        (change(topk, ids=np.array([9, 1], np.int32)), "position 0: sampled ids do not ascend"),
-        (change(topk, ids=np.array([9, 9], np.int32)), "position 0: sampled ids do not ascend"),
+        (
+            change(topk, ids=np.array([9, 1], np.int32)),
+            "position 0: sampled ids are not in ascending order",
+        ),
+        (
+            change(topk, ids=np.array([9, 9], np.int32)),
+            "position 0: sampled ids are not in ascending order",
+        ),
         (change(topk, ids=np.array([1, VOCAB], np.int32)), f"position 0: id {VOCAB} is outside"),
-        (change(topk, ids=np.array([1, 4], np.int32)), "position 0: id 4 is kept and sampled"),
+        (change(topk, ids=np.array([1, 4], np.int32)), "position 0: id 4 is both kept and sampled"),
         (change(topk, times=two + 1), "position 0: 4 draws, expected 3"),
-        (change(topk, times=np.array([3, 0], np.uint16)), "position 0: 3 draws, expected 3"),
-        (change(topk, times=two[:1]), "2 samples counted, but 2 ids and 1 times"),
+        (change(topk, times=np.array([3, 0], np.uint16)), "position 0: id 9 was drawn 0 times"),
+        (change(topk, times=two[:1]), "counts sum to 2 samples, found 2 ids and 1 times"),
         (change(topk, draws=0), "0 draws, expected 1 to 65535"),
-        (change(topk, counts=two[:1]), "2 positions, samples for 1"),
-        (replace(topk, samples=some(3, 2)), "position 1: .* sampled ids, tail -inf"),
+        (change(topk, counts=two[:1]), "2 positions, but the samples have 1"),
+        (replace(topk, samples=some(3, 2)), "position 1: .* sampled ids with a tail of -inf"),
         (
             replace(topk, tail_logprob=np.array([-0.93, -20], np.float32)),
-            "position 1: 0 sampled ids, tail -20",
+            "position 1: 0 sampled ids with a tail of -20",
         ),
     ]
 
@@ -281,7 +287,7 @@ def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
     dump.partition(0).finish({})
     dump.finish()
     with pytest.raises(
-        StorageError, match=rf"{marker['file']}, row 0 .*19 positions, samples for 29"
+        StorageError, match=rf"{marker['file']}, row 0 .*19 positions, but the samples have 29"
     ):
         LogitDataset(tmp_path)[0]
     assert marker["file"] in verify(tmp_path).faults[0]
