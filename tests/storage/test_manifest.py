@@ -5,9 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import LogitDataset
+from storage import IncompleteDump, LogitDataset, PlanMismatch, create_dump
 from storage.manifest import Totals
-from tests.helpers.records import make_dump
+from tests.helpers.records import make_dump, plan
+
+
+def test_another_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
+    create_dump(tmp_path, plan(teacher={"name": "a", "dtype": "bfloat16"}))
+    create_dump(tmp_path, plan(teacher={"name": "a", "dtype": "bfloat16"}))  # the same: opens
+    with pytest.raises(PlanMismatch) as refused:
+        create_dump(tmp_path, plan(teacher={"name": "b", "dtype": "bfloat16"}, k=9))
+    lines = str(refused.value).splitlines()[1:-1]
+    assert lines == [
+        "  k: 8 in the dump, 9 asked for",
+        "  teacher.name: 'a' in the dump, 'b' asked for",
+    ]
+
+
+def test_no_dump_at_all_says_so(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteDump, match=r"no plan\.json"):
+        LogitDataset(tmp_path / "nowhere")
 
 
 def test_totals_are_those_of_the_rows(tmp_path: Path) -> None:
