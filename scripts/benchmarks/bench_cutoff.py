@@ -57,7 +57,7 @@ def cut(topk: TopK, k: int, min_prob: float, top_p: float) -> TopK:
 def bytes_per_token(
     rows: list[Record], how: tuple[int, float, float], vocab: int
 ) -> tuple[float, float]:
-    """(payloads and tables, mean entries) of rows that are cut so."""
+    """(payloads and tables, mean entries) of rows after this cut."""
     grids = [(r.input_ids, quantise(cut(r.topk, *how), vocab, 1 / 16).narrow()) for r in rows]
     tables = Successors.learn(grids, vocab)
     size = len(tables.pack()) + sum(len(pack(grid, tables.row(ids))) for ids, grid in grids)
@@ -99,10 +99,10 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("dump", type=Path)
-    parser.add_argument("--rows", type=int, default=16, help="on which gradients are taken")
-    parser.add_argument("--tokens", type=int, default=200_000, help="on which bytes are counted")
-    parser.add_argument("--draws", type=int, default=40, help="that the mean is taken over")
-    parser.add_argument("--noise", default="0.05,0.2,0.5", help="of a weight's own spread")
+    parser.add_argument("--rows", type=int, default=16, help="rows for the gradients")
+    parser.add_argument("--tokens", type=int, default=200_000, help="tokens for the bytes")
+    parser.add_argument("--draws", type=int, default=40, help="draws for the mean")
+    parser.add_argument("--noise", default="0.05,0.2,0.5", help="relative to a weight's spread")
     given = parser.parse_args()
     dataset = LogitDataset(given.dump, partial=True, samples=False)
     vocab, rows, tokens = int(dataset.plan["vocab_size"]), [], 0
