@@ -1,5 +1,4 @@
-"""What a model predicts beside its base: measures of each position, their sums, what they are sure
-to.
+"""Per-position measures of a model beside its base, their sums, bootstrap intervals.
 
 All in nats. The tail measures look where a top-k target does not: with K the base's k best ids, a
 and b the mass of base and model outside K, KL(base ‖ model) is the divergence on {K, tail} plus

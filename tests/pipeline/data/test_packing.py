@@ -18,7 +18,7 @@ from pipeline.data.mixing import (
     shuffled,
 )
 from pipeline.data.packing import collate, fill
-from pipeline.models.directory import load_tokenizer
+from pipeline.models.directory import ModelFolder
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
 
@@ -26,7 +26,7 @@ from tests.helpers.corpora import some_texts, write_texts
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> TokenSequences:
     corpus = write_texts(tmp_path_factory.mktemp("domain") / "d.jsonl", some_texts(11))
-    return TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
+    return TokenSequences(Corpus(CorpusConfig(str(corpus)), ModelFolder(model_path).tokenizer, 100))
 
 
 def stream(*dumps: LogitDataset, weights: tuple[float, ...] = (1,), seed: int = 1) -> GeneralStream:
