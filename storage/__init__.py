@@ -19,7 +19,7 @@ from storage.errors import (
 )
 from storage.manifest import Dump, Manifest, Partition, create_dump
 from storage.samples import Samples
-from storage.shard import ShardWriter
+from storage.shard_writer import ShardWriter
 from storage.topk import Record, TopK
 from storage.verify import verify
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.manifest import Dump, Json, Manifest
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from storage.topk import Int32s, Record
 
 OPEN_SHARDS = 32

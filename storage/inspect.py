@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from storage.dataset import LogitDataset
-from storage.manifest import Json
+from storage.manifest import Json, Totals
 from storage.shard import MASS_BINS
 from storage.topk import Record
 
@@ -18,35 +18,30 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
     for name, value in flatten(dataset.plan):
         yield f"  {name:<22} {value}"
     markers = [shard.marker for shard in dataset.shards]
-    tokens = sum(marker["tokens"] for marker in markers)
-    positions = sum(marker["positions"] for marker in markers)
-    size = sum(marker["bytes"] for marker in markers)
+    totals = Totals.of(markers)
     yield ""
-    yield f"shards     {len(markers):,}" + ("  (not finished)" if dataset.partial else "")
-    yield f"rows       {len(dataset):,}"
-    yield f"tokens     {tokens:,}"
-    if not positions:
+    yield f"shards     {totals.shards:,}" + ("  (not finished)" if dataset.partial else "")
+    yield f"rows       {totals.rows:,}"
+    yield f"tokens     {totals.tokens:,}"
+    if not totals.positions:
         return
-    entries = sum(marker["entries"] for marker in markers)
-    yield f"bytes      {size:,}  ({size / tokens:.1f} per token)"
-    yield f"entries    {entries / positions:.1f} per position"
-    if any("sampled_ids" in marker for marker in markers):
-        ids, taken = (
-            sum(marker.get(name, 0) for marker in markers)
-            for name in ("sampled_ids", "sample_bytes")
-        )
+    yield f"bytes      {totals.bytes:,}  ({totals.bytes_per_token:.1f} per token)"
+    yield f"entries    {totals.entries / totals.positions:.1f} per position"
+    if dataset.plan.get("samples"):
         yield (
-            f"samples    {dataset.plan['samples']} draws, {ids / positions:.1f} ids per position, "
-            f"{taken / tokens:.1f} bytes per token"
+            f"samples    {dataset.plan['samples']} draws, "
+            f"{totals.sampled_ids / totals.positions:.1f} ids per position, "
+            f"{totals.sample_bytes / totals.tokens:.1f} bytes per token"
         )
-    yield f"kept mass  {sum(marker['mass'] for marker in markers) / positions:.4f} on average"
-    error = sum(marker["kl_sum"] for marker in markers) / positions
-    worst = max(marker["kl_max"] for marker in markers)
-    yield f"error      {error:.1e} nats of KL by the codec on average, {worst:.1e} at worst"
+    yield f"kept mass  {totals.kept_mass:.4f} on average"
+    yield (
+        f"error      {totals.codec_kl:.1e} nats of KL by the codec on average, "
+        f"{totals.kl_max:.1e} at worst"
+    )
     yield ""
     histogram = np.sum([marker["mass_histogram"] for marker in markers], axis=0)
     for number, count in enumerate(histogram):
-        share = count / positions
+        share = count / totals.positions
         low, high = number / MASS_BINS, (number + 1) / MASS_BINS
         yield f"  mass {low:.2f}-{high:.2f} {share:7.2%} {'█' * round(BAR * share)}"
 
@@ -101,9 +96,9 @@ def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
         return []
     end = int(samples.counts[: at + 1].sum(dtype=np.int64))
     here = slice(end - int(samples.counts[at]), end)
-    drawn = zip(samples.ids[here].tolist(), samples.times[here].tolist(), strict=True)
-    best = sorted(drawn, key=lambda pair: -pair[1])[:top]
-    return [(token, times, samples.draws) for token, times in best]
+    ids, times = samples.ids[here].tolist(), samples.times[here].tolist()
+    most = np.argsort(-samples.times[here].astype(int), kind="stable")[:top]
+    return [(ids[at], times[at], samples.draws) for at in most]
 
 
 def show(token: str, width: int = 14) -> str:

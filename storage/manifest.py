@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,78 @@ class Shard:
     @property
     def tokens(self) -> int:
         return int(self.marker["tokens"])
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the markers of committed shards.
+
+    shards        markers counted
+    rows, tokens  stored rows and their input ids
+    positions     distributions
+    entries       kept ids of all positions
+    bytes         of the data files
+    mass          probability of the kept ids, summed over positions
+    kl_sum        KL in nats that the codec costs, summed over positions
+    kl_max        the largest such KL of one position
+    documents     0 unless the markers count them, as those of the pipeline do
+    sampled_ids   different ids drawn from the tails; 0 without samples
+    sample_bytes  of the encoded samples; 0 without samples
+    """
+
+    shards: int = 0
+    rows: int = 0
+    tokens: int = 0
+    positions: int = 0
+    entries: int = 0
+    bytes: int = 0
+    mass: float = 0.0
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    documents: int = 0
+    sampled_ids: int = 0
+    sample_bytes: int = 0
+
+    @classmethod
+    def of(cls, markers: Iterable[Json]) -> "Totals":
+        """Add up these markers; no markers give zeros."""
+        found = list(markers)
+
+        def total(name: str) -> int:
+            return sum(int(marker[name]) for marker in found)
+
+        def optional(name: str) -> int:
+            return sum(int(marker.get(name, 0)) for marker in found)
+
+        return cls(
+            shards=len(found),
+            rows=total("rows"),
+            tokens=total("tokens"),
+            positions=total("positions"),
+            entries=total("entries"),
+            bytes=total("bytes"),
+            mass=sum((float(marker["mass"]) for marker in found), 0.0),
+            kl_sum=sum((float(marker["kl_sum"]) for marker in found), 0.0),
+            kl_max=max((float(marker["kl_max"]) for marker in found), default=0.0),
+            documents=optional("documents"),
+            sampled_ids=optional("sampled_ids"),
+            sample_bytes=optional("sample_bytes"),
+        )
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """None without tokens."""
+        return self.bytes / self.tokens if self.tokens else None
+
+    @property
+    def kept_mass(self) -> float | None:
+        """Mean probability of a position's kept ids; None without positions."""
+        return self.mass / self.positions if self.positions else None
+
+    @property
+    def codec_kl(self) -> float | None:
+        """Mean KL in nats that the codec costs a position; None without positions."""
+        return self.kl_sum / self.positions if self.positions else None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def fault(samples: Samples, vocab_size: int) -> str | None:
     if not 1 <= samples.draws <= 65535:
         return f"{samples.draws} draws, expected 1 to 65535"
     if not entries == len(ids) == len(times):
-        return f"{entries} samples counted, but {len(ids)} ids and {len(times)} times"
+        return f"counts sum to {entries} samples, found {len(ids)} ids and {len(times)} times"
     position = np.repeat(np.arange(len(counts)), counts)
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):
@@ -65,10 +65,14 @@ def fault(samples: Samples, vocab_size: int) -> str | None:
         return f"position {position[at]}: id {ids[at]} is outside the vocabulary of {vocab_size}"
     disorder = np.flatnonzero((np.diff(ids) <= 0) & (np.diff(position) == 0))
     if len(disorder):
-        return f"position {position[disorder[0]]}: sampled ids do not ascend"
+        return f"position {position[disorder[0]]}: sampled ids are not in ascending order"
     drawn = np.bincount(position, weights=times, minlength=len(counts))
     wrong = np.flatnonzero(drawn != np.where(counts > 0, samples.draws, 0))
-    if len(wrong) or int(times.min(initial=1)) == 0:
-        at = wrong[0] if len(wrong) else position[np.argmin(times)]
+    if len(wrong):
+        at = wrong[0]
         return f"position {at}: {drawn[at]:.0f} draws, expected {samples.draws}"
+    never = np.flatnonzero(times == 0)
+    if len(never):
+        at = never[0]
+        return f"position {position[at]}: id {ids[at]} was drawn 0 times; leave it out"
     return None

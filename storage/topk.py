@@ -176,20 +176,30 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     counts, entries = topk.counts, len(topk.ids)
     if not entries == len(topk.logprobs) == int(counts.sum(dtype=np.int64)):
         raise InvalidRecord(
-            f"{int(counts.sum(dtype=np.int64))} entries counted, but {entries} ids and "
-            f"{len(topk.logprobs)} logprobs"
+            f"counts sum to {int(counts.sum(dtype=np.int64))} entries, found {entries} ids and "
+            f"{len(topk.logprobs)} logprobs; all three must agree"
         )
     if len(topk.tail_logprob) != len(topk):
-        raise InvalidRecord(f"{len(topk)} positions, but {len(topk.tail_logprob)} tails")
+        raise InvalidRecord(
+            f"counts has {len(topk)} positions, tail_logprob has {len(topk.tail_logprob)}"
+        )
     position = np.repeat(np.arange(len(topk)), counts)
     wrong = np.flatnonzero(~np.isfinite(topk.logprobs) | (topk.logprobs > 1e-3))
     if len(wrong):
         at = wrong[0]
-        fail(int(position[at]), f"logprob {topk.logprobs[at]} of id {topk.ids[at]} is none")
+        fail(
+            int(position[at]),
+            f"id {topk.ids[at]} has logprob {topk.logprobs[at]}, expected a finite number of nats, "
+            "at most 0: check the teacher's output for NaN, and pass the result of log_softmax",
+        )
     tail = topk.tail_logprob
     wrong = np.flatnonzero(np.isnan(tail) | (tail > 1e-3))
     if len(wrong):
-        fail(int(wrong[0]), f"tail logprob {tail[wrong[0]]} is none")
+        fail(
+            int(wrong[0]),
+            f"tail_logprob is {tail[wrong[0]]}, expected nats of at most 0, -inf without a tail: "
+            "check the teacher's output for NaN, and pass the log of the mass outside the kept ids",
+        )
     wrong = np.flatnonzero((topk.ids < 0) | (topk.ids >= vocab_size))
     if len(wrong):
         at = wrong[0]
@@ -198,19 +208,19 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
         rows = np.sort(topk.ids.reshape(len(topk), -1), axis=1)
         twice = np.argwhere(rows[:, 1:] == rows[:, :-1])
         if len(twice):
-            fail(int(twice[0, 0]), f"id {rows[tuple(twice[0])]} stands twice")
+            fail(int(twice[0, 0]), f"id {rows[tuple(twice[0])]} appears twice")
     else:
         keys = np.sort(position * vocab_size + topk.ids)
         again = np.flatnonzero(keys[1:] == keys[:-1])
         if len(again):
             where, token = divmod(int(keys[again[0]]), vocab_size)
-            fail(where, f"id {token} stands twice")
+            fail(where, f"id {token} appears twice")
     rises = np.flatnonzero((np.diff(topk.logprobs) > 0) & (np.diff(position) == 0))
     if len(rises):
-        fail(int(position[rises[0]]), "entries are not by descending logprob")
+        fail(int(position[rises[0]]), "entries are not in order of descending logprob")
     empty = np.flatnonzero((counts == 0) & np.isneginf(tail))
     if len(empty):
-        fail(int(empty[0]), "neither an entry nor a tail: no mass at all")
+        fail(int(empty[0]), "no entry and no tail, so no probability mass")
     samples = topk.samples
     if samples is None:
         return
@@ -222,18 +232,21 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     both = sampled[np.isin(sampled, position * vocab_size + topk.ids, assume_unique=True)]
     if len(both):
         where, token = divmod(int(both[0]), vocab_size)
-        fail(where, f"id {token} is kept and sampled from the tail")
+        fail(where, f"id {token} is both kept and sampled from the tail")
 
 
 def check_samples_belong(topk: TopK, samples: Samples) -> None:
     """Raise InvalidRecord where samples are not of these distributions' tails."""
     if len(samples.counts) != len(topk):
-        raise InvalidRecord(f"{len(topk)} positions, samples for {len(samples.counts)}")
+        raise InvalidRecord(
+            f"{len(topk)} positions, but the samples have {len(samples.counts)} positions"
+        )
     wrong = np.flatnonzero((samples.counts > 0) != np.isfinite(topk.tail_logprob))
     if len(wrong):
         at = int(wrong[0])
         raise InvalidRecord(
-            f"position {at}: {samples.counts[at]} sampled ids, tail {topk.tail_logprob[at]}"
+            f"position {at}: {samples.counts[at]} sampled ids with a tail of "
+            f"{topk.tail_logprob[at]} nats; exactly the positions with a tail have samples"
         )
     if int((topk.counts.astype(np.int64) + samples.counts).max(initial=0)) > 65535:
-        raise InvalidRecord("more than 65535 ids, kept and sampled, at a position")
+        raise InvalidRecord("a position has more than 65535 kept and sampled ids")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from storage.errors import IncompleteDump, InvalidRecord, StorageError, StoreError
 from storage.gc import MARKER
 from storage.manifest import Dump, Shard, to_json
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
 
@@ -109,8 +109,8 @@ def check_shard(
             key = (record.doc_id, record.chunk)
             if key in seen:
                 return (
-                    f"{shard.file}, row {number}: document {key[0]!r}, chunk {key[1]} stands "
-                    f"in {seen[key]} already"
+                    f"{shard.file}, row {number}: document {record.doc_id!r}, chunk "
+                    f"{record.chunk} is already in {seen[key]}"
                 )
             seen[key] = shard.file
             try:  # what readers take the time for nowhere else: an id twice, kept and sampled

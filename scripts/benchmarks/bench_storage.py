@@ -35,7 +35,7 @@ from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, 
 from storage.codec import samples as sampled
 from storage.codec.codec import pack
 from storage.codec.grid import quantise
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from storage.topk import codec_kl
 
 SPEED_TOKENS = 60_000

@@ -23,11 +23,26 @@ MAX_POSITIONS, MAX_ENTRIES = 1 << 24, 1 << 31
 MAX_RATIO = 1 << 15  # zstd: a block of four bytes makes at most 128 KiB
 
 
+class Planes(NamedTuple):
+    """Bytes per number of each array of a payload; 0 where all of its numbers are zero."""
+
+    counts: int  # 2, or 0 where all positions hold equally many entries
+    ids: int
+    steps: int  # version 2: the spreads
+    best: int
+    tails: int
+
+    @property
+    def total(self) -> int:
+        """Frames of all arrays; counts has two, also where all are equal."""
+        return 2 + sum(self[1:])
+
+
 class Header(NamedTuple):
     """The first 44 bytes of a payload, checked."""
 
     version: int
-    planes: tuple[int, ...]  # of counts, ids, steps, best, tails
+    planes: Planes
     step: float
     vocab_size: int
     positions: int
@@ -46,9 +61,10 @@ class Header(NamedTuple):
             raise CorruptPayload(
                 f"not a payload: {len(data)} bytes starting with {bytes(data[:4])!r}"
             )
-        _, version, *planes, step, vocab_size, positions, entries, needs, checksum = HEADER.unpack(
+        _, version, *widths, step, vocab_size, positions, entries, needs, checksum = HEADER.unpack(
             data[: HEADER.size]
         )
+        planes = Planes(*widths)
         if version not in versions:
             raise FormatVersionError(
                 f"payload of version {version}; this release reads versions "
@@ -61,9 +77,9 @@ class Header(NamedTuple):
             raise CorruptPayload(f"impossible header: {positions} positions, {entries} entries")
         if not 0 < step < MAX_STEP:  # false for NaN too
             raise CorruptPayload(f"impossible header: step {step}")
-        if planes[0] not in (0, 2) or max(planes[1:]) > 4:
-            raise CorruptPayload(f"impossible header: planes {planes}")
-        return cls(version, tuple(planes), step, vocab_size, positions, entries, needs)
+        if planes.counts not in (0, 2) or max(planes[1:]) > 4:
+            raise CorruptPayload(f"impossible header: planes {tuple(planes)}")
+        return cls(version, planes, step, vocab_size, positions, entries, needs)
 
 
 def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
@@ -100,7 +116,7 @@ class Frames:
 
     def counts(self, header: Header) -> npt.NDArray[np.uint16]:
         """uint16 [P], checked against the header's entries."""
-        equal, positions = header.planes[0] == 0, header.positions
+        equal, positions = header.planes.counts == 0, header.positions
         counts = self.take(2, min(positions, 1) if equal else positions).astype(np.uint16)
         counts = np.repeat(counts, positions) if equal else counts
         entries = int(counts.sum(dtype=np.int64))

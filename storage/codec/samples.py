@@ -18,10 +18,18 @@ MAGIC, VERSION = b"MoLs", 1
 HEADER = struct.Struct("<4sBBBBHxxIIQI")
 
 
+class Planes(NamedTuple):
+    """Bytes per number of each array."""
+
+    counts: int
+    gaps: int
+    times: int
+
+
 class Header(NamedTuple):
     """The first 32 bytes, checked."""
 
-    planes: tuple[int, ...]  # of counts, gaps, times
+    planes: Planes
     draws: int
     vocab_size: int
     positions: int
@@ -37,9 +45,10 @@ class Header(NamedTuple):
         """Raises CorruptPayload or FormatVersionError."""
         if len(data) < HEADER.size or data[:4] != MAGIC:
             raise CorruptPayload(f"no samples: {len(data)} bytes starting with {data[:4]!r}")
-        _, version, *planes, draws, vocab_size, positions, entries, checksum = HEADER.unpack(
+        _, version, *widths, draws, vocab_size, positions, entries, checksum = HEADER.unpack(
             data[: HEADER.size]
         )
+        planes = Planes(*widths)
         if version != VERSION:
             raise FormatVersionError(
                 f"samples of version {version}; this release reads version {VERSION}: update it"
@@ -50,9 +59,9 @@ class Header(NamedTuple):
         if positions > MAX_POSITIONS or entries > most:
             raise CorruptPayload(f"impossible samples: {positions} positions, {entries} entries")
         # Gaps always have a plane: its frame bounds what so many entries can make one allocate.
-        if max(planes[0], planes[2]) > 2 or not 1 <= planes[1] <= 4:
-            raise CorruptPayload(f"impossible samples: planes {planes}")
-        return cls(tuple(planes), draws, vocab_size, positions, entries)
+        if max(planes.counts, planes.times) > 2 or not 1 <= planes.gaps <= 4:
+            raise CorruptPayload(f"impossible samples: planes {tuple(planes)}")
+        return cls(planes, draws, vocab_size, positions, entries)
 
 
 def pack(samples: Samples, vocab_size: int) -> bytes:
@@ -66,7 +75,7 @@ def pack(samples: Samples, vocab_size: int) -> bytes:
         split_planes(gaps, width),
         split_planes(samples.times - 1),
     ]
-    planes = tuple(len(group) for group in groups)
+    planes = Planes(*(len(group) for group in groups))
     header = Header(planes, samples.draws, vocab_size, len(samples.counts), len(samples.ids))
     return join(header.pack(), deflate(groups))
 
@@ -75,13 +84,13 @@ def unpack(data: bytes) -> Samples:
     """The inverse of pack. Raises CorruptPayload or FormatVersionError, whatever the bytes."""
     header = Header.unpack(data)
     frames = Frames(data, sum(header.planes), HEADER.size)
-    counts = frames.take(header.planes[0], header.positions).astype(np.uint16)
+    counts = frames.take(header.planes.counts, header.positions).astype(np.uint16)
     if int(counts.sum(dtype=np.int64)) != header.entries:
         raise CorruptPayload(f"samples: counts sum to other than {header.entries}")
-    gaps = frames.take(header.planes[1], header.entries)
+    gaps = frames.take(header.planes.gaps, header.entries)
     if header.entries and int(gaps.max()) >= header.vocab_size:
         raise CorruptPayload(f"samples: an id outside the vocabulary of {header.vocab_size}")
-    times = frames.take(header.planes[2], header.entries).astype(np.int64) + 1
+    times = frames.take(header.planes.times, header.entries).astype(np.int64) + 1
     ends = np.cumsum(gaps.astype(np.int64) + 1)
     first = (np.cumsum(counts, dtype=np.int64) - counts)[counts > 0]
     before = ends[first] - gaps[first] - 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from storage.codec.frames import Frames, Header, deflate, join, split_planes
+from storage.codec.frames import Frames, Header, Planes, deflate, join, split_planes
 from storage.codec.grid import Grid, Integers
 from storage.errors import CorruptPayload, InvalidRecord
 from storage.topk import Int32s, TopK, UInt16s
@@ -77,7 +77,7 @@ def pack(grid: Grid, ranks: Ranks | None) -> bytes:
     ]
     header = Header(
         VERSION,
-        (0 if equal else 2, *(len(group) for group in groups[1:])),
+        Planes(0 if equal else 2, *(len(group) for group in groups[1:])),
         grid.step,
         grid.vocab_size,
         len(counts),
@@ -97,20 +97,20 @@ def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
             "take the one in the footer of its own shard"
         )
     planes, entries = header.planes, header.entries
-    if not planes[1] and entries > header.positions:  # all ids 0, so at most one at each
+    if not planes.ids and entries > header.positions:  # all ids 0, so at most one at each
         raise CorruptPayload(f"impossible header: {entries} entries of the same id")
-    frames = Frames(data, 2 + sum(planes[1:]))
+    frames = Frames(data, planes.total)
     counts = frames.counts(header)
-    ids = frames.take(planes[1], entries)
+    ids = frames.take(planes.ids, entries)
     if entries and int(ids.max()) >= header.vocab_size:
         raise CorruptPayload(f"id {ids.max()} is outside the vocabulary of {header.vocab_size}")
     ids = ids if ranks is None else np.take(ranks.order, ids)
-    steps = frames.take(planes[2], entries)
+    steps = frames.take(planes.steps, entries)
     filled = counts > 0
     best = np.zeros(len(counts), np.int64)
-    best[filled] = frames.take(planes[3], int(filled.sum()))
-    tails = frames.take(planes[4], len(counts))
-    below = to_descent(steps, counts, planes[0] == 0)
+    best[filled] = frames.take(planes.best, int(filled.sum()))
+    tails = frames.take(planes.tails, len(counts))
+    below = to_descent(steps, counts, planes.counts == 0)
     return Grid(
         header.step, header.vocab_size, counts, ids.astype(np.int32, copy=False), below, best, tails
     )

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from storage.codec.frames import Frames, Header, deflate, join, split_planes
+from storage.codec.frames import Frames, Header, Planes, deflate, join, split_planes
 from storage.codec.grid import Grid
 from storage.codec.v1 import is_equal
 from storage.codec.v2_tables import MAX_LEVEL, Row
@@ -47,7 +47,7 @@ def pack(grid: Grid, row: Row) -> bytes:
     ]
     header = Header(
         VERSION,
-        (0 if equal else 2, *(len(group) for group in groups[1:])),
+        Planes(0 if equal else 2, *(len(group) for group in groups[1:])),
         grid.step,
         grid.vocab_size,
         len(counts),
@@ -69,15 +69,15 @@ def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
     if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
         raise CorruptPayload("checksum does not match: the payload is damaged")
     planes = header.planes
-    frames = Frames(data, 2 + sum(planes[1:]) + 2)
+    frames = Frames(data, planes.total + 2)
     counts = frames.counts(header)
     filled = counts > 0
     spreads, best = np.zeros((2, len(counts)), np.int64)
-    spreads[filled] = frames.take(planes[2], int(filled.sum()))
-    best[filled] = frames.take(planes[3], int(filled.sum()))
-    tails = frames.take(planes[4], len(counts))
+    spreads[filled] = frames.take(planes.steps, int(filled.sum()))
+    best[filled] = frames.take(planes.best, int(filled.sum()))
+    tails = frames.take(planes.tails, len(counts))
     coded = frames.part()
-    if len(coded) % 2 or int(spreads.max(initial=0)) >= MAX_LEVEL or planes[1]:
+    if len(coded) % 2 or int(spreads.max(initial=0)) >= MAX_LEVEL or planes.ids:
         raise CorruptPayload("impossible spreads or coded entries")
     ids, levels, failure = row.read(counts, spreads, np.frombuffer(coded, "<u2"))
     if failure:

@@ -153,16 +153,17 @@ class Successors:
             4 * frequent, 2 * vocab, 3 * total, total, MAX_LEVEL,
             2 * kernels.FLAGS + 2 * tables * kernels.SYMBOLS,
         )  # fmt: skip
-        raw, at = [], PARTS.size
+        parts, at = [], PARTS.size
         for size, raw_size in zip(sizes, raw_sizes, strict=True):
-            raw.append(np.frombuffer(inflate(data[at : at + size], raw_size), np.uint8))
+            parts.append(np.frombuffer(inflate(data[at : at + size], raw_size), np.uint8))
             at += size
-        ranks = Ranks(raw[0].view("<i4"), vocab)
-        lengths = from_planes(raw[1], 2)
+        leading, length_planes, gap_planes, kinds, level_kinds, probabilities = parts
+        ranks = Ranks(leading.view("<i4"), vocab)
+        lengths = from_planes(length_planes, 2)
         if int(lengths.sum()) != total:
             raise CorruptPayload(f"table of successors: {lengths.sum()} listed, not {total}")
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        gaps = from_planes(raw[2], 3)
+        gaps = from_planes(gap_planes, 3)
         sums = np.cumsum(gaps)
         before = np.concatenate([[0], sums])[starts[:-1]]
         listed = sums - np.repeat(before, lengths)
@@ -170,11 +171,11 @@ class Successors:
         inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
         if total and (int(listed.max()) >= vocab or int(gaps[inside].min(initial=1)) < 1):
             raise CorruptPayload("table of successors: an id outside the vocabulary, or twice")
-        chances = from_planes(raw[5][: 2 * kernels.FLAGS], 2)
-        widths = from_planes(raw[5][2 * kernels.FLAGS :], 2).reshape(tables, kernels.SYMBOLS)
+        chances = from_planes(probabilities[: 2 * kernels.FLAGS], 2)
+        widths = from_planes(probabilities[2 * kernels.FLAGS :], 2).reshape(tables, kernels.SYMBOLS)
         if (
-            int(raw[3].max(initial=0)) >= 64
-            or int(raw[4].max()) > 6
+            int(kinds.max(initial=0)) >= 64
+            or int(level_kinds.max()) > 6
             or not 0 < int(chances.min()) <= int(chances.max()) < kernels.ONE
             or int(widths.min()) < 1
             or (widths.sum(axis=1) != kernels.ONE).any()
@@ -183,7 +184,7 @@ class Successors:
         cumulative = np.zeros((tables, kernels.SYMBOLS + 1), np.uint16)
         cumulative[:, 1:] = np.cumsum(widths, axis=1)
         return cls(
-            ranks, starts, ranks.order[listed], raw[3], raw[4], shift,
+            ranks, starts, ranks.order[listed], kinds, level_kinds, shift,
             chances.astype(np.uint16), cumulative,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from storage import Dump, Record, StorageError
-from storage.shard import ShardReader
+from storage.shard_reader import ShardReader
 from tests.helpers.records import make_dump
 
 

@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["storage"]):
     import storage  # noqa: F401
     from storage.codec import samples as sampled
     from storage.codec.codec import decode, unpack
-    from storage.codec.frames import HEADER, Header, deflate, join
+    from storage.codec.frames import HEADER, Header, Planes, deflate, join
     from storage.codec.grid import dequantise, quantise
     from storage.codec.v1 import Ranks
     from storage.codec.v2_tables import Successors
@@ -75,7 +75,7 @@ def assembled(data: bytes) -> bytes:
     parts = [counts[:half], counts[half:]]
     parts += [source.ConsumeBytes(min(size, 4096)).ljust(size, b"\0") for size in sizes[2:]]
     step = source.PickValueInList([1 / 16, 1e-300, 7.9])
-    header = Header(1, tuple(planes), step, 1 << 20, positions, entries, 0)
+    header = Header(1, Planes(*planes), step, 1 << 20, positions, entries, 0)
     return join(header.pack(), deflate([parts]))
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 
 from storage import Dump, Record, Samples, ShardWriter, TopK, create_dump
 
@@ -44,6 +45,28 @@ def with_samples(topk: TopK, draws: int, vocab_size: int = VOCAB, seed: int = 0)
     return replace(topk, samples=Samples.from_drawn(drawn))
 
 
+def some_samples(draws: int = 12, positions: int = 30, k: int = 5) -> Samples:
+    topk = with_samples(random_topk(positions, k), draws, seed=3)
+    assert topk.samples is not None
+    return topk.samples
+
+
+@st.composite
+def sampled_topks(draw: st.DrawFn) -> tuple[TopK, int]:
+    """A TopK with samples, and the size of its vocabulary."""
+    vocab_size = draw(st.sampled_from([2, 3, 50, 257, 1 << 20]))
+    small = min(vocab_size, 300)
+    positions = draw(st.integers(0, 12))
+    count = st.integers(0, small)
+    counts = draw(st.lists(count, min_size=positions, max_size=positions) | count)
+    topk = random_topk(positions, counts, small, draw(st.integers(0, 99)))
+    made = with_samples(topk, draw(st.sampled_from([1, 2, 50, 300])), small, draw(st.integers(0)))
+    stretch = (vocab_size - 1) // max(small - 1, 1)  # spread the ids over a large vocabulary
+    assert made.samples is not None
+    samples = replace(made.samples, ids=made.samples.ids * np.int32(stretch))
+    return replace(made, ids=made.ids * np.int32(stretch), samples=samples), vocab_size
+
+
 def random_record(
     number: int, tokens: int = 20, k: int = 8, chunk: int = 0, samples: int = 0
 ) -> Record:
@@ -75,6 +98,18 @@ def make_dump(
         partition.finish({})
     dump.finish()
     return dump
+
+
+def flip_byte(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut_short(file: Path) -> None:
+    """Drop the last 100 bytes of a file."""
+    file.write_bytes(file.read_bytes()[:-100])
 
 
 def assert_same(left: Record, right: Record, tolerance: float = 0.0626) -> None:

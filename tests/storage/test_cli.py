@@ -1,5 +1,6 @@
 """python -m storage inspect | verify | export, as a user runs it."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,6 +9,8 @@ import pytest
 from storage import LogitDataset
 from storage.__main__ import main
 from tests.helpers.records import make_dump, random_record
+
+DRAWS = 12
 
 
 def test_inspect_shows_plan_sizes_and_mass(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -50,3 +53,24 @@ def test_export_is_plain_parquet(tmp_path: Path, per: str) -> None:
     ids = [token for row in table.column("ids").to_pylist() for token in row]
     assert ids == [token for record in dataset for token in record.topk.ids.tolist()]
     assert len(table) == (190 if per == "position" else 10)
+
+
+def test_inspect_and_export_show_samples(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    make_dump(tmp_path / "dump", samples=DRAWS)
+    assert main(["inspect", str(tmp_path / "dump")]) == 0
+    assert f"samples    {DRAWS} draws" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "dump"), "--row", "0"]) == 0
+    assert f"/{DRAWS} of the tail" in capsys.readouterr().out
+    dataset = LogitDataset(tmp_path / "dump")
+    wanted = [record.topk.samples for record in dataset]
+    for per in ("position", "sequence"):
+        target = tmp_path / f"{per}.parquet"
+        assert main(["export", str(tmp_path / "dump"), str(target), "--per", per]) == 0
+        table = pq.read_table(target)
+        for column, name in (("sampled_ids", "ids"), ("sampled_times", "times")):
+            values = [value for row in table.column(column).to_pylist() for value in row]
+            assert values == [value for one in wanted for value in getattr(one, name).tolist()]
+    shutil.rmtree(tmp_path / "dump")
+    make_dump(tmp_path / "dump")
+    assert main(["export", str(tmp_path / "dump"), str(tmp_path / "bare.parquet")]) == 0
+    assert "sampled_ids" not in pq.read_table(tmp_path / "bare.parquet").column_names

@@ -4,9 +4,7 @@ import os
 import time
 from pathlib import Path
 
-import pytest
-
-from storage import CorruptShard, IncompleteDump, LogitDataset, ShardWriter, create_dump, verify
+from storage import ShardWriter, create_dump, verify
 from storage.__main__ import main
 from tests.helpers.records import make_dump, plan, random_record
 
@@ -67,24 +65,3 @@ def test_it_runs_beside_an_open_writer(tmp_path: Path) -> None:
     assert main(["gc", str(tmp_path), "--delete"]) == 0
     writer.commit({})
     assert verify(tmp_path, partial=True).rows == 1
-
-
-def test_readers_of_a_growing_dump_see_a_prefix_that_stays(tmp_path: Path) -> None:
-    dump = create_dump(tmp_path, plan())
-    seen: list[LogitDataset] = []
-    for shard in range(4):
-        seen.append(LogitDataset(tmp_path, partial=True))
-        writer = ShardWriter(dump.partition(0))
-        for number in range(5):
-            writer.write(random_record(5 * shard + number))
-            assert len(LogitDataset(tmp_path, partial=True)) == 5 * shard
-        writer.commit({})
-    for shards, dataset in enumerate(seen):
-        assert [record.doc_id for record in dataset] == [f"doc-{n}" for n in range(5 * shards)]
-    report = verify(tmp_path, partial=True)
-    assert (report.ok, report.rows) == (True, 20)
-    with pytest.raises(IncompleteDump):
-        verify(tmp_path)
-    (tmp_path / "00000" / "00002.json").write_text("[]")
-    with pytest.raises(CorruptShard, match=r"00002\.json"):
-        LogitDataset(tmp_path, partial=True)

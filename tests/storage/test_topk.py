@@ -1,12 +1,12 @@
-"""TopK.cut: what stays, and that the mass is kept exactly."""
+"""TopK: cutting entries and spreading the tail keep the mass."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import decode, encode
-from tests.helpers.records import VOCAB, random_topk
+from storage import Record, TopK, decode, encode
+from tests.helpers.records import VOCAB, random_record, random_topk, sampled_topks, with_samples
 
 
 @given(
@@ -55,3 +55,37 @@ def test_a_cut_record_is_stored_as_any_other() -> None:
 def test_what_is_no_probability_is_refused(min_prob: float, top_p: float) -> None:
     with pytest.raises(ValueError, match="min_prob in"):
         random_topk(2, 3).cut(min_prob, top_p)
+
+
+@given(sampled_topks())
+@settings(deadline=None)
+def test_spreading_the_tail_moves_all_of_its_mass(made: tuple[TopK, int]) -> None:
+    topk, _ = made
+    spread, samples = topk.spread_tail(), topk.samples
+    assert samples is not None
+    assert np.isneginf(spread.tail_logprob).all()
+    np.testing.assert_allclose(spread.kept_mass(), 1, atol=1e-5)
+    ends = np.cumsum(spread.counts, dtype=np.int64)
+    for at, (end, count) in enumerate(zip(ends, spread.counts, strict=True)):
+        here = slice(end - count, end)
+        kept, drawn = int(topk.counts[at]), int(samples.counts[at])
+        before = int(topk.counts[:at].sum(dtype=np.int64)), int(samples.counts[:at].sum())
+        expected = [*topk.ids[before[0] :][:kept], *samples.ids[before[1] :][:drawn]]
+        assert spread.ids[here].tolist() == expected
+        shares = samples.times[before[1] :][:drawn] / samples.draws
+        tail = np.exp(float(topk.tail_logprob[at]))
+        np.testing.assert_allclose(np.exp(spread.logprobs[here][kept:]), tail * shares, rtol=1e-4)
+
+
+def test_spread_without_samples_is_itself_and_cutting_with_them_is_refused() -> None:
+    topk = random_topk(4, 3)
+    assert topk.spread_tail() is topk
+    with pytest.raises(ValueError, match="cut before drawing"):
+        with_samples(topk, 4).cut(min_prob=0.1)
+
+
+def test_a_record_of_samples_alone_has_no_entries() -> None:
+    record = random_record(1, k=0, samples=12)
+    assert isinstance(record, Record)
+    assert len(record.topk.ids) == 0
+    assert record.topk.dense()[0].shape == (19, 0)

@@ -64,14 +64,25 @@ def test_same_bytes_every_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logprobs": np.array([np.nan, -1], np.float32)}, "position 0: logprob nan"),
-        ({"logprobs": np.array([-0.5, np.inf], np.float32)}, "logprob inf"),
-        ({"logprobs": np.array([-2, -1], np.float32)}, "not by descending"),
-        ({"tail_logprob": np.array([np.nan], np.float32)}, "tail logprob nan"),
-        ({"tail_logprob": np.zeros(2, np.float32)}, "1 positions, but 2 tails"),
+        (
+            {"logprobs": np.array([np.nan, -1], np.float32)},
+            "position 0: id 1 has logprob nan, expected a finite number of nats",
+        ),
+        (
+            {"logprobs": np.array([-0.5, np.inf], np.float32)},
+            "position 0: id 2 has logprob inf, .* pass the result of log_softmax",
+        ),
+        ({"logprobs": np.array([2, 1], np.float32)}, "id 1 has logprob 2.0, expected .* at most 0"),
+        ({"tail_logprob": np.array([0.5], np.float32)}, "tail_logprob is 0.5, expected"),
+        ({"logprobs": np.array([-2, -1], np.float32)}, "not in order of descending"),
+        (
+            {"tail_logprob": np.array([np.nan], np.float32)},
+            "position 0: tail_logprob is nan, expected nats of at most 0",
+        ),
+        ({"tail_logprob": np.zeros(2, np.float32)}, "counts has 1 positions, tail_logprob has 2"),
         ({"ids": np.array([1, VOCAB], np.int32)}, f"id {VOCAB} is outside"),
-        ({"ids": np.array([7, 7], np.int32)}, "id 7 stands twice"),
-        ({"ids": np.array([7], np.int32)}, "2 entries counted, but 1 ids"),
+        ({"ids": np.array([7, 7], np.int32)}, "id 7 appears twice"),
+        ({"ids": np.array([7], np.int32)}, "counts sum to 2 entries, found 1 ids"),
     ],
 )
 def test_what_is_no_distribution_is_refused(change: dict, message: str) -> None:

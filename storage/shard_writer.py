@@ -1,0 +1,285 @@
+"""ShardWriter writes and commits one data file."""
+
+import contextlib
+import hashlib
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.codec import samples as sampled
+from storage.codec.codec import pack, unpack
+from storage.codec.grid import Grid, dequantise, quantise
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import Successors
+from storage.errors import CorruptShard, FormatVersionError, InvalidRecord
+from storage.manifest import Json, Partition, to_json
+from storage.shard import FORMATS, MASS_BINS, SCHEMA, footer_crc32, pack_ranks, schema_of
+from storage.topk import Int32s, Record, TopK, codec_kl
+
+# One random read costs one row group. Version 1 learns its ranks from the first one.
+ROW_GROUP_TOKENS = 16_384
+LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
+PAYLOADS = ("payload", "samples", "successors")  # already compressed
+
+
+class PendingRow(NamedTuple):
+    """A checked row that is not in the file yet."""
+
+    doc_id: str
+    chunk: int
+    input_ids: Int32s
+    samples: bytes  # encoded; empty without samples
+    grid: Grid
+
+
+class ShardWriter:
+    """Writes the next shard of a partition under a name of its own, then commits it.
+
+        writer = ShardWriter(partition)
+        writer.write(record)
+        marker = writer.commit(cursor={"document": 17})
+
+    Nothing is visible to readers before `commit`, and a writer that dies leaves at most one file
+    that no marker names. When another writer has committed the same shard first, `commit` removes
+    its own file and returns the other's marker.
+
+    The plan's `codec` says how payloads are written. "v1" (also where there is none) writes row
+    group after row group; "v2" learns from the whole shard, so it keeps the rows until `commit`: 6
+    bytes for each entry, and about 20 while it writes.
+    """
+
+    def __init__(self, partition: Partition, index: int | None = None) -> None:
+        self.partition = partition
+        self.index = len(partition.shards) if index is None else index
+        self.name = f"{partition.name}/{self.index:05d}"
+        plan = partition.dump.plan
+        self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
+        self.codec = str(plan.get("codec", "v1"))
+        self.draws = int(plan.get("samples", 0))
+        if self.codec not in FORMATS.values():
+            raise FormatVersionError(
+                f"the plan's codec is {self.codec!r}; this release writes v1 and v2: update it"
+            )
+        self.rows = self.tokens = self.positions = self.entries = 0
+        self.sampled_ids = self.sample_bytes = 0
+        self.mass = self.kl_sum = self.kl_max = 0.0
+        self.histogram = np.zeros(MASS_BINS, np.int64)
+        self.pending: list[PendingRow] = []
+        self.pending_tokens = 0
+        self.tables: Ranks | Successors | None = None
+        self.file: pq.ParquetWriter | None = None
+        self.local: Path | None = None
+        self.flushed_tokens = self.flushed_bytes = 0
+
+    def write(self, record: Record) -> None:
+        """Add a row. Raises InvalidRecord, naming the document, for what must not be stored."""
+        where = f"document {record.doc_id!r}, chunk {record.chunk}"
+        if len(record.topk) != len(record.input_ids) - 1:
+            raise InvalidRecord(
+                f"{where}: {len(record.input_ids)} tokens need {len(record.input_ids) - 1} "
+                f"distributions, found {len(record.topk)}"
+            )
+        mass = record.topk.kept_mass()
+        broken = ~np.isfinite(mass) | np.isnan(record.topk.tail_logprob)
+        if broken.any():
+            at = int(np.flatnonzero(broken)[0])
+            raise InvalidRecord(
+                f"{where}: the teacher gave NaN or Inf at position {at}; nothing of this shard "
+                "is committed. Check the model's weights, or load it in float32"
+            )
+        ids = np.asarray(record.input_ids, np.int32)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InvalidRecord(f"{where}: input ids outside the vocabulary of {self.vocab_size}")
+        drawn = record.topk.samples.draws if record.topk.samples else 0
+        if drawn != self.draws:
+            raise InvalidRecord(f"{where}: {drawn} draws, the plan has samples: {self.draws}")
+        try:
+            grid = quantise(record.topk, self.vocab_size, self.step)
+        except InvalidRecord as error:
+            raise InvalidRecord(f"{where}: {error}") from None
+        kl = codec_kl(record.topk, dequantise(grid))
+        self.kl_sum += float(kl.sum())
+        self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
+        samples = self.encode_samples(record.topk)
+        self.pending.append(PendingRow(record.doc_id, record.chunk, ids, samples, grid.narrow()))
+        self.pending_tokens += len(ids)
+        self.rows += 1
+        self.tokens += len(ids)
+        self.positions += len(record.topk)
+        self.entries += len(record.topk.ids)
+        self.mass += float(mass.sum())
+        self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
+        if self.codec == "v1" and self.pending_tokens >= ROW_GROUP_TOKENS:
+            self.flush()
+
+    def encode_samples(self, topk: TopK) -> bytes:
+        """The samples' bytes, which need no tables; what is committed has been read back."""
+        if topk.samples is None:
+            return b""
+        data = sampled.pack(topk.samples, self.vocab_size)
+        if not sampled.unpack(data).same(topk.samples):
+            raise CorruptShard(f"{self.name}: samples read back as others; nothing is committed")
+        self.sampled_ids += len(topk.samples.ids)
+        self.sample_bytes += len(data)
+        return data
+
+    def flush(self) -> None:
+        """Write the pending rows: one row group of version 1, all of them of version 2."""
+        if self.tables is None or self.file is None:
+            metadata = {
+                "format": f"mol-topk/{self.codec[1:]}".encode(),
+                "shard": self.name.encode(),
+                "plan_sha256": hashlib.sha256(to_json(self.partition.dump.plan)).digest().hex(),
+            }
+            if self.codec == "v1":
+                self.tables = Ranks.learn((row.grid for row in self.pending), self.vocab_size)
+                metadata["ranks"] = pack_ranks(self.tables)
+            else:
+                rows = [(row.input_ids, row.grid) for row in self.pending]
+                self.tables = Successors.learn(rows, self.vocab_size)
+            folder = self.partition.dump.store.staging_folder(self.partition.name)
+            self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
+            with self.partition.dump.store.explaining("write", self.name):
+                self.file = pq.ParquetWriter(
+                    self.local,
+                    schema_of(self.codec, self.draws > 0),
+                    compression={
+                        name: "none" if name in PAYLOADS else "zstd"
+                        for name in (*LEAVES, *PAYLOADS)
+                    },
+                    compression_level={name: 9 for name in LEAVES if name not in PAYLOADS},
+                    use_dictionary=False,
+                    write_statistics=False,
+                    write_page_checksum=True,
+                    store_schema=False,  # Parquet's own says all there is to say
+                )
+            self.file.add_key_value_metadata(metadata)
+        while self.pending:
+            self.write_group()
+
+    def write_group(self) -> None:
+        """Encode as many of the pending rows as a row group holds."""
+        assert self.file is not None
+        assert self.local is not None
+        size = tokens = 0
+        while size < len(self.pending) and tokens < ROW_GROUP_TOKENS:
+            tokens += len(self.pending[size].input_ids)
+            size += 1
+        rows, self.pending = self.pending[:size], self.pending[size:]
+        # What takes time lets other threads run.
+        with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
+            payloads = list(pool.map(self.payload, rows))
+        columns = [
+            pa.array([row.doc_id for row in rows], pa.string()),
+            pa.array([row.chunk for row in rows], pa.int32()),
+            pa.array([len(row.input_ids) for row in rows], pa.int32()),
+            pa.array([row.input_ids for row in rows], SCHEMA.field("input_ids").type),
+            pa.array(payloads, pa.binary()),
+        ]
+        if self.draws:
+            columns.append(pa.array([row.samples for row in rows], pa.binary()))
+        if isinstance(self.tables, Successors):
+            first = self.tables.pack() if self.flushed_tokens == 0 else None
+            columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
+        with self.partition.dump.store.explaining("write", self.name):
+            self.file.write_table(pa.table(columns, schema=self.file.schema))
+        self.pending_tokens -= tokens
+        self.flushed_tokens += tokens
+        self.flushed_bytes = self.local.stat().st_size
+
+    def payload(self, row: PendingRow) -> bytes:
+        """A row's bytes; what is committed has been read back."""
+        tables = self.tables
+        ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
+        data = pack(row.grid, ranks)
+        if not unpack(data, ranks).same(row.grid):
+            raise CorruptShard(f"{self.name}: a row reads back as another; nothing is committed")
+        return data
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of what is on disk so far; None before the first row group."""
+        return self.flushed_bytes / self.flushed_tokens if self.flushed_tokens else None
+
+    def commit(self, cursor: Json, stats: Json | None = None) -> Json:
+        """Close, check, hash and publish the file, then create its marker; returns the marker.
+
+        `cursor` says where the next shard starts; it comes back in `Shard.marker["cursor"]`.
+        """
+        store = self.partition.dump.store
+        try:
+            if self.pending or self.file is None:
+                self.flush()
+            assert self.file is not None
+            assert self.local is not None
+            with store.explaining("write", self.name):
+                self.file.close()
+            marker = {
+                "file": f"{self.index:05d}-{uuid.uuid4().hex[:12]}.parquet",
+                "sha256": sha256_of(self.local),
+                "bytes": self.local.stat().st_size,
+                "footer_crc32": footer_of(self.local),
+                "rows": self.rows,
+                "tokens": self.tokens,
+                "positions": self.positions,
+                "entries": self.entries,
+                **(
+                    {"sampled_ids": self.sampled_ids, "sample_bytes": self.sample_bytes}
+                    if self.draws
+                    else {}
+                ),
+                "mass": self.mass,
+                "mass_histogram": self.histogram.tolist(),
+                "kl_sum": self.kl_sum,
+                "kl_max": self.kl_max,
+                "cursor": cursor,
+                **(stats or {}),
+            }
+            check_rows(self.local, marker)
+            target = f"{self.partition.name}/{marker['file']}"
+            self.partition.dump.check_plan()
+            store.publish(self.local, target)
+        except BaseException:
+            self.abort()
+            raise
+        # From here on a failure leaves the data file: its marker may be there all the same.
+        if store.create(f"{self.name}.json", to_json(marker)):
+            return marker
+        store.remove(target)
+        return self.partition.shard(self.index).marker
+
+    def abort(self) -> None:
+        """Drop the open file; what is committed stays."""
+        with contextlib.suppress(OSError):  # a full disk must not keep the reason from being told
+            if self.file is not None:
+                self.file.close()
+        with contextlib.suppress(OSError):
+            if self.local is not None:
+                self.local.unlink(missing_ok=True)
+        self.pending, self.file, self.local = [], None, None
+
+
+def check_rows(local: Path, marker: Json) -> None:
+    """Read a file back before it is published: an unclosed or full-disk file must not pass."""
+    with pq.ParquetFile(local, page_checksum_verification=True) as file:
+        tokens = file.read(columns=["tokens"]).column(0).to_numpy()
+    if (len(tokens), int(tokens.sum())) != (marker["rows"], marker["tokens"]):
+        raise CorruptShard(
+            f"{local.name}: {len(tokens)} rows and {int(tokens.sum())} tokens read back, "
+            f"{marker['rows']} and {marker['tokens']} written: is the disk full?"
+        )
+
+
+def footer_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return footer_crc32(file)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

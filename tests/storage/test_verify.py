@@ -1,0 +1,138 @@
+"""verify names every fault that is planted in a dump."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storage import ShardWriter, create_dump, verify
+from storage.manifest import Dump
+from tests.helpers.records import cut_short, flip_byte, make_dump, plan, random_record
+
+CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
+
+
+def damage_flip(dump: Dump, path: Path) -> str:
+    file = path / dump.shards()[0].file
+    flip_byte(file)
+    return file.name
+
+
+def damage_cut(dump: Dump, path: Path) -> str:
+    file = path / dump.shards()[1].file
+    cut_short(file)
+    return file.name
+
+
+def damage_missing(dump: Dump, path: Path) -> str:
+    file = path / dump.shards()[1].file
+    file.unlink()
+    return file.name
+
+
+def damage_missing_marker(dump: Dump, path: Path) -> str:
+    """A file without a marker."""
+    (path / f"{dump.shards()[1].name}.json").unlink()
+    return "though its data file"
+
+
+def damage_missing_shard(dump: Dump, path: Path) -> str:
+    """Neither file nor marker."""
+    shard = dump.shards()[1]
+    (path / shard.file).unlink()
+    (path / f"{shard.name}.json").unlink()
+    return f"{shard.name}.json: missing"
+
+
+def damage_extra_marker(dump: Dump, path: Path) -> str:
+    """A marker that was made after the manifest."""
+    writer = ShardWriter(dump.partition(0))
+    writer.write(random_record(99))
+    writer.commit({})
+    return "00000/00002.json"
+
+
+def damage_plan(dump: Dump, path: Path) -> str:
+    (path / "plan.json").write_text(json.dumps({**dump.plan, "k": 9}))
+    return "manifest.json belongs to another plan.json"
+
+
+def damage_swap(dump: Dump, path: Path) -> str:
+    one, other = (path / shard.file for shard in dump.shards()[:2])
+    data, foreign = one.read_bytes(), other.read_bytes()
+    one.write_bytes(foreign)
+    other.write_bytes(data)
+    return one.name
+
+
+def damage_marker(dump: Dump, path: Path) -> str:
+    file = path / f"{dump.shards()[1].name}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rows": 4}))
+    return file.name
+
+
+def damage_doubled_row(dump: Dump, path: Path) -> str:
+    """A shard that repeats a document, committed as if nothing were wrong."""
+    (path / "manifest.json").unlink()
+    (path / "00000" / "complete.json").unlink()
+    writer = ShardWriter(dump.partition(0))
+    writer.write(random_record(3))
+    file = writer.commit({})["file"]
+    dump.partition(0).finish({})
+    dump.finish()
+    return str(file)
+
+
+def damage_other_plan(dump: Dump, path: Path) -> str:
+    """A shard made under another plan, with its marker, moved in."""
+    other = create_dump(path.parent / "other", plan(k=3, codec=dump.plan["codec"]))
+    writer = ShardWriter(other.partition(0), index=1)
+    for number in range(5, 10):
+        writer.write(random_record(number))
+    marker = writer.commit({})
+    (path / "manifest.json").unlink()
+    (path / "00000" / marker["file"]).write_bytes(
+        (path.parent / "other" / "00000" / marker["file"]).read_bytes()
+    )
+    (path / "00000" / "00001.json").write_bytes(
+        (path.parent / "other" / "00000" / "00001.json").read_bytes()
+    )
+    dump.finish()
+    return str(marker["file"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_flip,
+        damage_cut,
+        damage_missing,
+        damage_missing_marker,
+        damage_missing_shard,
+        damage_extra_marker,
+        damage_plan,
+        damage_swap,
+        damage_marker,
+        damage_doubled_row,
+        damage_other_plan,
+    ],
+)
+@CODECS
+def test_verify_names_each_planted_fault(tmp_path: Path, damage, codec: str) -> None:  # type: ignore[no-untyped-def]
+    dump = make_dump(tmp_path / "dump", codec=codec)
+    name = damage(dump, tmp_path / "dump")
+    report = verify(tmp_path / "dump")
+    assert any(name in fault for fault in report.faults), report
+
+
+def test_verify_finds_an_id_that_stands_twice(tmp_path: Path) -> None:
+    """Of a writer that is not ours: version 1 can say it, and its checksums are right."""
+    writer = ShardWriter(create_dump(tmp_path, plan()).partition(0))
+    writer.write(random_record(1))
+    grid = writer.pending[0].grid
+    grid.ids[9] = grid.ids[8]
+    marker = writer.commit({})
+    Dump(tmp_path).partition(0).finish({})
+    Dump(tmp_path).finish()
+    (fault,) = verify(tmp_path).faults
+    assert f"{marker['file']}, row 0: position 1: id {grid.ids[8]} appears twice" in fault
