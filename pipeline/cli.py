@@ -50,7 +50,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHe
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Ends with exit code 2 and the reason alone, not with a page of usage."""
+    """Ends with exit code 2 and the reason alone, not with a page of usage.
+
+    jsonargparse groups settings by class, and needs that to make the classes; `shown_groups` are
+    the groups that help shows instead.
+    """
+
+    shown_groups: Callable[[], list[argparse._ArgumentGroup]] | None = None
+
+    def format_help(self, *arguments: Any) -> str:
+        groups = self._action_groups
+        if self.shown_groups is not None:
+            self._action_groups = self.shown_groups()  # type: ignore[assignment]
+        try:
+            return str(super().format_help(*arguments))
+        finally:
+            self._action_groups = groups
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hint = self.hint(message) if UNKNOWN.search(message) else ""
@@ -81,30 +96,31 @@ def script_parser(config: type[Config], description: str) -> jsonargparse.Argume
     parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
     known = set(parser._actions)
     parser.add_class_arguments(config, None)
-    group_settings(parser, config, [a for a in parser._actions if a not in known])
+    added = [action for action in parser._actions if action not in known]
+    needed = {action.dest for action in added if action.required}  # changes while parsing
+    common: tuple[str, ...] = getattr(config, "common", ())
+    parser.shown_groups = lambda: help_groups(parser, added, needed, common)
     return parser
 
 
-def group_settings(
-    parser: jsonargparse.ArgumentParser, config: type[Config], settings: list[argparse.Action]
-) -> None:
-    """Show the settings in three groups: needed, common (`config.common`), expert."""
-    common: tuple[str, ...] = getattr(config, "common", ())
-    groups = {
-        "needed": argparse._ArgumentGroup(parser, "needed settings"),
-        "common": argparse._ArgumentGroup(parser, "common settings"),
-        "expert": argparse._ArgumentGroup(parser, "expert settings"),
-    }
+def help_groups(
+    parser: Parser, settings: list[argparse.Action], needed: set[str], common: tuple[str, ...]
+) -> list[argparse._ArgumentGroup]:
+    """The script's own options, then the settings: needed, common (`config.common`), expert."""
+    groups = [
+        argparse._ArgumentGroup(parser, f"{kind} settings")
+        for kind in ("needed", "common", "expert")
+    ]
     for action in settings:
         name = action.dest
         if "config" in type(action).__name__.lower() or name.endswith(".help"):
             action.help = argparse.SUPPRESS  # a file for one part of the settings: --config does
-        kind = "needed" if action.required else "common" if name in common else "expert"
         action.metavar = action.metavar or (None if action.choices else "VALUE")
+        kind = 0 if name in needed else 1 if name in common else 2
         groups[kind]._group_actions.append(action)
-    groups["common"]._group_actions.sort(key=lambda action: common.index(action.dest))
+    groups[1]._group_actions.sort(key=lambda action: common.index(action.dest))
     own = [g for g in parser._action_groups if not set(g._group_actions) & set(settings)]
-    parser._action_groups[:] = [*own, *groups.values()]  # type: ignore[index]
+    return [*own, *groups]
 
 
 def parse(

@@ -23,6 +23,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.teacher.choose import make_teacher
 from pipeline.types import Json
 from storage import Dump, create_dump
+from storage.manifest import Totals
 
 STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine is doing
 
@@ -124,33 +125,36 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
             )
         dump.finish()
     parts = [dump.partition(index) for index in wanted]
-    markers = [shard.marker for part in parts for shard in part.shards]
-    tokens = sum(marker["tokens"] for marker in markers)
-    positions = sum(marker["positions"] for marker in markers)
+    total = Totals.of(shard.marker for part in parts for shard in part.shards)
     skipped = sum((part.summary or {}).get("skipped", 0) for part in parts)
-    summary = {
-        "rows": sum(marker["rows"] for marker in markers),
-        "tokens": tokens,
-        "documents": sum(marker["documents"] for marker in markers),
+    summary: Json = {
+        "rows": total.rows,
+        "tokens": total.tokens,
+        "documents": total.documents,
         "skipped": skipped,
-        "shards": len(markers),
-        "bytes": sum(marker["bytes"] for marker in markers),
-        "bytes_per_token": sum(marker["bytes"] for marker in markers) / tokens if tokens else None,
-        "kept_mass": sum(marker["mass"] for marker in markers) / positions if positions else None,
-        "codec_kl": sum(marker["kl_sum"] for marker in markers) / positions if positions else None,
+        "shards": total.shards,
+        "bytes": total.bytes,
+        "bytes_per_token": total.bytes_per_token,
+        "kept_mass": total.kept_mass,
+        "codec_kl": total.codec_kl,
         "tokens_per_s": tokens_per_s,
         "finished": complete,
     }
-    k = dump.plan["k"]
-    say(
-        f"{dump.store.path}: {summary['rows']:,} rows, {tokens:,} tokens in {len(markers)} shards"
-        + (f", {summary['bytes_per_token']:.1f} bytes per token" if tokens else "")
-        + (f", top-{k} hold {summary['kept_mass']:.3f}" if positions and k else "")
-        + (f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else "")
-        + (
-            f", {summary['skipped']} documents skipped (under two tokens)"
-            * bool(summary["skipped"])
-        )
-        + ("" if complete else "; other partitions are still missing")
-    )
+    say(f"{dump.store.path}: {describe(total, dump.plan['k'], skipped, tokens_per_s, complete)}")
     return summary
+
+
+def describe(
+    total: Totals, k: int, skipped: int, tokens_per_s: float | None, complete: bool
+) -> str:
+    """One line on what was dumped."""
+    parts = [f"{total.rows:,} rows, {total.tokens:,} tokens in {total.shards} shards"]
+    if total.bytes_per_token is not None:
+        parts.append(f"{total.bytes_per_token:.1f} bytes per token")
+    if total.kept_mass is not None and k:
+        parts.append(f"top-{k} hold {total.kept_mass:.3f}")
+    if tokens_per_s:
+        parts.append(f"{tokens_per_s:,.0f} tokens/s")
+    if skipped:
+        parts.append(f"{skipped} documents skipped (under two tokens)")
+    return ", ".join(parts) + ("" if complete else "; other partitions are still missing")

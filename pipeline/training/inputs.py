@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
-from pipeline.data.mixing import GeneralStream
+from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from storage import LogitDataset
@@ -112,6 +112,7 @@ def check(inputs: Inputs) -> None:
         )
     for dump in inputs.all_dumps:
         check_student(inputs, dump)
+    shares_of(list(inputs.dumps), list(inputs.dumps.values()))
     check_targets(inputs.config, list(inputs.dumps))
     plans = [dump.plan["teacher"] for dump in inputs.all_dumps]
     teachers = {teacher["fingerprint"]: teacher["name"] for teacher in plans}
