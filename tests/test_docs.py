@@ -137,9 +137,7 @@ def test_a_wrong_command_is_found(command: str) -> None:
         check_command(command)
 
 
-@pytest.mark.parametrize(
-    ("page", "link"), [(page, link) for page in PAGES for link in links(page)]
-)
+@pytest.mark.parametrize(("page", "link"), [(page, link) for page in PAGES for link in links(page)])
 def test_links_lead_somewhere(page: str, link: str) -> None:
     path, _, anchor = link.partition("#")
     target = (ROOT / page).parent / path if path else ROOT / page
