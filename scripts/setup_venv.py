@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -157,7 +158,7 @@ class Progress:
             self.text = f"found {self.found} of {total} packages"
         elif fetched:
             self.fetched += 1
-            name, size = fetched.group(1).rsplit("/")[-1], fetched.group(2) or ""
+            name, size = unquote(fetched.group(1).split("/")[-1]), fetched.group(2) or ""
             self.text = f"fetching {self.fetched} of {total} packages: {name}{size}"
         elif line.startswith("Installing collected packages"):
             self.text = "installed"
@@ -176,7 +177,7 @@ class Progress:
         text = self.text
         if text == "installed":
             text = f"installed {self.installed()} of {len(self.pins)} packages"
-        text += f", {now - self.started:.0f} s"
+        text = f"{now - self.started:.0f} s: {text}"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
             print("\r\033[K" + f"setup_venv: {text}"[:width], end="", flush=True)
@@ -334,6 +335,7 @@ def main() -> None:
     try:
         set_up(args.venv, args.lock, args.editable)
     except KeyboardInterrupt:
+        print()  # the terminal's own ^C stands on the line
         give_up("interrupted; run the same command again: it resumes")
 
 
