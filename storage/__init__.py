@@ -1,6 +1,6 @@
 """Compressed top-k next-token distributions on disk. FORMAT.md is the specification.
 
-Needs numpy, pyarrow, zstandard and fsspec, and numba for payloads of version 2; never torch.
+Needs numpy, pyarrow, zstandard and fsspec; version 2 also needs numba. Does not need torch.
 """
 
 from storage.codec.codec import decode, encode

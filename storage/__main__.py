@@ -13,7 +13,7 @@ from storage.gc import DEFAULT_HOURS, leftovers, remove
 from storage.inspect import describe, describe_row, token_decoder
 from storage.verify import verify
 
-FAILED, BAD_INPUT, DAMAGED = 1, 2, 4  # exit codes
+FAILED, BAD_INPUT, DAMAGED = 1, 2, 4  # exit codes: the store fails, wrong input, damaged data
 
 
 def inspect_command(args: argparse.Namespace) -> int:
@@ -27,7 +27,10 @@ def inspect_command(args: argparse.Namespace) -> int:
             print(f"\n`python -m storage inspect {args.dump} --row 0` shows a row as text.")
         return 0
     if not 0 <= args.row < len(dataset):
-        print(f"row {args.row}: the dump has rows 0 to {len(dataset) - 1}", file=sys.stderr)
+        print(
+            f"--row {args.row}: the dump has {len(dataset):,} rows, numbered from 0",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     decode, note = token_decoder(dataset)
     if note:
@@ -62,7 +65,7 @@ def gc_command(args: argparse.Namespace) -> int:
         print(f"{leftover.bytes:>14,} bytes  {leftover.age / 3600:>8.1f} h  {leftover.name}")
     total = f"{len(found)} leftovers, {sum(leftover.bytes for leftover in found):,} bytes"
     if not args.delete:
-        print(f"{total}; none of them is ever read. --delete removes them" if found else total)
+        print(f"{total}; no reader uses them, --delete removes them" if found else total)
         return 0
     remove(args.dump, found)
     print(f"{total}: removed")
@@ -70,7 +73,9 @@ def gc_command(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m storage", description="Look into a dump.")
+    parser = argparse.ArgumentParser(
+        "python -m storage", description="Inspect, verify, clean or export a dump."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str):  # type: ignore[no-untyped-def]
@@ -79,26 +84,43 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("inspect", inspect_command, "plan, size, kept mass; with --row, one row as text")
-    sub.add_argument("--row", type=int, help="show this row: text and the teacher's candidates")
+    sub = command(
+        "inspect", inspect_command, "show plan, size and kept mass; with --row, one row as text"
+    )
+    sub.add_argument("--row", type=int, help="show this row: its text and the teacher's candidates")
     sub.add_argument("--top", type=int, default=4, help="candidates per position (default 4)")
     sub.add_argument("--positions", type=int, default=40, help="positions shown (default 40)")
     sub = command(
-        "verify", verify_command, "read every byte again; exit code 4 where something is wrong"
+        "verify",
+        verify_command,
+        "read every byte and decode every row; exit code 4 if a fault is found",
     )
-    sub.add_argument("--partial", action="store_true", help="what is committed so far")
-    sub = command("gc", gc_command, "list what dead writers left behind; with --delete, remove it")
-    sub.add_argument("--delete", action="store_true", help="remove them; without it only list")
+    sub.add_argument(
+        "--partial",
+        action="store_true",
+        help="verify the shards committed so far of an unfinished dump",
+    )
+    sub = command(
+        "gc", gc_command, "list the files that dead writers left behind; --delete removes them"
+    )
+    sub.add_argument("--delete", action="store_true", help="remove the files, not only list them")
     sub.add_argument(
         "--older-than",
         type=float,
         default=DEFAULT_HOURS,
         metavar="HOURS",
-        help="leave younger files, a live writer's may be among them (default %(default)s)",
+        help="keep younger files, which a running writer may own (default %(default)s)",
     )
-    sub = command("export", export_command, "plain Parquet columns for DuckDB, Polars and pandas")
+    sub = command(
+        "export", export_command, "write plain Parquet columns for DuckDB, Polars and pandas"
+    )
     sub.add_argument("target", help="the Parquet file to write")
-    sub.add_argument("--per", choices=["position", "sequence"], default="position")
+    sub.add_argument(
+        "--per",
+        choices=["position", "sequence"],
+        default="position",
+        help="what one output row holds (default %(default)s)",
+    )
     return parser
 
 

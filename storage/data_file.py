@@ -1,10 +1,12 @@
-"""The bytes of a committed data file, for readers: mapped where it is local; else from a local
-cache or, without one, in ranges.
+"""How readers get the bytes of a committed data file.
 
-The cache is for training, which comes back to every shard. Set MOL_CACHE to a directory;
-MOL_CACHE_GB (default 100) bounds it. Files are kept by their sha256, which the marker names, so a
-cached file can be neither stale nor half there, and processes share them: each is made under a
-name of its own and renamed.
+A local file is memory-mapped. A remote file comes from a local cache; without a cache it is read
+in ranges.
+
+The cache is for training, which reads every shard again and again. Set MOL_CACHE to a directory to
+enable it. MOL_CACHE_GB limits its size, in units of 1e9 bytes (default 100). Files are named by
+their sha256, which the marker holds, so a cached file is never stale. Each file is downloaded under
+a temporary name and renamed, so processes can share the cache and none sees half a file.
 """
 
 import contextlib
@@ -25,12 +27,12 @@ FOLDER, LIMIT_GB = "MOL_CACHE", "MOL_CACHE_GB"
 
 
 def open_source(store: Store, shard: Shard) -> Any:
-    """What pyarrow reads a shard's data file from.
+    """Open a shard's data file for pyarrow.
 
-    Raises FileNotFoundError where there is none, CorruptShard where the store holds another file
-    than was committed, StoreError where the store cannot be read.
+    Raises FileNotFoundError if it is missing, CorruptShard if the store holds another file than
+    the committed one, StoreError if the store cannot be read.
     """
-    if store.local:  # mapped: row groups are read without copying the file
+    if store.local:  # memory-mapped: reading a row group copies nothing
         return pa.memory_map(store / shard.file)
     path = cached(store, shard.file, shard.marker["sha256"])
     if path is not None:
@@ -40,7 +42,7 @@ def open_source(store: Store, shard: Shard) -> Any:
 
 
 class RangeFile(io.RawIOBase):
-    """A remote file read in ranges, each tried again while the store fails for a time."""
+    """A remote file, read in ranges. Store.attempt retries each range while the store fails."""
 
     def __init__(self, store: Store, name: str, size: int) -> None:
         self.store, self.name, self.size, self.at = store, name, size, 0
@@ -67,7 +69,7 @@ class RangeFile(io.RawIOBase):
         def fetch() -> bytes:
             data: bytes = self.store.fs.cat_file(self.store / self.name, start=start, end=stop)
             if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came of {stop - start}")
+                raise OSError(f"{stop - start} bytes expected, {len(data)} arrived")
             return data
 
         data = self.store.attempt("read", self.name, fetch)
@@ -76,17 +78,17 @@ class RangeFile(io.RawIOBase):
 
 
 def cached(store: Store, name: str, sha256: str) -> Path | None:
-    """The local copy of a file of this store, fetched if need be; None where there is no cache.
+    """Path of the local copy of a file, downloaded if needed. None without a cache.
 
-    Raises CorruptShard where what the store holds has another sha256, StoreError where it cannot
-    be read, FileNotFoundError where there is none.
+    Raises CorruptShard if the store's file has another sha256, StoreError if the store cannot be
+    read, FileNotFoundError if the file is missing.
     """
     folder = os.environ.get(FOLDER)
     if store.local or not folder:
         return None
     path = Path(folder) / f"{sha256}.parquet"
     with contextlib.suppress(FileNotFoundError):
-        os.utime(path)  # the least recently used go first
+        os.utime(path)  # mark as used: make_room removes the least recently used files
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f".fetching-{uuid.uuid4().hex}")
@@ -96,7 +98,8 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise CorruptShard(
-                f"{name}: sha256 differs from the marker's: the file was changed after commit"
+                f"{name}: the sha256 is {found}, the marker says {sha256}: the file was changed "
+                "after commit; restore it from a copy"
             )
         make_room(path.parent, own.stat().st_size)
         os.replace(own, path)
@@ -106,8 +109,10 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Remove the least recently used files until `size` more bytes fit. A process that has one of
-    them mapped goes on reading it."""
+    """Remove the least recently used files until `size` more bytes fit.
+
+    A process that has mapped a removed file can still read it.
+    """
     limit = float(os.environ.get(LIMIT_GB, 100)) * 1e9
     files = []
     for file in folder.glob("*.parquet"):

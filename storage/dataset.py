@@ -17,12 +17,14 @@ CACHED_GROUPS = 8
 
 
 class LogitDataset:
-    """The rows of a finished dump, in order: `dataset[i]` -> Record.
+    """The rows of a finished dump, in order: `dataset[i]` returns a Record.
 
-    Picklable and safe in forked workers: each process opens its own files. `partial=True` reads
-    what is committed so far of a dump that is not finished; the rows it sees then do not change.
-    `samples=False` does not read those that the dump may hold of its tails.
-    Raises IncompleteDump, CorruptShard (with file and row) and IndexError.
+    A dataset can be pickled and used in forked workers: each process opens its own files.
+    `partial=True` reads an unfinished dump: the rows committed by now; later ones do not appear.
+    `samples=False` does not read the samples of the tails.
+
+    Raises IncompleteDump if the dump is missing or unfinished, CorruptShard with file and row,
+    IndexError, and StoreError.
     """
 
     def __init__(
@@ -52,17 +54,17 @@ class LogitDataset:
 
     @property
     def draws(self) -> int:
-        """Ids drawn from each tail, in the records of this dataset; 0 for none."""
+        """Ids drawn from each tail in the records of this dataset; 0 without samples."""
         return int(self.plan.get("samples", 0)) if self.samples else 0
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes with any row of the dump."""
+        """The sha256 of manifest.json, which changes with any row. Raises IncompleteDump."""
         return self.manifest.fingerprint
 
     @property
     def lengths(self) -> Int32s:
-        """int32 [rows]: tokens of each row, read without the payloads."""
+        """int32 [rows]: tokens of each row. Reads no payloads."""
         if self._lengths is None:
             parts = [self._reader(number).lengths() for number in range(len(self.shards))]
             self._lengths = np.concatenate([np.zeros(0, np.int32), *parts])
@@ -73,7 +75,7 @@ class LogitDataset:
 
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"row {index}: the dump has {len(self)} rows, numbered from 0")
         index %= len(self)
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[number])
@@ -88,9 +90,9 @@ class LogitDataset:
         return reader.record(table, group, row)
 
     def read(self, indices: Iterable[int]) -> list[Record]:
-        """The records of these rows, in the order asked for; each row group is read once.
+        """The records of these rows, in the given order. Reads each row group once.
 
-        For batches of rows from all over a dump, such as a shuffled DataLoader's.
+        Use it for batches of rows from all over a dump, such as those of a shuffled DataLoader.
         """
         wanted = list(indices)
         found: dict[int, Record] = {}

@@ -1,5 +1,4 @@
-"""Everything that storage raises on purpose. Each message says what was expected, what was found
-and what to do."""
+"""The errors of storage. Each message says what was expected, what was found and what to do."""
 
 
 class StorageError(Exception):
@@ -11,25 +10,27 @@ class InvalidRecord(StorageError):
 
 
 class CorruptPayload(StorageError):
-    """Encoded bytes that are cut short, damaged, or not ours."""
+    """Encoded bytes that are cut short, damaged, or not a payload."""
 
 
 class CorruptShard(StorageError):
-    """A data file that is not what its marker says."""
+    """A data file, marker or manifest that is damaged, missing, or not what was committed."""
 
 
 class FormatVersionError(StorageError):
-    """Data of a format version that this release does not read."""
+    """Data of a format version that this release cannot read or write."""
 
 
 class PlanMismatch(StorageError):
-    """A dump directory that already holds a dump made from another plan."""
+    """A dump directory that holds a dump made from another plan."""
 
 
 class IncompleteDump(StorageError):
-    """A dump whose partitions are not all there yet."""
+    """A dump that is missing or not finished."""
 
 
 class StoreError(StorageError):
-    """A directory or object store that fails now: full, read-only, gone. What is committed stays,
-    and the same command goes on when the cause is put right."""
+    """A directory or object store that fails: full, read-only, gone.
+
+    Committed shards are kept. Fix the cause and run the same command again to resume.
+    """

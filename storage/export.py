@@ -1,4 +1,4 @@
-"""export: plain Parquet columns that DuckDB, Polars and pandas read without this project."""
+"""Export a dump to plain Parquet columns, for DuckDB, Polars and pandas."""
 
 import os
 from collections.abc import Iterator
@@ -42,10 +42,10 @@ SAMPLED_PER_SEQUENCE = [("sampled_counts", pa.list_(pa.uint16())), *SAMPLED_PER_
 
 
 def export(dataset: LogitDataset, target: str | os.PathLike[str], per: str = "position") -> int:
-    """Write all rows to one Parquet file, a sequence at a time; returns the rows written.
+    """Write all rows to one Parquet file, 64 sequences at a time. Returns the rows written.
 
-    per="position": one row per distribution. per="sequence": one row per stored row. A dump with
-    samples has columns for them: ids drawn from the tail, and how often each of its `draws`.
+    per="position" writes one row per distribution, per="sequence" one per stored row. For a dump
+    with samples, more columns hold the ids drawn from the tail and how often each was drawn.
     """
     to_table, schema, sampled = {
         "position": (by_position, PER_POSITION, SAMPLED_PER_POSITION),
@@ -96,7 +96,7 @@ def by_position(record: Record, schema: pa.Schema) -> pa.Table:
 
 
 def offsets_of(counts: UInt16s) -> Int32s:
-    """Where each position's entries start, and where the last ones end: int32 [P + 1]."""
+    """int32 [P + 1]: where each position's entries start, then where the last ones end."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32)
 
 

@@ -1,8 +1,8 @@
-"""gc: find, and on request remove, what dead writers left behind.
+"""Find the files that dead writers left behind, and remove them on request.
 
-Safe beside live writers: files are listed first and markers read after, so what looks unnamed had
-no marker when its age was taken, and a live writer's files are younger than the limit (an open
-shard is touched with every row group, a closed one is named within one commit).
+This is safe while writers run. Files are listed before markers are read, so a file without a marker
+had none when its age was measured. The files of a running writer are younger than the limit: it
+writes to an open shard with every row group, and names a closed one in a marker within one commit.
 """
 
 import os
@@ -20,9 +20,9 @@ OPEN_FILE = re.compile(r"(.*/)?\.(writing|creating)-[^/]+")
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that no marker names: its name below the dump, bytes, and age in seconds.
+    """A file that no marker names: its name below the dump, its bytes, its age in seconds.
 
-    `staged` is an open shard of a remote dump, on this machine; its name is a local path.
+    `staged` marks an open shard of a remote dump on this machine; its name is a local path.
     """
 
     name: str
@@ -32,13 +32,16 @@ class Leftover:
 
 
 def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> list[Leftover]:
-    """Files older than `hours` that no marker names. Raises IncompleteDump where there is no dump,
-    CorruptShard for a marker that cannot be read: then nothing is known to be a leftover."""
+    """Files older than `hours` that no marker names.
+
+    Raises IncompleteDump if there is no dump, StoreError, and CorruptShard for an unreadable
+    marker: any file may then be committed data.
+    """
     store = Dump(path).store
     ages = store.ages()
     sizes = store.files()
     named = set()
-    for name in sizes:  # all markers, also those behind a gap
+    for name in sizes:  # every marker, also those after a missing one
         match = MARKER.fullmatch(name)
         data = store.read(name) if match else None
         if match and data:
@@ -60,7 +63,7 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
 
 
 def remove(path: str | os.PathLike[str], found: list[Leftover]) -> None:
-    """Remove these leftovers."""
+    """Delete these files. Raises StoreError."""
     store = Dump(path).store
     for leftover in found:
         if leftover.staged:

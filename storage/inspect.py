@@ -1,4 +1,4 @@
-"""What a person wants to see of a dump, as lines of text."""
+"""Describe a dump, or one of its rows, as lines of text."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,7 @@ BAR = 40
 
 
 def describe(dataset: LogitDataset) -> Iterator[str]:
-    """The plan, the totals, bytes per token, and how much mass the kept entries hold."""
+    """The plan, the totals, bytes per token, and the distribution of the kept mass."""
     yield f"dump       {dataset.dump.store.path}"
     for name, value in flatten(dataset.plan):
         yield f"  {name:<22} {value}"
@@ -34,10 +34,7 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
             f"{totals.sample_bytes / totals.tokens:.1f} bytes per token"
         )
     yield f"kept mass  {totals.kept_mass:.4f} on average"
-    yield (
-        f"error      {totals.codec_kl:.1e} nats of KL by the codec on average, "
-        f"{totals.kl_max:.1e} at worst"
-    )
+    yield (f"codec KL   {totals.codec_kl:.1e} nats on average, {totals.kl_max:.1e} at worst")
     yield ""
     histogram = np.sum([marker["mass_histogram"] for marker in markers], axis=0)
     for number, count in enumerate(histogram):
@@ -59,7 +56,7 @@ def flatten(value: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
 def describe_row(
     record: Record, decode: Callable[[int], str], top: int = 4, positions: int = 40
 ) -> Iterator[str]:
-    """A row's text and, for each position, the next token and the teacher's first candidates.
+    """A row's text, then for each position the next token and the teacher's best candidates.
 
     A star marks the candidate that is the next token.
     """
@@ -90,7 +87,7 @@ def describe_row(
 
 
 def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
-    """(id, times drawn, draws) of the ids that were drawn most often at a position."""
+    """(id, times drawn, draws) of the `top` ids drawn most often at a position."""
     samples = record.topk.samples
     if samples is None:
         return []
@@ -102,20 +99,20 @@ def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
 
 
 def show(token: str, width: int = 14) -> str:
-    """A token on one line: spaces and line ends visible."""
+    """A token on one line, with visible spaces and line ends, at most `width` long."""
     text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def token_decoder(dataset: LogitDataset) -> tuple[Callable[[int], str], str | None]:
-    """A function from token id to text, and a note where only ids can be shown."""
+    """A function from token id to text, and a note if it can only show ids."""
     data = dataset.dump.store.read("tokenizer/tokenizer.json")
     if data is None:
-        return (lambda token: f"<{token}>"), "The dump carries no tokenizer.json: showing ids."
+        return (lambda token: f"<{token}>"), "The dump has no tokenizer.json: showing ids."
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        return (lambda token: f"<{token}>"), "pip install tokenizers to see text: showing ids."
+        return (lambda token: f"<{token}>"), "For text, pip install tokenizers: showing ids."
     tokenizer = Tokenizer.from_str(data.decode())
 
     def text_of(token: int) -> str:

@@ -1,13 +1,13 @@
-"""Who may trust what: plan -> shard markers -> partition markers -> manifest.
+"""Plan, markers and manifest: the files that say what is committed.
 
-Every one of these files is written once, whole, and only where there is none yet, so the first
-writer wins and any process may die at any instant. Readers trust nothing that no marker names.
+Each of them is created once, whole, and only if it does not exist yet. So the first writer wins,
+and any process may die at any time. Readers use only data files that a marker names.
 
-    plan.json             what the dump is made of and with; written first
+    plan.json             corpus, model and settings; created before any shard
     tokenizer/...         the tokenizer's files
     00003/00007.json      marker of shard 7 of partition 3: data file, sha256, rows, tokens, cursor
-    00003/00007-*.parquet data files; the marker says which one counts
-    00003/complete.json   partition 3 has all its shards
+    00003/00007-*.parquet data files; only the one that the marker names is read
+    00003/complete.json   all shards of partition 3 are committed
     manifest.json         all partitions are complete
 """
 
@@ -37,18 +37,21 @@ def to_json(value: Json) -> bytes:
 
 
 def from_json(data: bytes, name: str) -> Json:
+    """Parse a JSON object. Raises CorruptShard that names the file."""
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise CorruptShard(f"{name}: not JSON ({error}): the file is damaged") from None
+        raise CorruptShard(
+            f"{name}: not valid JSON ({error}): the file is damaged, restore it from a copy"
+        ) from None
     if not isinstance(value, dict):
-        raise CorruptShard(f"{name}: a JSON object expected, found {type(value).__name__}")
+        raise CorruptShard(f"{name}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One committed shard: its name ("00003/00007") and its marker."""
+    """A committed shard: its name ("00003/00007") and its marker."""
 
     name: str
     marker: Json
@@ -140,7 +143,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished dump: its plan, all shards in order, totals, and a fingerprint (sha256)."""
+    """A finished dump: plan, shards and partition summaries in order, sha256 of manifest.json."""
 
     plan: Json
     shards: tuple[Shard, ...]
@@ -161,14 +164,14 @@ class Manifest:
 
 
 class Partition:
-    """One retry unit of a dump: the shards that one run of stage one writes in order."""
+    """One unit of retry: shards that one run of stage one writes in order."""
 
     def __init__(self, dump: "Dump", index: int) -> None:
         self.dump, self.index, self.name = dump, index, f"{index:05d}"
 
     @property
     def shards(self) -> list[Shard]:
-        """Committed shards, in order, as they are on disk now."""
+        """The shards committed now, in order; reads their markers again."""
         found: list[Shard] = []
         with contextlib.suppress(IncompleteDump):
             while True:
@@ -176,7 +179,7 @@ class Partition:
         return found
 
     def shard(self, index: int) -> Shard:
-        """One committed shard; IncompleteDump where there is none of that number."""
+        """One committed shard. Raises IncompleteDump if it is not committed."""
         name = f"{self.name}/{index:05d}"
         data = self.dump.store.read(f"{name}.json")
         if data is None:
@@ -185,12 +188,12 @@ class Partition:
 
     @property
     def summary(self) -> Json | None:
-        """What `finish` wrote, or None while the partition is not complete."""
+        """Contents of complete.json, or None while the partition is not complete."""
         data = self.dump.store.read(f"{self.name}/complete.json")
         return None if data is None else from_json(data, f"{self.name}/complete.json")
 
     def finish(self, summary: Json) -> None:
-        """Commit that the shards so far are all there are."""
+        """Mark the partition complete: no more shards follow. `summary` adds entries."""
         shards = self.shards
         marker = {
             **summary,
@@ -202,39 +205,48 @@ class Partition:
 
 
 class Dump:
-    """A dump directory, finished or not."""
+    """A dump directory, finished or not.
+
+    Raises IncompleteDump without plan.json, FormatVersionError for another format version.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.store = Store(path)
         data = self.store.read("plan.json")
         if data is None:
             raise IncompleteDump(
-                f"{self.store.path}: no plan.json, so this is no dump; make one with "
-                "scripts/dump_logits.py, or check the path"
+                f"{self.store.path}: no plan.json, so this is not a dump; check the path, or make "
+                "a dump with scripts/dump_logits.py"
             )
         self.plan = from_json(data, "plan.json")
         if self.plan.get("format_version") != FORMAT_VERSION:
             raise FormatVersionError(
-                f"{self.store.path}: format version {self.plan.get('format_version')}; this "
-                f"release reads version {FORMAT_VERSION}: use the release that wrote it"
+                f"{self.store.path}: format version {self.plan.get('format_version')}, this "
+                f"release reads version {FORMAT_VERSION}; use the release that wrote the dump"
             )
 
     def check_plan(self) -> None:
-        """Raise StoreError or PlanMismatch where plan.json is not what it was when this began: a
-        directory that was removed or given to another dump must not get shards of this one."""
+        """Raise StoreError if plan.json is gone, PlanMismatch if it has changed.
+
+        A directory that was removed, or reused for another dump, must not get shards of this one.
+        """
         data = self.store.read("plan.json")
         if data is None:
             raise StoreError(
-                f"{self.store.path}: plan.json is gone: was the directory removed or unmounted "
-                "under the run? Put it back, or start again"
+                f"{self.store.path}: plan.json is gone. Was the directory removed or unmounted "
+                "during the run? Restore it, or start again"
             )
         if data != to_json(self.plan):
-            raise PlanMismatch(f"{self.store.path}: holds another plan.json than at the start")
+            raise PlanMismatch(
+                f"{self.store.path}: plan.json has changed during the run: the directory holds "
+                "another plan now; choose another output directory"
+            )
 
     def partition(self, index: int) -> Partition:
         if not 0 <= index < self.plan["partitions"]:
             raise IncompleteDump(
-                f"partition {index}: the plan has {self.plan['partitions']}, numbered from 0"
+                f"partition {index}: the plan has {self.plan['partitions']} partitions, numbered "
+                "from 0"
             )
         return Partition(self, index)
 
@@ -243,11 +255,11 @@ class Dump:
         return [self.partition(index) for index in range(self.plan["partitions"])]
 
     def shards(self) -> list[Shard]:
-        """Everything that is committed now."""
+        """All shards committed now, in order."""
         return [shard for partition in self.partitions for shard in partition.shards]
 
     def finish(self) -> Manifest:
-        """Write manifest.json, or raise IncompleteDump that names the missing partitions."""
+        """Write manifest.json. Raises IncompleteDump that names the missing partitions."""
         summaries = [partition.summary for partition in self.partitions]
         missing = [str(index) for index, summary in enumerate(summaries) if summary is None]
         if missing:
@@ -268,16 +280,22 @@ class Dump:
         return self.manifest()
 
     def manifest(self) -> Manifest:
-        """The finished dump; IncompleteDump while there is no manifest.json."""
+        """The finished dump.
+
+        Raises IncompleteDump without manifest.json, PlanMismatch if it belongs to another plan.
+        """
         data = self.store.read("manifest.json")
         if data is None:
             raise IncompleteDump(
                 f"{self.store.path}: no manifest.json, so the dump is not finished; run "
-                "scripts/dump_logits.py with its config again, it goes on where it stopped"
+                "scripts/dump_logits.py again with the same config to resume it"
             )
         body = from_json(data, "manifest.json")
         if body["plan_sha256"] != hashlib.sha256(to_json(self.plan)).hexdigest():
-            raise PlanMismatch(f"{self.store.path}: manifest.json belongs to another plan.json")
+            raise PlanMismatch(
+                f"{self.store.path}: manifest.json belongs to another plan.json; restore the file "
+                "that was replaced"
+            )
         shards = tuple(
             Shard(entry["name"], {key: value for key, value in entry.items() if key != "name"})
             for entry in body["shards"]
@@ -289,9 +307,10 @@ class Dump:
 def create_dump(
     path: str | os.PathLike[str], plan: Json, tokenizer_files: dict[str, bytes] | None = None
 ) -> Dump:
-    """Start a dump, or open the one that is there when its plan is the same.
+    """Start a dump, or open the existing one if its plan is the same.
 
-    Raises PlanMismatch, with every difference, when the directory holds a dump of another plan.
+    `tokenizer_files` maps names to contents. Raises PlanMismatch that lists every difference if
+    the directory holds a dump made from another plan, and StoreError.
     """
     plan = {"format_version": FORMAT_VERSION, **plan}
     store = Store(path)
@@ -306,13 +325,13 @@ def create_dump(
         raise PlanMismatch(
             f"{dump.store.path} holds a dump made from another plan:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + "\nGo on with the old settings, or choose another output directory."
+            + "\nUse the old settings to resume it, or choose another output directory."
         )
     return dump
 
 
 def differences(there: Any, here: Any, name: str = "", place: str = "dump") -> list[str]:
-    """Readable lines, one for each value in which two JSON values differ."""
+    """One readable line for each value that differs between two JSON values."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             line

@@ -1,7 +1,7 @@
-"""Samples: ids drawn from the tail of each position, which stand for its mass without bias.
+"""Samples: ids drawn from the tail of each position, an unbiased estimate of its distribution.
 
-With N draws from the distribution that is outside the kept ids, an id that was drawn c times stands
-for the mass tail · c / N; its expectation is the id's own probability (arXiv 2503.16870).
+With N draws from the distribution outside the kept ids, an id that is drawn c times stands for the
+mass tail · c / N. The expectation of this mass is the id's own probability (arXiv 2503.16870).
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """`draws` ids from the tail of every position that has one, ragged over positions.
+    """`draws` ids from each position that has a tail, ragged over positions.
 
-    draws   N, at least 1
-    counts  uint16 [P]  different ids drawn at each position; 0 where there is no tail
-    ids     int32  [S]  S = counts.sum(); within a position ascending
-    times   uint16 [S]  how often each was drawn; together N at each position
+    draws   N, 1 to 65535
+    counts  uint16 [P]  different ids drawn at each position; 0 without a tail
+    ids     int32  [S]  S = counts.sum(); ascending within a position
+    times   uint16 [S]  how often each id was drawn; the sum over a position is N
     """
 
     draws: int
@@ -30,20 +30,20 @@ class Samples:
 
     @classmethod
     def from_drawn(cls, drawn: npt.ArrayLike) -> "Samples":
-        """From ids [P, N] in any order, with repetition; -1 all along a position without a tail."""
+        """From drawn ids [P, N], in any order, repeated; all -1 at a position without a tail."""
         rows = np.sort(np.asarray(drawn, np.int32), axis=1)
         new = np.ones(rows.shape, bool)
         new[:, 1:] = rows[:, 1:] != rows[:, :-1]
         new &= rows >= 0
         draws = rows.shape[1]
-        starts = np.flatnonzero(new)  # of the runs of equal ids, in all rows laid end to end
+        starts = np.flatnonzero(new)  # of runs of equal ids, over all rows
         row_ends = (starts // max(draws, 1) + 1) * draws
         ends = np.minimum(np.append(starts[1:], rows.size)[: len(starts)], row_ends)
         counts = new.sum(axis=1).astype(np.uint16)
         return cls(draws, counts, rows[new], (ends - starts).astype(np.uint16))
 
     def same(self, other: "Samples") -> bool:
-        """Whether both hold the same."""
+        """Whether both hold equal values."""
         return self.draws == other.draws and all(
             np.array_equal(getattr(self, name), getattr(other, name))
             for name in ("counts", "ids", "times")
@@ -51,7 +51,7 @@ class Samples:
 
 
 def fault(samples: Samples, vocab_size: int) -> str | None:
-    """What is wrong with samples by themselves, in words that name the first position; or None."""
+    """What is wrong with the samples, naming the first position; None if they are valid."""
     counts, ids, times = samples.counts, samples.ids, samples.times
     entries = int(counts.sum(dtype=np.int64))
     if not 1 <= samples.draws <= 65535:

@@ -21,34 +21,36 @@ SCHEMA = pa.schema(
     ]
 )
 SUCCESSORS = pa.field("successors", pa.binary())  # version 2's tables: one value, in the first row
-SAMPLES = pa.field("samples", pa.binary(), nullable=False)  # only where the plan has samples
+SAMPLES = pa.field("samples", pa.binary(), nullable=False)  # only if the plan has samples
 FORMATS = {b"mol-topk/1": "v1", b"mol-topk/2": "v2"}
-MASS_BINS = 20  # of the histogram of kept mass, over [0, 1]
+MASS_BINS = 20  # bins of the histogram of kept mass, over [0, 1]
 
 
 def schema_of(codec: str, has_samples: bool) -> pa.Schema:
+    """The columns of a data file; `codec` is "v1" or "v2"."""
     schema = SCHEMA.append(SAMPLES) if has_samples else SCHEMA
     return schema if codec == "v1" else schema.append(SUCCESSORS)
 
 
 def footer_crc32(file: Any) -> int:
-    """Of a Parquet file's footer, which no checksum of Parquet's own covers."""
+    """CRC-32 of a Parquet file's footer, which Parquet does not checksum."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
     length = int.from_bytes(file.read(4), "little") + 8
     if length > size:
-        raise CorruptShard(f"a footer of {length} bytes in a file of {size}")
+        raise CorruptShard(f"the footer claims {length} bytes, the file has {size}")
     file.seek(size - length)
     return zlib.crc32(file.read(length))
 
 
 def pack_ranks(ranks: Ranks) -> bytes:
-    """Hexadecimal, because Parquet's key-value metadata is text for most readers."""
+    """In hexadecimal, because most readers take Parquet's key-value metadata for text."""
     packed = zstandard.ZstdCompressor(level=19).compress(ranks.frequent.astype("<i4").tobytes())
     return (struct.pack("<I", ranks.vocab_size) + packed).hex().encode()
 
 
 def unpack_ranks(value: bytes) -> Ranks:
+    """The inverse of pack_ranks. Raises CorruptPayload."""
     try:
         raw = bytes.fromhex(value.decode())
         (vocab_size,) = struct.unpack("<I", raw[:4])

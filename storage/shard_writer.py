@@ -1,4 +1,4 @@
-"""ShardWriter writes and commits one data file."""
+"""ShardWriter: write one data file and commit it."""
 
 import contextlib
 import hashlib
@@ -38,19 +38,19 @@ class PendingRow(NamedTuple):
 
 
 class ShardWriter:
-    """Writes the next shard of a partition under a name of its own, then commits it.
+    """Writes the next shard of a partition to a file of its own, then commits it.
 
         writer = ShardWriter(partition)
         writer.write(record)
         marker = writer.commit(cursor={"document": 17})
 
-    Nothing is visible to readers before `commit`, and a writer that dies leaves at most one file
-    that no marker names. When another writer has committed the same shard first, `commit` removes
-    its own file and returns the other's marker.
+    Readers see nothing before `commit`. A writer that dies leaves at most one file, which no
+    marker names. If another writer has committed the same shard first, `commit` discards its own
+    file and returns the other's marker.
 
-    The plan's `codec` says how payloads are written. "v1" (also where there is none) writes row
-    group after row group; "v2" learns from the whole shard, so it keeps the rows until `commit`: 6
-    bytes for each entry, and about 20 while it writes.
+    The plan's `codec` chooses the version of the payloads, "v1" by default. "v1" writes row group
+    after row group. "v2" learns its tables from the whole shard, so it keeps the rows in memory
+    until `commit`: 6 bytes per entry, and about 20 while it writes.
     """
 
     def __init__(self, partition: Partition, index: int | None = None) -> None:
@@ -63,7 +63,8 @@ class ShardWriter:
         self.draws = int(plan.get("samples", 0))
         if self.codec not in FORMATS.values():
             raise FormatVersionError(
-                f"the plan's codec is {self.codec!r}; this release writes v1 and v2: update it"
+                f"the plan's codec is {self.codec!r}, this release writes v1 and v2; update "
+                "mol-distill"
             )
         self.rows = self.tokens = self.positions = self.entries = 0
         self.sampled_ids = self.sample_bytes = 0
@@ -77,7 +78,7 @@ class ShardWriter:
         self.flushed_tokens = self.flushed_bytes = 0
 
     def write(self, record: Record) -> None:
-        """Add a row. Raises InvalidRecord, naming the document, for what must not be stored."""
+        """Add a row. Raises InvalidRecord that names the document if it must not be stored."""
         where = f"document {record.doc_id!r}, chunk {record.chunk}"
         if len(record.topk) != len(record.input_ids) - 1:
             raise InvalidRecord(
@@ -89,12 +90,15 @@ class ShardWriter:
         if broken.any():
             at = int(np.flatnonzero(broken)[0])
             raise InvalidRecord(
-                f"{where}: the teacher gave NaN or Inf at position {at}; nothing of this shard "
-                "is committed. Check the model's weights, or load it in float32"
+                f"{where}: the teacher gave NaN or Inf at position {at}; this shard is not "
+                "committed. Check the model's weights, or load it in float32"
             )
         ids = np.asarray(record.input_ids, np.int32)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise InvalidRecord(f"{where}: input ids outside the vocabulary of {self.vocab_size}")
+            raise InvalidRecord(
+                f"{where}: expected input ids from 0 to {self.vocab_size - 1}, found {ids.min()} "
+                f"to {ids.max()}; use the model's own tokenizer"
+            )
         drawn = record.topk.samples.draws if record.topk.samples else 0
         if drawn != self.draws:
             raise InvalidRecord(f"{where}: {drawn} draws, the plan has samples: {self.draws}")
@@ -118,18 +122,21 @@ class ShardWriter:
             self.flush()
 
     def encode_samples(self, topk: TopK) -> bytes:
-        """The samples' bytes, which need no tables; what is committed has been read back."""
+        """A record's samples, encoded. Raises CorruptShard if they do not decode to the same."""
         if topk.samples is None:
             return b""
         data = sampled.pack(topk.samples, self.vocab_size)
         if not sampled.unpack(data).same(topk.samples):
-            raise CorruptShard(f"{self.name}: samples read back as others; nothing is committed")
+            raise CorruptShard(
+                f"{self.name}: encoded samples do not decode to the same samples; nothing is "
+                "committed. Please report this"
+            )
         self.sampled_ids += len(topk.samples.ids)
         self.sample_bytes += len(data)
         return data
 
     def flush(self) -> None:
-        """Write the pending rows: one row group of version 1, all of them of version 2."""
+        """Write the pending rows: one row group in version 1, all rows in version 2."""
         if self.tables is None or self.file is None:
             metadata = {
                 "format": f"mol-topk/{self.codec[1:]}".encode(),
@@ -156,14 +163,14 @@ class ShardWriter:
                     use_dictionary=False,
                     write_statistics=False,
                     write_page_checksum=True,
-                    store_schema=False,  # Parquet's own says all there is to say
+                    store_schema=False,  # the Parquet schema says it all
                 )
             self.file.add_key_value_metadata(metadata)
         while self.pending:
             self.write_group()
 
     def write_group(self) -> None:
-        """Encode as many of the pending rows as a row group holds."""
+        """Encode and write one row group of the pending rows."""
         assert self.file is not None
         assert self.local is not None
         size = tokens = 0
@@ -171,7 +178,7 @@ class ShardWriter:
             tokens += len(self.pending[size].input_ids)
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
-        # What takes time lets other threads run.
+        # The slow parts of encoding release the GIL.
         with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
             payloads = list(pool.map(self.payload, rows))
         columns = [
@@ -193,23 +200,27 @@ class ShardWriter:
         self.flushed_bytes = self.local.stat().st_size
 
     def payload(self, row: PendingRow) -> bytes:
-        """A row's bytes; what is committed has been read back."""
+        """A row, encoded. Raises CorruptShard if it does not decode to the same row."""
         tables = self.tables
         ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
         data = pack(row.grid, ranks)
         if not unpack(data, ranks).same(row.grid):
-            raise CorruptShard(f"{self.name}: a row reads back as another; nothing is committed")
+            raise CorruptShard(
+                f"{self.name}: document {row.doc_id!r}, chunk {row.chunk} does not decode to the "
+                "same row; nothing is committed. Please report this"
+            )
         return data
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Of what is on disk so far; None before the first row group."""
+        """Bytes per token written so far; None before the first row group."""
         return self.flushed_bytes / self.flushed_tokens if self.flushed_tokens else None
 
     def commit(self, cursor: Json, stats: Json | None = None) -> Json:
-        """Close, check, hash and publish the file, then create its marker; returns the marker.
+        """Close, check, hash and publish the file, then create its marker. Returns the marker.
 
-        `cursor` says where the next shard starts; it comes back in `Shard.marker["cursor"]`.
+        `cursor` says where the next shard starts; readers find it in `Shard.marker["cursor"]`.
+        `stats` adds entries to the marker. Raises StoreError, PlanMismatch and CorruptShard.
         """
         store = self.partition.dump.store
         try:
@@ -247,15 +258,15 @@ class ShardWriter:
         except BaseException:
             self.abort()
             raise
-        # From here on a failure leaves the data file: its marker may be there all the same.
+        # From here on a failure must leave the data file: its marker may exist all the same.
         if store.create(f"{self.name}.json", to_json(marker)):
             return marker
         store.remove(target)
         return self.partition.shard(self.index).marker
 
     def abort(self) -> None:
-        """Drop the open file; what is committed stays."""
-        with contextlib.suppress(OSError):  # a full disk must not keep the reason from being told
+        """Discard the open file and its rows. Committed shards stay."""
+        with contextlib.suppress(OSError):  # a full disk must not hide the first error
             if self.file is not None:
                 self.file.close()
         with contextlib.suppress(OSError):
@@ -265,21 +276,23 @@ class ShardWriter:
 
 
 def check_rows(local: Path, marker: Json) -> None:
-    """Read a file back before it is published: an unclosed or full-disk file must not pass."""
+    """Read a file back before it is published. Raises CorruptShard if it is not complete."""
     with pq.ParquetFile(local, page_checksum_verification=True) as file:
         tokens = file.read(columns=["tokens"]).column(0).to_numpy()
     if (len(tokens), int(tokens.sum())) != (marker["rows"], marker["tokens"]):
         raise CorruptShard(
-            f"{local.name}: {len(tokens)} rows and {int(tokens.sum())} tokens read back, "
-            f"{marker['rows']} and {marker['tokens']} written: is the disk full?"
+            f"{local.name}: wrote {marker['rows']} rows and {marker['tokens']} tokens, read back "
+            f"{len(tokens)} and {int(tokens.sum())}: is the disk full?"
         )
 
 
 def footer_of(path: Path) -> int:
+    """CRC-32 of a local file's footer."""
     with path.open("rb") as file:
         return footer_crc32(file)
 
 
 def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

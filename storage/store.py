@@ -1,8 +1,10 @@
-"""A directory of a dump, local or remote, with the one guarantee the commit protocol needs:
-`create` either makes a whole, durable file that was not there before, or changes nothing.
+"""The files of a dump, local or remote.
 
-Remote operations are tried again, with growing pauses, for as long as PATIENCE says. What still
-fails, and every local failure, is a StoreError that names the file and what to do.
+The commit protocol needs one guarantee: `create` either makes a whole, durable file that did not
+exist before, or changes nothing.
+
+A remote operation that fails is retried, with growing pauses, for PATIENCE seconds. If it still
+fails, or if a local operation fails, a StoreError names the file and says what to do.
 """
 
 import contextlib
@@ -21,7 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StoreError
 
-PATIENCE = float(os.environ.get("MOL_STORE_PATIENCE", 300))  # seconds that a store may be away
+PATIENCE = float(
+    os.environ.get("MOL_STORE_PATIENCE", 300)
+)  # seconds of retries while a remote store fails
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 ADVICE = {
@@ -30,8 +34,8 @@ ADVICE = {
     errno.EROFS: "the file system is read-only: mount it writable, or choose another directory",
     errno.EACCES: "permission denied: make it writable for this user",
     errno.EPERM: "permission denied: make it writable for this user",
-    errno.ENOENT: "the directory is gone: was it removed or unmounted under the run? Put it back",
-    errno.ENOTDIR: "a file stands where a directory is meant: choose another path",
+    errno.ENOENT: "the directory is gone: was it removed or unmounted during the run? Restore it",
+    errno.ENOTDIR: "a file exists where a directory is expected: choose another path",
     errno.EIO: "the disk or the network file system failed: check it",
     errno.ESTALE: "the network file system is gone: mount it again",
 }
@@ -40,15 +44,17 @@ Result = TypeVar("Result")
 
 
 class Store:
-    """Files under one root; names are relative, with '/' between folders. Picklable, and usable
-    in a forked process."""
+    """Files under one root; names are relative, with '/' between folders.
+
+    A Store can be pickled and used in forked processes. Its methods raise StoreError.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._connect()
 
     def _connect(self) -> None:
-        # Listings must not be remembered: other writers are at work on the same directory.
+        # Do not cache listings: other writers change the same directory.
         options = {"use_listings_cache": False} if "://" in self.path else {}
         try:
             self._fs, root = fsspec.core.url_to_fs(self.path, **options)
@@ -60,7 +66,7 @@ class Store:
 
     @property
     def fs(self) -> Any:
-        """The file system; a forked process gets one of its own (s3fs is not fork-safe)."""
+        """The file system. A forked process gets its own, because s3fs is not fork-safe."""
         if self._process != os.getpid():
             self._connect()
         return self._fs
@@ -69,15 +75,17 @@ class Store:
         return f"{self.root}/{name}"
 
     def attempt(self, doing: str, name: str, work: Callable[[], Result]) -> Result:
-        """Do `work`; again and again on a remote store that fails for a time. Raises StoreError,
-        or FileNotFoundError and FileExistsError as they are: they are answers."""
+        """Do `work`; retry it while a remote store fails.
+
+        Raises StoreError. FileNotFoundError and FileExistsError are answers and pass unchanged.
+        """
         pause, deadline = FIRST_PAUSE, time.monotonic() + PATIENCE
         while True:
             try:
                 return work()
             except (FileNotFoundError, FileExistsError):
                 raise
-            except Exception as error:  # every library below has kinds of its own
+            except Exception as error:  # every file system library raises its own types
                 left = deadline - time.monotonic()
                 if self.local or isinstance(error, FINAL) or left <= 0:
                     raise self.failure(doing, name, error) from error
@@ -85,17 +93,17 @@ class Store:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def failure(self, doing: str, name: str, error: Exception) -> StoreError:
-        """What went wrong with a file, as a person wants to read it."""
+        """The StoreError for a failed operation: the file, and what to do."""
         if self.local:
             advice = ADVICE.get(getattr(error, "errno", None) or 0, str(error))
         elif isinstance(error, PermissionError):
-            advice = f"the store refuses ({error}): check credentials and bucket policy"
+            advice = f"the store denies access ({error}): check credentials and bucket policy"
         else:
             advice = f"the store did not answer for {PATIENCE:.0f} s ({describe(error)})"
         return StoreError(f"cannot {doing} {self.path.rstrip('/')}/{name}: {advice}")
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes, or None where there is none."""
+        """A file's bytes, or None if it does not exist."""
         try:
             data: bytes = self.attempt("read", name, lambda: self.fs.cat_file(self / name))
         except FileNotFoundError:
@@ -103,15 +111,15 @@ class Store:
         return data
 
     def make_root(self) -> None:
-        """Make the directory. Nothing else does: one that vanishes under a run stays away."""
+        """Make the directory. Only this does: one that is removed during a run stays removed."""
         if self.local:
             with self.explaining("make", ""):
                 Path(self.root).mkdir(parents=True, exist_ok=True)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Make the file; False where there is one already, which then stays as it is.
+        """Create a file. Returns False, and changes nothing, if it exists already.
 
-        Readers see the whole file or none, and it survives a crash of the machine.
+        Readers see the whole file or none. The file survives a crash of the machine.
         """
         if self.local:
             with self.explaining("write", name):
@@ -119,12 +127,12 @@ class Store:
         try:
             self.attempt("write", name, lambda: self.fs.pipe_file(self / name, data, mode="create"))
         except FileExistsError:
-            # Maybe it is ours: the store did as it was told, and its answer was lost on the way.
+            # It may be ours: the store created it, but its answer was lost.
             return self.read(name) == data
         return True
 
     def publish(self, local_file: Path, name: str) -> None:
-        """Move a finished local file to a name that nobody else uses."""
+        """Move a finished local file to a name that no other writer uses."""
         if self.local:
             with self.explaining("write", name):
                 with local_file.open("rb") as file:
@@ -138,20 +146,20 @@ class Store:
             self.fs.put_file(str(local_file), self / name)
             found = self.fs.info(self / name)["size"]
             if found != size:
-                raise OSError(f"{found} bytes arrived of {size}")
+                raise OSError(f"{size} bytes expected, {found} arrived")
 
         self.attempt("upload", name, upload)
         local_file.unlink()
 
     def folder_of(self, name: str) -> Path:
-        """The local folder of a name, made if need be; never the root, see `make_root`."""
+        """The local folder of a name, made if needed; never makes the root, see `make_root`."""
         folder = Path(self / name).parent
         if folder != Path(self.root):
             folder.mkdir(exist_ok=True)
         return folder
 
     def staging_folder(self, name: str) -> Path:
-        """A local folder for files to be published under `name`; beside it where that is local."""
+        """A local folder for files that will be published in folder `name`."""
         if self.local:
             with self.explaining("write to", name):
                 return self.folder_of(f"{name}/file")
@@ -161,21 +169,21 @@ class Store:
 
     @property
     def remote_staging(self) -> Path:
-        """Where this machine keeps the open shards of a remote dump."""
+        """The folder on this machine for open shards of a remote dump."""
         key = hashlib.sha256(self.path.encode()).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"mol-topk-{os.getuid()}-{key}"
 
     def remove(self, name: str) -> None:
-        """Remove the file where there is one."""
+        """Remove a file; no error if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self.attempt("remove", name, lambda: self.fs.rm_file(self / name))
 
     def files(self) -> dict[str, int]:
-        """Every file below the root with its size in bytes."""
+        """Every file below the root, with its size in bytes."""
         return {name: int(info["size"]) for name, info in self._find().items()}
 
     def ages(self) -> dict[str, float]:
-        """Every file below the root with the seconds since it was last written."""
+        """Every file below the root, with the seconds since it was last written."""
         now = time.time()
         return {name: now - modified(info) for name, info in self._find().items()}
 
@@ -200,7 +208,7 @@ class Store:
 
 
 def create_local(target: Path, data: bytes) -> bool:
-    """Write beside the target, make it durable, and link it: a link never replaces a file."""
+    """Write a durable file next to the target and link it: a link never replaces a file."""
     handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -218,7 +226,7 @@ def create_local(target: Path, data: bytes) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable: a rename or link is not, before this."""
+    """Make a folder's entries durable; without this a rename or link is not."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -227,12 +235,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def modified(info: dict[str, Any]) -> float:
-    """When a file was last written, in seconds since 1970, as each file system calls it."""
+    """When a file was last written, in seconds since 1970; the key differs by file system."""
     for key in ("mtime", "LastModified", "last_modified", "updated"):
         value = info.get(key)
         if value is not None:
             return float(value if isinstance(value, int | float) else value.timestamp())
-    return time.time()  # unknown: young, so that nothing is done to it
+    return time.time()  # unknown: treat it as new, so that gc keeps it
 
 
 def describe(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""TopK, the one record that is passed between the teacher, the codec and the loss."""
+"""TopK: the record that passes between the teacher, the codec and the loss."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class TopK:
     counts        uint16  [P]  entries kept at each position, P = len(input_ids) - 1
     ids           int32   [E]  token ids, E = counts.sum(); within a position by descending logprob
     logprobs      float32 [E]  full-vocabulary log-probabilities in nats, temperature 1
-    tail_logprob  float32 [P]  log of the probability mass outside the kept ids; -inf where none
-    samples       ids drawn from that tail, where the dump has them; with k = 0 from everything
+    tail_logprob  float32 [P]  log of the probability mass outside the kept ids; -inf if none
+    samples       ids drawn from the tail, or None; with k = 0 the tail is everything
 
     Entry t is the distribution over `input_ids[t + 1]`.
     """
@@ -44,8 +44,10 @@ class TopK:
         tail: npt.ArrayLike,
         drawn: npt.ArrayLike | None = None,
     ) -> "TopK":
-        """From ids [P, k], logprobs [P, k] (descending) and tail [P]: k entries everywhere; with
-        drawn [P, N], see Samples.from_drawn."""
+        """k entries at every position, from ids [P, k], logprobs [P, k] (descending), tail [P].
+
+        `drawn` [P, N] adds samples, see Samples.from_drawn.
+        """
         ids, logprobs = np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
         counts = np.full(ids.shape[0], ids.shape[1], np.uint16)
         samples = None if drawn is None else Samples.from_drawn(drawn)
@@ -54,14 +56,14 @@ class TopK:
         )
 
     def dense(self, k: int | None = None) -> tuple[Int32s, Floats]:
-        """(ids [P, k], logprobs [P, k]); entries that are not there have id 0 and logprob -inf.
+        """(ids [P, k], logprobs [P, k]); missing entries have id 0 and logprob -inf.
 
-        k defaults to the largest count; a smaller k than that raises ValueError.
+        k defaults to the largest count. Raises ValueError for a smaller k.
         """
         width = int(self.counts.max(initial=0))
         k = width if k is None else k
         if k < width:
-            raise ValueError(f"k={k} would cut positions that hold {width} entries")
+            raise ValueError(f"k={k} is too small: a position holds {width} entries")
         if len(self.ids) == len(self) * k:  # every position is full: no copy
             return self.ids.reshape(len(self), k), self.logprobs.reshape(len(self), k)
         ids = np.zeros((len(self), k), np.int32)
@@ -71,35 +73,41 @@ class TopK:
         return ids, logprobs
 
     def cut(self, min_prob: float = 0.0, top_p: float = 1.0) -> "TopK":
-        """Fewer entries where the teacher is sure: what is dropped goes to the tail, exactly.
+        """Drop unlikely entries and add their exact mass to the tail.
 
-        Keeps the entries of at least `min_prob`, of those the fewest that hold `top_p` of the
-        mass, and always a position's best one. Raises ValueError for what is no probability.
+        Keeps the entries of at least `min_prob`; of those, the fewest that hold `top_p` of the
+        mass; and always the best entry of a position. Raises ValueError for a value outside its
+        range, and for a record with samples.
         """
         if self.samples is not None:
-            raise ValueError("samples of the tail are none of a larger one: cut before drawing")
+            raise ValueError(
+                "cannot cut a record with samples, which are not drawn from the larger tail: cut "
+                "before drawing"
+            )
         if not (0 <= min_prob < 1 and 0 < top_p <= 1):
-            raise ValueError(f"min_prob in [0, 1) and top_p in (0, 1], found {min_prob}, {top_p}")
+            raise ValueError(
+                f"expected min_prob in [0, 1) and top_p in (0, 1], found {min_prob} and {top_p}"
+            )
         p = np.exp(self.logprobs.astype(np.float64))
         sums = np.concatenate([[0.0], np.cumsum(p)])
         ends = np.cumsum(self.counts, dtype=np.int64)
         starts = ends - self.counts
-        before = sums[:-1] - np.repeat(sums[starts], self.counts)  # held by better entries
+        before = sums[:-1] - np.repeat(sums[starts], self.counts)  # mass of the better entries
         keep = (p >= min_prob) & ((before < top_p) if top_p < 1 else True)
         keep[starts[self.counts > 0]] = True
         kept = np.concatenate([[0], np.cumsum(keep)])
         counts = (kept[ends] - kept[starts]).astype(np.uint16)
-        # Dropped entries are small: add them up by themselves, or the tail drowns in rounding.
+        # Dropped entries are small: sum them alone, or rounding loses them.
         dropped = position_sums(np.where(keep, 0, p), self.counts)
         with np.errstate(divide="ignore"):
             tail = np.logaddexp(self.tail_logprob.astype(np.float64), np.log(dropped))
         return TopK(counts, self.ids[keep], self.logprobs[keep], tail.astype(np.float32))
 
     def spread_tail(self) -> "TopK":
-        """The tail's mass on its sampled ids, tail · times / draws each, and no tail: what to train
-        on, with the forward direction. Over the draws it is the teacher's whole distribution.
+        """Move the tail's mass to its sampled ids, tail · times / draws each; no tail is left.
 
-        The sampled ids stand behind the kept ones, ascending. Without samples it is itself.
+        Train on this with forward KL: on average over the draws it is the teacher's whole
+        distribution. Sampled ids follow the kept ones, ascending. Without samples returns self.
         """
         samples = self.samples
         if samples is None:
@@ -117,13 +125,13 @@ class TopK:
         return TopK(counts, ids, logprobs, np.full(len(self), -np.inf, np.float32))
 
     def kept_mass(self) -> npt.NDArray[np.float64]:
-        """[P] probability that the kept ids hold at each position."""
+        """[P] probability of the kept ids at each position."""
         return position_sums(np.exp(self.logprobs.astype(np.float64)), self.counts)
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One row of a dump: a document, or one chunk of a long one, with the teacher's answers."""
+    """One row of a dump: a document, or a chunk of a long one, and its distributions."""
 
     doc_id: str
     chunk: int
@@ -132,7 +140,7 @@ class Record:
 
 
 def within(starts: npt.NDArray[np.int64], counts: UInt16s) -> npt.NDArray[np.int64]:
-    """[counts.sum()] the indices starts[t], starts[t] + 1, …, counts[t] of them for each t."""
+    """[counts.sum()] for each t the counts[t] indices starts[t], starts[t] + 1, …"""
     before = np.cumsum(counts, dtype=np.int64) - counts
     indices = np.repeat(starts - before, counts)
     indices += np.arange(len(indices))
@@ -140,7 +148,7 @@ def within(starts: npt.NDArray[np.int64], counts: UInt16s) -> npt.NDArray[np.int
 
 
 def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDArray[np.float64]:
-    """Sum ragged values [E] over the entries of each position -> [P]; empty positions give 0."""
+    """Sum ragged values [E] over each position -> [P]; an empty position gives 0."""
     if len(values) and (counts == counts[0]).all():
         rows = values.reshape(len(counts), -1)
         return np.asarray(rows.sum(axis=1, dtype=np.float64))
@@ -150,9 +158,10 @@ def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDAr
 
 
 def codec_kl(original: TopK, stored: TopK) -> npt.NDArray[np.float64]:
-    """KL(original ‖ stored) in nats at each position [P], on the outcomes {kept ids, tail}.
+    """KL(original ‖ stored) in nats at each position [P], over the outcomes {kept ids, tail}.
 
-    Both must hold the same ids. The original is normalised first: engines are off by 1e-6.
+    The original is normalised first, because engines are off by 1e-6. Raises ValueError if the two
+    hold different ids.
     """
     if not np.array_equal(original.ids, stored.ids):
         raise ValueError("the two records hold different ids")
@@ -168,7 +177,7 @@ def codec_kl(original: TopK, stored: TopK) -> npt.NDArray[np.float64]:
 
 
 def check_topk(topk: TopK, vocab_size: int) -> None:
-    """Raise InvalidRecord with the first position that cannot be stored."""
+    """Raise InvalidRecord that names the first position that cannot be stored."""
 
     def fail(position: int, found: str) -> None:
         raise InvalidRecord(f"position {position}: {found}")
@@ -204,7 +213,7 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     if len(wrong):
         at = wrong[0]
         fail(int(position[at]), f"id {topk.ids[at]} is outside the vocabulary of {vocab_size}")
-    if len(counts) and (counts == counts[0]).all():  # short sorts are much faster than one of all
+    if len(counts) and (counts == counts[0]).all():  # many short sorts beat one long one
         rows = np.sort(topk.ids.reshape(len(topk), -1), axis=1)
         twice = np.argwhere(rows[:, 1:] == rows[:, :-1])
         if len(twice):
@@ -236,7 +245,7 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
 
 
 def check_samples_belong(topk: TopK, samples: Samples) -> None:
-    """Raise InvalidRecord where samples are not of these distributions' tails."""
+    """Raise InvalidRecord if the samples do not fit the tails of these distributions."""
     if len(samples.counts) != len(topk):
         raise InvalidRecord(
             f"{len(topk)} positions, but the samples have {len(samples.counts)} positions"

@@ -1,4 +1,4 @@
-"""verify: re-read everything and name every fault."""
+"""verify: read a whole dump again and name every fault."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from storage.topk import check_topk
 
 @dataclass
 class Report:
-    """What verify found: totals, faults (damage), notes (harmless leftovers)."""
+    """What verify found: totals, faults (damage) and notes (harmless leftovers)."""
 
     rows: int = 0
     tokens: int = 0
@@ -34,11 +34,11 @@ def verify(
     *,
     partial: bool = False,
 ) -> Report:
-    """Re-read a finished dump: hashes, row counts, plan, decodability, doubled rows, stray files.
+    """Read a finished dump again; check hashes, plan, every row, duplicate rows and stray files.
 
-    `partial=True` takes a dump that is not finished: what is committed so far. Never raises for
-    damage: each fault is one line of the report that names the file and, where there is one, the
-    row. Raises IncompleteDump where there is no dump or it is not finished.
+    `partial=True` checks the shards committed so far of an unfinished dump. Damage raises nothing:
+    each fault is one line of the report, which names the file and, if known, the row. Raises
+    IncompleteDump if the dump is missing or not finished, and StoreError.
     """
     dump = Dump(path)
     report = Report()
@@ -64,13 +64,13 @@ def verify(
     markers = {f"{shard.name}.json" for shard in shards}
     for name, size in sorted(files.items()):
         if MARKER.fullmatch(name) and name not in markers and not partial:
-            report.faults.append(f"{name}: a marker of which manifest.json knows nothing")
+            report.faults.append(f"{name}: this marker is not in manifest.json")
         elif MARKER.fullmatch(name) and name not in markers:
-            report.notes.append(f"{name}: a shard before it has no marker yet; not read")
+            report.notes.append(f"{name}: an earlier shard has no marker yet; not read")
         elif name.endswith(".parquet") and name not in named:
-            report.notes.append(f"{name}: {size} bytes that no marker names; never read")
+            report.notes.append(f"{name}: no marker names this file of {size} bytes; never read")
         elif "/.writing-" in name or "/.creating-" in name:
-            report.notes.append(f"{name}: left over by a writer that died; never read")
+            report.notes.append(f"{name}: temporary file of a writer; never read")
     return report
 
 
@@ -86,24 +86,26 @@ def check_shard(
     """One line that says what is wrong with the shard, or None."""
     marker = store.read(f"{shard.name}.json")
     if marker is None and shard.file not in files:
-        return f"{shard.name}.json: missing, and its data file {shard.file} too"
+        return f"{shard.name}.json: missing, and so is its data file {shard.file}"
     if marker is None:
-        return f"{shard.name}.json: missing, though its data file {shard.file} is there"
+        return f"{shard.name}.json: missing, though its data file {shard.file} exists"
     if marker != to_json(shard.marker):
-        return f"{shard.name}.json: the marker is not the one in the manifest"
+        return f"{shard.name}.json: the marker differs from the one in manifest.json"
     if shard.file not in files:
         return f"{shard.file}: missing, though {shard.name}.json names it"
     if files[shard.file] != shard.marker["bytes"]:
-        return f"{shard.file}: {files[shard.file]} bytes, {shard.marker['bytes']} were committed"
+        return f"{shard.file}: {files[shard.file]} bytes, the marker says {shard.marker['bytes']}"
     sha256 = store.attempt("read", shard.file, lambda: sha256_of(store, shard.file))
     damaged = sha256 != shard.marker["sha256"]
     try:
         reader = ShardReader(store, shard)
         metadata = reader.file.metadata.metadata
         if metadata[b"shard"].decode() != shard.name:
-            return f"{shard.file}: holds shard {metadata[b'shard'].decode()}: files were swapped"
+            return (
+                f"{shard.file}: holds shard {metadata[b'shard'].decode()}: data files were swapped"
+            )
         if metadata[b"plan_sha256"].decode() != plan_sha256:
-            return f"{shard.file}: belongs to a dump of another plan"
+            return f"{shard.file}: belongs to a dump made from another plan"
         tokens = 0
         for number, record in enumerate(reader):
             key = (record.doc_id, record.chunk)
@@ -113,7 +115,7 @@ def check_shard(
                     f"{record.chunk} is already in {seen[key]}"
                 )
             seen[key] = shard.file
-            try:  # what readers take the time for nowhere else: an id twice, kept and sampled
+            try:  # readers skip these slow checks, such as an id that appears twice
                 check_topk(record.topk, vocab_size)
             except InvalidRecord as error:
                 return f"{shard.file}, row {number}: {error}"
@@ -123,7 +125,7 @@ def check_shard(
     except StorageError as error:
         return str(error)
     if damaged:
-        return f"{shard.file}: sha256 differs from the marker's: the file was changed after commit"
+        return f"{shard.file}: the sha256 is not the marker's: the file was changed after commit"
     if tokens != shard.tokens:
         return f"{shard.file}: {tokens} tokens, the marker says {shard.tokens}"
     report.rows += shard.rows

@@ -2,15 +2,15 @@
 
     python scripts/benchmarks/bench_cutoff.py MODEL DUMP --rows 16
 
-Reads rows of a dump of MODEL, runs the model on them again for its full distributions, and takes
-students that are the model with noise on its weights. The gradient is that of all parameters, of
-forward KL over the rows; its truth is the full-vocabulary KL. Bytes are those of version 2 in
-memory, tables included, over `--tokens` of the dump.
+Reads rows of a dump of MODEL and runs the model on them again for its full distributions. The
+students are the model with noise on its weights. The gradient is that of forward KL over the rows
+in all parameters; the truth is the full-vocabulary KL. Bytes are those of version 2 in memory, with
+tables, over `--tokens` of the dump.
 
-Sampled targets are drawn anew from the full distributions: their gradient has noise, which falls
-with the number of tokens that a step has, where the error of a cut-off stays. So beside the error
-of one draw stands that of the mean over `--draws` of them; their bytes are counted on the rows on
-which gradients are taken, kept entries as above.
+Sampled targets are drawn again from the full distributions. Their gradient has noise, which falls
+with the tokens of a step, while the error of a cut-off stays. So the error of the mean over
+`--draws` draws is shown beside that of one draw. Bytes of samples are counted on the rows of the
+gradients, bytes of kept entries as above.
 """
 
 import argparse

@@ -3,16 +3,16 @@
     python scripts/benchmarks/bench_storage.py runs/demo/dump sample.npz --plot storage.png
 
 Takes dumps (finished or not), or .npz files with input_ids [N, T], ids and logprobs [N, T, K] and
-vocab_size. Writes each as real shards and reads them back as a reader would: bytes are whole
-shards, input_ids and tables included. `--tokens` of each are taken, for the sweeps over steps, k
-and cut-offs `--sweep` of them. KL is what the grid costs on the kept ids and the tail. A dump's
-numbers are on a grid already: each is first moved by up to half a step at random, to where the
-teacher's own may have been. What those gave is in the dump (`python -m storage inspect`).
+vocab_size. Writes each as real shards and reads them back. Bytes are those of whole shards, with
+input_ids and tables. `--tokens` limits each input, `--sweep` the sweeps over steps, k and cut-offs.
+KL is the cost of the grid in nats, on the kept ids and the tail. The numbers of a dump are on a
+grid already, so each is first moved by up to half a step at random. `python -m storage inspect`
+shows the KL that the teacher's own numbers had.
 
-Speeds are in tokens per second of the process's CPU time, the best of three, so that others on the
-same machine disturb them less. Sampled targets (arXiv 2503.16870) have noise instead of an error
-(cutoff.py measures it). Of a dump with samples, only what they add is measured; beside it stands
-what as many ids take as 17 + 7 bits each. Of a dump without, that is estimated for 50 draws.
+Speeds are tokens per second of the process's CPU time, the best of three runs, so that other
+processes disturb them less. Sampled targets (arXiv 2503.16870) have noise instead of an error
+(bench_cutoff.py measures it). For a dump with samples, only the samples are measured, beside the
+size of as many ids at 17 + 7 bits each. For a dump without, that size is estimated for 50 draws.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """encode(TopK) -> bytes and decode(bytes) -> TopK. FORMAT.md is the specification.
 
-Log-probabilities are rounded to a uniform grid in the log domain (storage.codec.grid). Version 1
-renumbers ids by frequency (storage.codec.v1), version 2 codes them from their context
-(storage.codec.v2).
+Log-probabilities are rounded to a uniform grid in nats (storage.codec.grid). Version 1 renumbers
+ids by frequency (storage.codec.v1). Version 2 codes ids from their context (storage.codec.v2).
 """
 
 import numpy as np
@@ -24,25 +23,26 @@ def encode(
 ) -> bytes:
     """Compress one sequence's distributions.
 
-    `step` is the grid in nats; decoding is off by at most step / 2 per log-probability before it
-    renormalises. `ranks` chooses the version: with a Row (`successors.row(input_ids)`) it is 2, and
-    entries that are equal on the grid come back by ascending id. Raises InvalidRecord for what is
-    no distribution over `vocab_size` ids, or is not of the vocabulary or length of `ranks`.
+    `step` is the grid's spacing in nats; decoding is off by at most step / 2 per log-probability
+    before it renormalises. `ranks` chooses the version: a Row (`successors.row(input_ids)`) gives
+    version 2, in which entries that are equal on the grid come back by ascending id. Raises
+    InvalidRecord if `topk` is not a distribution over `vocab_size` ids, or if `ranks` has another
+    vocabulary or length.
     """
     return pack(quantise(topk, vocab_size, step), ranks)
 
 
 def decode(data: bytes, ranks: Ranks | Row | None = None) -> TopK:
-    """The inverse of encode, up to the grid; every position sums to one, tail included.
+    """The inverse of encode, up to the grid; each position, with its tail, sums to one.
 
-    `ranks` must be what the payload was encoded with. Raises CorruptPayload or FormatVersionError,
-    never anything else, whatever the bytes.
+    `ranks` must be those that encoded the payload. Whatever the bytes, raises only CorruptPayload
+    or FormatVersionError.
     """
     return dequantise(unpack(data, ranks))
 
 
 def pack(grid: Grid, ranks: Ranks | Row | None = None) -> bytes:
-    """A grid as a payload, see encode."""
+    """Encode a grid, see encode."""
     if isinstance(ranks, Row):
         if fits(grid):
             return contextual.pack(grid, ranks)
@@ -51,7 +51,7 @@ def pack(grid: Grid, ranks: Ranks | Row | None = None) -> bytes:
 
 
 def unpack(data: bytes, ranks: Ranks | Row | None = None) -> Grid:
-    """A payload's grid, see decode."""
+    """Decode a payload to its grid, see decode."""
     header = Header.unpack(data, VERSIONS)
     if header.version == contextual.VERSION:
         grid = contextual.unpack(header, data, ranks if isinstance(ranks, Row) else None)
@@ -61,5 +61,5 @@ def unpack(data: bytes, ranks: Ranks | Row | None = None) -> Grid:
         )
     if bool(((grid.counts == 0) & (grid.tails == 0)).any()):
         at = int(np.flatnonzero((grid.counts == 0) & (grid.tails == 0))[0])
-        raise CorruptPayload(f"position {at}: neither an entry nor a tail")
+        raise CorruptPayload(f"position {at}: no entry and no tail")
     return grid

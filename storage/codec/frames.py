@@ -1,4 +1,4 @@
-"""What all payloads are made of: a header, and byte planes in checksummed zstd frames."""
+"""The parts of every payload: a header, and byte planes in checksummed zstd frames."""
 
 import struct
 import zlib
@@ -13,20 +13,20 @@ from storage.errors import CorruptPayload, FormatVersionError
 
 MAGIC = b"MoLk"
 # magic, version, planes of counts (0: all equal) / ids / steps / best / tails, step, vocabulary,
-# positions, entries, checksum of what is needed to decode (0: nothing), checksum of the header
+# positions, entries, checksum of the tables needed to decode (0: none), checksum of the header
 HEADER = struct.Struct("<4sBBBBBBxxdIIQII")
-# Matches of four bytes in such planes are chance, and cost more than the entropy coder's literals.
+# Four-byte matches in such planes are chance; they cost more than entropy-coded literals.
 PARAMETERS = zstandard.ZstdCompressionParameters(
     compression_level=1, min_match=7, write_content_size=True, write_checksum=True
 )
 MAX_POSITIONS, MAX_ENTRIES = 1 << 24, 1 << 31
-MAX_RATIO = 1 << 15  # zstd: a block of four bytes makes at most 128 KiB
+MAX_RATIO = 1 << 15  # zstd: a block of four bytes gives at most 128 KiB
 
 
 class Planes(NamedTuple):
-    """Bytes per number of each array of a payload; 0 where all of its numbers are zero."""
+    """Bytes per number of each array of a payload; 0 if all its numbers are zero."""
 
-    counts: int  # 2, or 0 where all positions hold equally many entries
+    counts: int  # 2, or 0 if all positions hold equally many entries
     ids: int
     steps: int  # version 2: the spreads
     best: int
@@ -34,7 +34,7 @@ class Planes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Frames of all arrays; counts has two, also where all are equal."""
+        """Frames of all arrays; counts always has two."""
         return 2 + sum(self[1:])
 
 
@@ -47,7 +47,7 @@ class Header(NamedTuple):
     vocab_size: int
     positions: int
     entries: int
-    needs: int  # CRC-32 of the tables that it was written with, 0 for none
+    needs: int  # CRC-32 of the tables needed to decode, 0 for none
 
     def pack(self) -> bytes:
         values = (self.step, self.vocab_size, self.positions, self.entries, self.needs)
@@ -56,10 +56,11 @@ class Header(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes, versions: tuple[int, ...]) -> "Header":
-        """Raises CorruptPayload or FormatVersionError."""
+        """Read and check a header. Raises CorruptPayload or FormatVersionError."""
         if len(data) < HEADER.size or data[:4] != MAGIC:
             raise CorruptPayload(
-                f"not a payload: {len(data)} bytes starting with {bytes(data[:4])!r}"
+                f"not a payload: {len(data)} bytes that start with {bytes(data[:4])!r}, expected "
+                f"{HEADER.size} or more that start with {MAGIC!r}"
             )
         _, version, *widths, step, vocab_size, positions, entries, needs, checksum = HEADER.unpack(
             data[: HEADER.size]
@@ -67,8 +68,8 @@ class Header(NamedTuple):
         planes = Planes(*widths)
         if version not in versions:
             raise FormatVersionError(
-                f"payload of version {version}; this release reads versions "
-                f"{', '.join(map(str, versions))}: update it"
+                f"payload of version {version}, this release reads versions "
+                f"{', '.join(map(str, versions))}; update mol-distill"
             )
         if zlib.crc32(data[: HEADER.size - 4]) != checksum:
             raise CorruptPayload("header checksum does not match: the payload is damaged")
@@ -83,7 +84,7 @@ class Header(NamedTuple):
 
 
 def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
-    """Non-negative integers [n] -> one byte string per significant byte, lowest first."""
+    """Non-negative integers [n] -> one string of n bytes per significant byte, lowest first."""
     if planes is None:
         planes = (int(values.max(initial=0)).bit_length() + 7) // 8
     raw = values.astype("<u4").view(np.uint8).reshape(-1, 4)
@@ -91,24 +92,24 @@ def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
 
 
 def deflate(groups: list[list[bytes]]) -> list[bytes]:
-    """A zstd frame for each plane of all groups."""
+    """Compress each plane of all groups to a zstd frame."""
     compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
     return [compressor.compress(plane) for group in groups for plane in group]
 
 
 def join(header: bytes, parts: list[bytes]) -> bytes:
-    """Header, length of each part, parts."""
+    """The header, the length of each part, the parts."""
     lengths = struct.pack(f"<{len(parts)}I", *(len(part) for part in parts))
     return b"".join([header, lengths, *parts])
 
 
 class Frames:
-    """The parts behind a payload's header, read in order; nothing is allocated unchecked."""
+    """The parts after a payload's header, read in order. Sizes are checked before allocation."""
 
     def __init__(self, data: bytes, number: int, start: int = HEADER.size) -> None:
         end = start + 4 * number
         if len(data) < end:
-            raise CorruptPayload(f"cut short: {len(data)} bytes")
+            raise CorruptPayload(f"cut short: {len(data)} bytes, expected at least {end}")
         self.lengths = list(struct.unpack_from(f"<{number}I", data, start))
         if end + sum(self.lengths) != len(data):
             raise CorruptPayload(f"{end + sum(self.lengths)} bytes expected, {len(data)} found")
@@ -125,7 +126,7 @@ class Frames:
         return counts
 
     def take(self, planes: int, size: int) -> Integers:
-        """Join the next byte planes to integers [size]; no planes at all stand for zeros."""
+        """Join the next byte planes to integers [size]; without planes, all are zero."""
         if planes < 2:
             return self.inflate(size) if planes else np.zeros(size, np.uint8)
         dtype = np.dtype("<u2") if planes == 2 else np.dtype("<u4")
@@ -136,25 +137,27 @@ class Frames:
         return values
 
     def part(self) -> memoryview:
-        """The next part as it is."""
+        """The next part, unchanged."""
         length = self.lengths.pop(0)
         self.at += length
         return self.data[self.at - length : self.at]
 
     def inflate(self, size: int) -> npt.NDArray[np.uint8]:
-        """Decompress the next frame, which must hold `size` bytes; allocates no more than that."""
+        """Decompress the next frame, which must hold `size` bytes; allocates no more."""
         return np.frombuffer(inflate(self.part(), size), np.uint8)
 
 
 def inflate(frame: "bytes | memoryview", size: int) -> bytes:
-    """One zstd frame that says that it holds `size` bytes, and does."""
+    """Decompress a zstd frame. Raises CorruptPayload unless it holds `size` bytes."""
     try:
         found = zstandard.frame_content_size(frame)
-        if found != size or size > MAX_RATIO * len(frame):
-            raise CorruptPayload(f"a frame of {found} bytes where {size} are expected")
+        if found != size:
+            raise CorruptPayload(f"{size} bytes expected in a frame, it claims {found}")
+        if size > MAX_RATIO * len(frame):
+            raise CorruptPayload(f"a frame of {len(frame)} bytes cannot hold {size}")
         plane = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
     except zstandard.ZstdError as error:
         raise CorruptPayload(f"zstd: {error}") from None
     if len(plane) != size:
-        raise CorruptPayload(f"a frame of {len(plane)} bytes where {size} are expected")
+        raise CorruptPayload(f"{size} bytes expected in a frame, found {len(plane)}")
     return plane

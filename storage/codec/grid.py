@@ -1,4 +1,4 @@
-"""Log-probabilities as whole numbers of a uniform step, and back."""
+"""Log-probabilities as whole multiples of a step in nats, and back."""
 
 from dataclasses import dataclass, replace
 
@@ -19,8 +19,8 @@ class Grid:
 
     counts  uint16 [P]
     ids     int32  [E]
-    below   [E]  grid points between an entry and the best one of its position; never falls
-    best    [P]  round(-logprob / step) of the best entry; 0 where there is no entry
+    below   [E]  grid points between an entry and the best one of its position; never decreases
+    best    [P]  round(-logprob / step) of the best entry; 0 without entries
     tails   [P]  0 for no tail, else 1 + round(-tail / step)
     """
 
@@ -41,13 +41,13 @@ class Grid:
         return spreads
 
     def narrow(self) -> "Grid":
-        """The same in less memory, where it fits: two bytes for each of `below`."""
+        """The same grid with two bytes per number of `below`, if they fit."""
         if int(self.below.max(initial=0)) > 65535:
             return self
         return replace(self, below=self.below.astype(np.uint16))
 
     def same(self, other: "Grid") -> bool:
-        """Whether both are the same distributions; ids that are equally likely have no order."""
+        """Whether both hold the same distributions; equally likely ids may be in any order."""
         if not np.array_equal(self.counts, other.counts):
             return False
         numbers = [(self.below, other.below), (self.best, other.best), (self.tails, other.tails)]
@@ -56,7 +56,7 @@ class Grid:
         if np.array_equal(self.ids, other.ids):
             return True
         position = np.repeat(np.arange(len(self.counts)), self.counts)
-        # A number for each position and each level within it, so that ids are compared as sets.
+        # Number each level of each position, so that its ids are compared as a set.
         changes = (np.diff(self.below, prepend=0) != 0) | (np.diff(position, prepend=0) != 0)
         level = np.cumsum(changes)
         mine, others = (np.sort(level * self.vocab_size + grid.ids) for grid in (self, other))
@@ -64,7 +64,7 @@ class Grid:
 
 
 def quantise(topk: TopK, vocab_size: int, step: float) -> Grid:
-    """Round to the grid. Raises InvalidRecord for what is no distribution over vocab_size ids."""
+    """Round to the grid. Raises InvalidRecord unless it is a distribution over vocab_size ids."""
     if not 0 < step < MAX_STEP:
         raise InvalidRecord(f"step must be between 0 and {MAX_STEP} nats, found {step}")
     check_topk(topk, vocab_size)
@@ -77,7 +77,10 @@ def quantise(topk: TopK, vocab_size: int, step: float) -> Grid:
     some = np.isfinite(topk.tail_logprob)
     tails[some] = 1 + np.rint(np.maximum(-topk.tail_logprob[some].astype(np.float64), 0) / step)
     if max(int(grid.max(initial=0)), int(tails.max(initial=0))) >= MAX_GRID:
-        raise InvalidRecord(f"a log-probability below {-step * MAX_GRID:g} nats has no grid point")
+        raise InvalidRecord(
+            f"a log-probability is below {-step * MAX_GRID:g} nats, the lowest grid point; use a "
+            f"larger step than {step:g}"
+        )
     below = grid - np.repeat(best, topk.counts)
     return Grid(step, vocab_size, topk.counts, topk.ids, below, best, tails)
 
@@ -85,8 +88,7 @@ def quantise(topk: TopK, vocab_size: int, step: float) -> Grid:
 def dequantise(grid: Grid) -> TopK:
     """The distributions of a grid, each normalised over its entries and its tail.
 
-    Only differences within a position matter: entries are taken relative to the best one, so that
-    no sum underflows.
+    Entries are taken relative to the best one of their position, so that no sum underflows.
     """
     counts, positions = grid.counts, len(grid.counts)
     logprobs = grid.below.astype(np.float32)

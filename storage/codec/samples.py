@@ -1,6 +1,6 @@
-"""The payload of samples: gaps between ascending ids, and times, in byte planes. It is lossless.
+"""The lossless payload of samples: gaps between ascending ids, and times, in byte planes.
 
-A column of its own beside the payload of the exact part, which is the same with samples or without.
+It has its own column. The payload of the kept entries is the same with samples or without.
 """
 
 import struct
@@ -42,30 +42,34 @@ class Header(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
-        """Raises CorruptPayload or FormatVersionError."""
+        """Read and check a header. Raises CorruptPayload or FormatVersionError."""
         if len(data) < HEADER.size or data[:4] != MAGIC:
-            raise CorruptPayload(f"no samples: {len(data)} bytes starting with {data[:4]!r}")
+            raise CorruptPayload(
+                f"not samples: {len(data)} bytes that start with {data[:4]!r}, expected "
+                f"{HEADER.size} or more that start with {MAGIC!r}"
+            )
         _, version, *widths, draws, vocab_size, positions, entries, checksum = HEADER.unpack(
             data[: HEADER.size]
         )
         planes = Planes(*widths)
         if version != VERSION:
             raise FormatVersionError(
-                f"samples of version {version}; this release reads version {VERSION}: update it"
+                f"samples of version {version}, this release reads version {VERSION}; update "
+                "mol-distill"
             )
         if zlib.crc32(data[: HEADER.size - 4]) != checksum:
             raise CorruptPayload("samples: header checksum does not match: they are damaged")
         most = min(MAX_ENTRIES, positions * min(draws, vocab_size))
         if positions > MAX_POSITIONS or entries > most:
             raise CorruptPayload(f"impossible samples: {positions} positions, {entries} entries")
-        # Gaps always have a plane: its frame bounds what so many entries can make one allocate.
+        # Gaps always have a plane, whose frame limits what a false number of entries can allocate.
         if max(planes.counts, planes.times) > 2 or not 1 <= planes.gaps <= 4:
             raise CorruptPayload(f"impossible samples: planes {tuple(planes)}")
         return cls(planes, draws, vocab_size, positions, entries)
 
 
 def pack(samples: Samples, vocab_size: int) -> bytes:
-    """Samples as bytes; they must be without `fault`."""
+    """Encode samples in which `fault` finds nothing wrong."""
     gaps = np.diff(samples.ids, prepend=-1).astype(np.int64) - 1
     first = (np.cumsum(samples.counts, dtype=np.int64) - samples.counts)[samples.counts > 0]
     gaps[first] = samples.ids[first]
@@ -81,12 +85,13 @@ def pack(samples: Samples, vocab_size: int) -> bytes:
 
 
 def unpack(data: bytes) -> Samples:
-    """The inverse of pack. Raises CorruptPayload or FormatVersionError, whatever the bytes."""
+    """The inverse of pack. Whatever the bytes, raises only CorruptPayload or FormatVersionError."""
     header = Header.unpack(data)
     frames = Frames(data, sum(header.planes), HEADER.size)
     counts = frames.take(header.planes.counts, header.positions).astype(np.uint16)
-    if int(counts.sum(dtype=np.int64)) != header.entries:
-        raise CorruptPayload(f"samples: counts sum to other than {header.entries}")
+    entries = int(counts.sum(dtype=np.int64))
+    if entries != header.entries:
+        raise CorruptPayload(f"samples: counts sum to {entries}, header says {header.entries}")
     gaps = frames.take(header.planes.gaps, header.entries)
     if header.entries and int(gaps.max()) >= header.vocab_size:
         raise CorruptPayload(f"samples: an id outside the vocabulary of {header.vocab_size}")
@@ -96,7 +101,7 @@ def unpack(data: bytes) -> Samples:
     before = ends[first] - gaps[first] - 1
     ids = ends - np.repeat(before, counts[counts > 0]) - 1
     if int(max(ids.max(initial=0), times.max(initial=0))) > 0x7FFFFFFF:
-        raise CorruptPayload("samples: an id outside every vocabulary")
+        raise CorruptPayload("samples: a number above 2^31 - 1")
     samples = Samples(
         header.draws, counts, ids.astype(np.int32), np.minimum(times, 65535).astype(np.uint16)
     )

@@ -1,7 +1,7 @@
 """Payload version 1: ids renumbered by frequency, everything in byte planes.
 
-A plane (all low bytes, then all high bytes) is a zstd frame. Grid differences are stored by rank
-(the first differences of all positions, then the second, ...), because they are alike there.
+Each plane (all low bytes, then all high bytes) is a zstd frame. Grid differences are stored by rank
+(the first differences of all positions, then the second ones, ...), because those are similar.
 """
 
 import zlib
@@ -23,8 +23,9 @@ VERSION = 1
 class Ranks:
     """A renumbering of the vocabulary: `order[r]` is the token id of rank r, int32 [V].
 
-    `frequent` holds the leading ranks only; all other ids follow in ascending order, so that a
-    table costs as many entries as there are ids worth moving.
+    `frequent` holds only the leading ranks; all other ids follow in ascending order, so a table
+    stores only the ids worth moving. Raises CorruptPayload for an id that is outside the
+    vocabulary or appears twice.
     """
 
     frequent: Int32s
@@ -41,16 +42,16 @@ class Ranks:
         rest[frequent] = False
         order = np.concatenate([frequent, np.flatnonzero(rest)]).astype(np.int32)
         if len(order) != self.vocab_size:
-            raise CorruptPayload("rank table: an id stands twice")
+            raise CorruptPayload("rank table: an id appears twice")
         rank_of = np.empty_like(order)
         rank_of[order] = np.arange(self.vocab_size, dtype=np.int32)
-        checksum = zlib.crc32(order.astype("<i4").tobytes()) or 1  # 0 says "no table"
+        checksum = zlib.crc32(order.astype("<i4").tobytes()) or 1  # 0 means "no table"
         for name, value in [("order", order), ("rank_of", rank_of), ("checksum", checksum)]:
             object.__setattr__(self, name, value)
 
     @classmethod
     def learn(cls, kept: Iterable[TopK | Grid], vocab_size: int) -> "Ranks":
-        """Number the ids by how often they stand among the kept entries, most frequent first."""
+        """Rank the ids by how often they are kept, most frequent first."""
         frequency = np.zeros(vocab_size, np.int64)
         for one in kept:
             frequency += np.bincount(one.ids, minlength=vocab_size)
@@ -59,10 +60,10 @@ class Ranks:
 
 
 def pack(grid: Grid, ranks: Ranks | None) -> bytes:
-    """A grid as bytes. Raises InvalidRecord where `ranks` has another vocabulary."""
+    """Encode a grid. Raises InvalidRecord if `ranks` has another vocabulary."""
     if ranks is not None and ranks.vocab_size != grid.vocab_size:
         raise InvalidRecord(
-            f"rank table of {ranks.vocab_size} ids, vocabulary of {grid.vocab_size}"
+            f"the rank table has {ranks.vocab_size} ids, the vocabulary has {grid.vocab_size}"
         )
     counts, filled = grid.counts, grid.counts > 0
     equal = is_equal(counts)
@@ -92,12 +93,11 @@ def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
     here = 0 if ranks is None else ranks.checksum
     if header.needs != here:
         raise CorruptPayload(
-            "the payload was written with another rank table than the one at hand "
-            f"(checksum {header.needs:08x}, here {here:08x}): "
-            "take the one in the footer of its own shard"
+            f"the payload needs the rank table with checksum {header.needs:08x}, found {here:08x}: "
+            "use the one in the footer of its own shard"
         )
     planes, entries = header.planes, header.entries
-    if not planes.ids and entries > header.positions:  # all ids 0, so at most one at each
+    if not planes.ids and entries > header.positions:  # all ids are 0, at most one per position
         raise CorruptPayload(f"impossible header: {entries} entries of the same id")
     frames = Frames(data, planes.total)
     counts = frames.counts(header)
@@ -117,25 +117,26 @@ def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
 
 
 def is_equal(counts: UInt16s) -> bool:
-    """Whether all positions hold equally many entries."""
+    """Whether all positions hold the same number of entries."""
     return len(counts) == 0 or bool((counts == counts[0]).all())
 
 
 def rank_order(counts: UInt16s) -> npt.NDArray[np.int64]:
-    """[E] the position-major index of each entry, listed by rank within the position."""
+    """[E] position-major index of each entry, sorted by rank within the position."""
     starts = np.cumsum(counts, dtype=np.int64) - counts
     rank = np.arange(int(counts.sum(dtype=np.int64))) - np.repeat(starts, counts)
     return np.argsort(rank, kind="stable")
 
 
 def to_rank_major(values: Integers, counts: UInt16s, equal: bool) -> Integers:
+    """Values [E] by position -> by rank within the position."""
     if equal and len(values):
         return np.asarray(values.reshape(len(counts), -1).T.reshape(-1))
     return np.asarray(values[rank_order(counts)])
 
 
 def to_descent(steps: Integers, counts: UInt16s, equal: bool) -> Integers:
-    """Differences [E] by rank -> sums [E] within each position, by position."""
+    """Differences [E] by rank -> their running sums [E] within each position, by position."""
     if equal and len(steps):
         dtype = np.int32 if steps.dtype == np.uint8 else np.int64  # 65,535 times 255 fits
         sums = steps.reshape(-1, len(counts)).T.astype(dtype, order="C")

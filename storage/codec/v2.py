@@ -1,7 +1,7 @@
-"""Payload version 2: ids and levels coded from their context with a compiled entropy coder.
+"""Payload version 2: a compiled entropy coder codes ids and levels from their context.
 
-Numbers that a position has once (entries, spread, best, tail) are byte planes as in version 1;
-what v2_kernels writes about the entries follows them, then a CRC-32 of the whole payload.
+Numbers that occur once per position (entries, spread, best, tail) are byte planes as in version 1.
+The entries, coded by v2_kernels, follow; the last part is a CRC-32 of all before it.
 """
 
 import struct
@@ -19,18 +19,19 @@ VERSION = 2
 FAILURES = (
     "",
     "the coded entries end too early",
-    "more entries than counted",
-    "an id outside the vocabulary, or twice",
+    "more entries than the counts say",
+    "an id outside the vocabulary, or an id twice",
     "an entry above the best one",
-    "the coded entries do not end where they should",
+    "data follows the last coded entry",
 )
 
 
 def pack(grid: Grid, row: Row) -> bytes:
-    """A grid as bytes. Raises InvalidRecord where `row` is another sequence's."""
+    """Encode a grid. Raises InvalidRecord if `row` has another length or vocabulary."""
     if row.successors.ranks.vocab_size != grid.vocab_size:
         raise InvalidRecord(
-            f"successors of {row.successors.ranks.vocab_size} ids, vocabulary of {grid.vocab_size}"
+            f"the tables have {row.successors.ranks.vocab_size} ids, the vocabulary has "
+            f"{grid.vocab_size}"
         )
     if len(row.tokens) != len(grid.counts):
         raise InvalidRecord(f"{len(grid.counts)} positions, the row has {len(row.tokens)}")
@@ -62,8 +63,8 @@ def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
     """The inverse of pack. Raises CorruptPayload."""
     if row is None or row.checksum != header.needs or len(row.tokens) != header.positions:
         raise CorruptPayload(
-            "the payload was written with the successors of its own shard and the input_ids of "
-            f"its own row (checksum {header.needs:08x}, here {row.checksum if row else 0:08x}): "
+            "the payload needs the successors of its own shard and the input_ids of its own row "
+            f"(checksum {header.needs:08x}, found {row.checksum if row else 0:08x}): "
             "pass successors.row(input_ids)"
         )
     if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):

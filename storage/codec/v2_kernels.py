@@ -1,49 +1,50 @@
-"""The compiled part of version 2: one walk over a row that either writes or reads its entries.
+"""The compiled part of version 2: one walk over a row, which writes or reads its entries.
 
-Reader and writer must see the same contexts, so there is one walk for both. For each position it
-asks of every candidate "is it kept, and at which level?": the usual successors of the current
-token, then what was kept where the row last went the same way (longest match of up to 8 tokens),
-then what was kept at the position before. Whatever remains is written as gaps between frequency
-ranks. All arithmetic is on integers: every CPU reads the same.
+Reader and writer must see the same contexts, so they share the walk. At each position it asks of
+every candidate: is it kept, and at which level? The candidates are the usual successors of the
+current token, then the ids kept at the longest earlier match (of up to 8 tokens), then the ids kept
+at the position before. The other entries are written as gaps between frequency ranks. All
+arithmetic is on integers, so every CPU reads the same.
 
-A writing walk lists the symbols and their contexts; a reading walk takes them from a rANS stream
+A writing walk lists the symbols and their contexts. A reading walk takes them from a rANS stream
 (Duda, arXiv 1311.2540): 32-bit state, 16-bit words, probabilities in 1/32768.
 """
 
 import numpy as np
 from numba import njit
 
-BITS = 15  # of a probability
+BITS = 15  # bits of a probability
 ONE = 1 << BITS
 LOW = 1 << 16  # the state's lower bound
-LEVELS = 240  # levels with a symbol of their own; 16 more symbols stand for larger ones
+LEVELS = 240  # levels with their own symbol; 16 more symbols stand for larger levels
 SYMBOLS = 256
 MAX_LEVEL = 4096  # exclusive
 MATCH = 8  # tokens compared
-HOPS = 16  # earlier occurrences looked at
+HOPS = 16  # earlier occurrences tried
 
-# Contexts. Flags ("is the candidate kept?"): what the table of successors says of it (64 classes,
-# or 6 of its frequency rank where it is not listed), its level where the row last went the same way
-# (absent, 7 classes, or no such place), the position before (absent, low, high), match length.
+# Contexts of flags ("is the candidate kept?"): its class in the table of successors (64, or 6 of
+# its frequency rank if it is not listed), its level at the match (absent, 7 classes, or no match),
+# its level at the position before (absent, low, high), the length of the match.
 LISTED, UNLISTED, EARLIER, BEFORE, LENGTHS = 64, 6, 9, 3, 4
 FLAGS = (LISTED + UNLISTED) * EARLIER * BEFORE * LENGTHS
-# Levels: 8 classes of the usual level, twice: often and seldom kept; or not listed. Then escapes.
+# Contexts of levels: not listed, or 8 classes of the usual level for ids kept seldom and 8 for ids
+# kept often; one more context for escapes.
 LEVEL = FLAGS
 LEVEL_CONTEXTS = 17 * EARLIER + 1
-ESCAPE = LEVEL + LEVEL_CONTEXTS  # bit lengths of gaps, by how many are still to come
+ESCAPE = LEVEL + LEVEL_CONTEXTS  # bit lengths of gaps, by entries still to come
 ESCAPE_CONTEXTS = 8
 RAW = ESCAPE + ESCAPE_CONTEXTS  # RAW + n: n plain bits, n <= BITS
 GAP_SYMBOLS = 24
 
-OVERRUN, TOO_MANY, BAD_ID, BAD_LEVEL, LEFT_OVER = 1, 2, 3, 4, 5  # what a reading walk may return
+OVERRUN, TOO_MANY, BAD_ID, BAD_LEVEL, LEFT_OVER = 1, 2, 3, 4, 5  # of reading, see v2.FAILURES
 
 
 @njit(cache=True, nogil=True)
 def matches(tokens):
-    """For each position the latest earlier one of the longest match, or -1, and the length."""
+    """For each position: the latest earlier position of the longest match or -1, the length."""
     size = len(tokens)
     place, length = np.full(size, -1, np.int32), np.zeros(size, np.uint8)
-    before = np.full(size, -1, np.int32)  # the position where the same token stood last
+    before = np.full(size, -1, np.int32)  # previous position of the same token
     order = np.argsort(tokens, kind="mergesort")
     for i in range(1, size):
         if tokens[order[i]] == tokens[order[i - 1]]:
@@ -62,7 +63,7 @@ def matches(tokens):
 
 @njit(cache=True, nogil=True)
 def count(contexts, symbols, flags, tables):
-    """Add how often each symbol stood in its context: flags [FLAGS, 2], tables [n, SYMBOLS]."""
+    """Count each symbol in its context: flags [FLAGS, 2], tables [n, SYMBOLS]."""
     for i in range(len(contexts)):
         if contexts[i] < FLAGS:
             flags[contexts[i], symbols[i]] += 1
@@ -72,7 +73,7 @@ def count(contexts, symbols, flags, tables):
 
 @njit(cache=True, nogil=True)
 def compress(contexts, symbols, chances, sums):
-    """rANS: the symbols, last one first -> uint16 words in the order in which they are read."""
+    """rANS: code the symbols from last to first -> uint16 words in reading order."""
     words = np.empty(len(symbols) + 2, np.uint16)
     at, state = len(words), np.uint64(LOW)
     for i in range(len(symbols) - 1, -1, -1):
@@ -110,7 +111,7 @@ def level_symbol(level):
 
 @njit(cache=True, nogil=True)
 def refill(state, words, at):
-    """Take a word when the state has run low; past the end, zeros, and `at` tells."""
+    """Take a word if the state is low; past the end take 0, which the caller sees in `at`."""
     if state < LOW:
         word = np.uint32(words[at]) if at < len(words) else np.uint32(0)
         return (state << np.uint32(16)) | word, at + 1
@@ -130,7 +131,7 @@ def take_raw(state, words, at, bits):
 
 @njit(cache=True, nogil=True)
 def take_symbol(state, words, at, sums, hints, row):
-    """A symbol of the distribution sums[row]; hints[row] says where to begin to look."""
+    """Take a symbol of the distribution sums[row]; hints[row] says where its search starts."""
     low = state & np.uint32(ONE - 1)
     symbol = np.int64(hints[row, low >> np.uint32(BITS - 8)])
     while sums[row, symbol + 1] <= low:
@@ -144,7 +145,7 @@ def take_symbol(state, words, at, sums, hints, row):
 
 @njit(cache=True, nogil=True)
 def sort(ids, begin, end):
-    """Put ids[begin:end] in ascending order; most are two or three."""
+    """Put ids[begin:end] in ascending order; most ranges hold two or three."""
     if end - begin > 16:
         ids[begin:end] = np.sort(ids[begin:end])
         return
@@ -168,11 +169,11 @@ def walk(
     descending level, 0 for the last. Returns (failure or 0, symbols listed).
     """
     vocab = len(order)
-    # One word per id: position + 1, then 4 bits of EARLIER, 2 of BEFORE, 1: has been asked
+    # One word per id: position + 1, then 4 bits of EARLIER, 2 of BEFORE, 1 if already asked
     tags = np.zeros(vocab, np.uint32)
     wanted = np.full(
         0 if reading else vocab, -1, np.int64
-    )  # writing: position << 16 | level of what is kept
+    )  # writing: position << 16 | level of a kept id
     heads = np.full(MAX_LEVEL, -1, np.int32)  # reading: lists of entries by level
     following = np.empty(max(1, int(counts.max()) if len(counts) else 1), np.int32)
     found, missing = np.empty_like(following), np.empty_like(following)
@@ -257,7 +258,7 @@ def walk(
                     wanted[token_id] = -1
                 found[kept], following[kept], heads[level] = token_id, heads[level], kept
                 kept += 1
-        # What no source has: gaps between ranks, ascending.
+        # Entries that no source gave: gaps between ascending ranks.
         context, rank = LEVEL + LEVEL_CONTEXTS - 1, np.int64(-1)
         if not reading:
             left = 0
@@ -346,10 +347,10 @@ def put_level(contexts, symbols, written, context, level, shift):
 
 @njit(cache=True, nogil=True)
 def tally(order, tokens, offsets, ids, levels, rank_of, seen, most):
-    """What is kept after each token at least `seen` times, at most the `most` most frequent ids.
+    """The ids kept at least `seen` times after each token, at most the `most` most frequent.
 
-    order: positions by token. Returns sizes [V] and for each listed id, by rank within its token:
-    id, times kept, mean level, and how often the token stands.
+    order: positions sorted by token. Returns sizes [V] and, for each listed id by rank within its
+    token: id, times kept, mean level, and occurrences of the token.
     """
     vocab = len(rank_of)
     room, at = 0, 0

@@ -1,6 +1,6 @@
-"""What version 2 learns of a shard: which ids are usually kept after each token, and how likely.
+"""The tables that version 2 learns from a shard: ids kept after each token, and how likely.
 
-The tables are whole numbers and stand in the shard; learning may use what arithmetic it likes.
+The tables are integers and are stored in the shard. Only learning them uses floats.
 """
 
 import struct
@@ -23,8 +23,8 @@ from storage.topk import Int32s, UInt16s
 
 MAX_LEVEL = 4096  # grid points between the best and the last entry, exclusive
 MOST_LISTED = 256  # successors of one token
-SEEN = 3  # times, or it does not pay to list a successor
-LEARN_ENTRIES = 1 << 24  # from which probabilities are learned, evenly over the shard
+SEEN = 3  # times; listing a successor seen less often costs more than it saves
+LEARN_ENTRIES = 1 << 24  # to learn probabilities from, evenly over the shard
 KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
 RANK_KINDS = (32, 128, 512, 2048, 8192)
 PARTS = struct.Struct("<BIII6I")  # shift, V, frequent ids, listed; bytes of each compressed part
@@ -32,7 +32,7 @@ PARTS = struct.Struct("<BIII6I")  # shift, V, frequent ids, listed; bytes of eac
 
 @cache
 def compiled() -> ModuleType:
-    """storage.codec.v2_kernels, which needs numba."""
+    """The module storage.codec.v2_kernels. Raises StorageError without numba."""
     try:
         from storage.codec import v2_kernels as kernels
     except ImportError as error:
@@ -51,8 +51,8 @@ class Successors:
     listed       int32 [n]  ids, by ascending rank
     kinds        uint8 [n]  how likely they are kept (upper 3 bits) and at which level (lower 3)
     level_kinds  uint8 [MAX_LEVEL]  class of a level, 0 to 6
-    shift        low bits of levels that are written plainly
-    chances      uint16 [FLAGS]  of "kept" in each context, in 1/32768
+    shift        number of low bits of a level that are written plainly
+    chances      uint16 [FLAGS]  probability of "kept" in each context, in 1/32768
     sums         uint16 [contexts, 257]  cumulative probabilities of the other symbols
     """
 
@@ -78,19 +78,19 @@ class Successors:
             checksum = zlib.crc32(np.ascontiguousarray(part).tobytes(), checksum)
         checksum = zlib.crc32(bytes([self.shift]) + self.sums.tobytes(), checksum)
         for name in ("starts", "listed", "kinds", "level_kinds", "chances", "sums"):
-            # One type each, writable too: every other one would be compiled for again.
+            # One array type each, writable too: numba would compile again for any other.
             object.__setattr__(self, name, np.require(getattr(self, name), requirements=["C", "W"]))
         object.__setattr__(self, "hints", np.array(hints, np.uint8))
         object.__setattr__(self, "rank_kinds", rank_kinds)
         object.__setattr__(self, "checksum", checksum)
 
     def row(self, input_ids: npt.ArrayLike) -> "Row":
-        """What encodes and decodes the distributions of one sequence."""
+        """The tables for one sequence, to encode and decode its distributions."""
         return Row(self, np.ascontiguousarray(input_ids, np.int32)[:-1])
 
     @classmethod
     def learn(cls, rows: Sequence[tuple[Int32s, Grid]], vocab_size: int) -> "Successors":
-        """From the (input_ids, grid) of all rows of a shard."""
+        """Learn the tables from the (input_ids, grid) of all rows of a shard."""
         kernels = compiled()
         ranks = Ranks.learn((grid for _, grid in rows), vocab_size)
         levels = [levels_of(grid) for _, grid in rows]
@@ -161,7 +161,9 @@ class Successors:
         ranks = Ranks(leading.view("<i4"), vocab)
         lengths = from_planes(length_planes, 2)
         if int(lengths.sum()) != total:
-            raise CorruptPayload(f"table of successors: {lengths.sum()} listed, not {total}")
+            raise CorruptPayload(
+                f"table of successors: {lengths.sum()} listed ids, header says {total}"
+            )
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         gaps = from_planes(gap_planes, 3)
         sums = np.cumsum(gaps)
@@ -170,7 +172,9 @@ class Successors:
         inside = np.ones(total, bool)
         inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
         if total and (int(listed.max()) >= vocab or int(gaps[inside].min(initial=1)) < 1):
-            raise CorruptPayload("table of successors: an id outside the vocabulary, or twice")
+            raise CorruptPayload(
+                "table of successors: an id outside the vocabulary, or an id twice"
+            )
         chances = from_planes(probabilities[: 2 * kernels.FLAGS], 2)
         widths = from_planes(probabilities[2 * kernels.FLAGS :], 2).reshape(tables, kernels.SYMBOLS)
         if (
@@ -191,7 +195,10 @@ class Successors:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The successors of a shard at the tokens of one sequence: int32 [P]."""
+    """The tables of a shard with the tokens of one sequence: int32 [P].
+
+    Raises CorruptPayload for tokens outside the vocabulary.
+    """
 
     successors: Successors
     tokens: Int32s
@@ -206,11 +213,11 @@ class Row:
         return zlib.crc32(self.tokens.astype("<i4").tobytes(), self.successors.checksum) or 1
 
     def symbols(self, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(contexts, symbols) [n] of all that is to be coded."""
+        """(contexts, symbols) [n] that encode the grid."""
         sizes, counts = np.diff(self.successors.starts), grid.counts.astype(np.int64)
         place, _ = compiled().matches(self.tokens)
         asked = sizes[self.tokens].sum() + counts[:-1].sum() + counts[place[place >= 0]].sum()
-        # one for each candidate asked; of each entry at most 3 for its gap and 3 for its level
+        # one for each candidate asked; for each entry at most 3 for its gap and 3 for its level
         contexts, symbols = np.empty((2, int(asked) + 6 * len(grid.ids)), np.int32)
         levels = levels_of(grid).astype(np.int32)
         nothing = np.zeros(0, np.uint16)
@@ -220,6 +227,7 @@ class Row:
         return contexts[:written], symbols[:written]
 
     def compress(self, contexts: Int32s, symbols: Int32s) -> UInt16s:
+        """The words of the entropy coder."""
         tables = self.successors
         words: UInt16s = compiled().compress(contexts, symbols, tables.chances, tables.sums)
         return words
@@ -227,7 +235,7 @@ class Row:
     def read(
         self, counts: UInt16s, spreads: Integers, words: UInt16s
     ) -> tuple[Int32s, Int32s, int]:
-        """(ids [E], levels [E], 0 or what is wrong)."""
+        """(ids [E], levels [E], 0 or the index in v2.FAILURES)."""
         ids, levels = np.zeros((2, int(counts.sum(dtype=np.int64))), np.int32)
         nothing = np.zeros(0, np.int32)
         words = np.array(words, np.uint16)
@@ -245,7 +253,7 @@ class Row:
 
 
 def fits(grid: Grid) -> bool:
-    """Whether version 2 can hold the grid; version 1 holds all."""
+    """Whether version 2 can hold the grid; version 1 holds any."""
     return int(grid.below.max(initial=0)) < MAX_LEVEL
 
 
@@ -276,9 +284,9 @@ def list_successors(
 
 
 def to_chances(flags: Integers) -> UInt16s:
-    """[FLAGS, 2] how often yes and no -> [FLAGS] probability of yes, in 1/32768, never 0 nor 1.
+    """Counts of yes and no [FLAGS, 2] -> probability of yes [FLAGS], in 1/32768, never 0 or 1.
 
-    What was rarely seen leans on all that was seen of the same candidates' kind.
+    The fewer counts a context has, the closer it is to the mean over candidates of its kind.
     """
     kernels = compiled()
     kinds = flags.reshape(kernels.LISTED + kernels.UNLISTED, -1, 2)
@@ -289,7 +297,7 @@ def to_chances(flags: Integers) -> UInt16s:
 
 
 def to_sums(tables: Integers) -> UInt16s:
-    """[n, SYMBOLS] how often -> [n, SYMBOLS + 1] cumulative probabilities, each at least 1."""
+    """Counts [n, SYMBOLS] -> cumulative probabilities [n, SYMBOLS + 1], each step at least 1."""
     one, symbols = compiled().ONE, tables.shape[1]
     share = (tables + 1 / symbols) / (tables.sum(axis=1, keepdims=True) + 1)
     widths = 1 + np.floor(share * (one - symbols)).astype(np.int64)

@@ -2,10 +2,9 @@
 
     python tests/fuzz/corrupt_shard.py --changes 100000
 
-Writes a shard of each version, then for each change asks two readers: `verify`, which compares the
-file's hash, and one that decodes all rows without it, as training does. Bytes that Parquet itself
-does not check (such as the names in its footer) are the hash's business alone; the second reader
-must give the same rows or an error, never other rows.
+Writes a shard of each version. Each change is then read in two ways: the file's hash is compared, as
+`verify` does, and all rows are decoded without it, as training does. The hash must always differ.
+The reader must give the same rows or an error that names the file, never other rows.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def digest(record: Record) -> bytes:
 
 
 def corrupt(dump: Dump, changes: int, rng: np.random.Generator) -> dict[str, int]:
-    """How the changes were detected. Raises AssertionError for one that was not."""
+    """Count how the changes were detected. Raises AssertionError for one that was not."""
     (shard,) = dump.shards()
     file = Path(dump.store / shard.file)
     good = file.read_bytes()

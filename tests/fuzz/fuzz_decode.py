@@ -2,9 +2,9 @@
 
     make fuzz FUZZ_SECONDS=600
 
-The first byte of an input chooses the reader; checksums are made right, so that what is behind them
-is reached. Whatever the bytes, a reader returns distributions or raises StorageError. The compiled
-code checks its bounds here (NUMBA_BOUNDSCHECK): what would read or write elsewhere is a crash.
+The first byte of an input chooses the reader. Checksums are corrected, so that the code behind them
+is reached. Whatever the bytes, a reader must return distributions or raise StorageError. The
+compiled code checks its bounds here (NUMBA_BOUNDSCHECK), so an access out of bounds is a crash.
 """
 
 import os
@@ -61,7 +61,7 @@ def version_1(data: bytes, needs: int) -> bytes:
 
 
 def assembled(data: bytes) -> bytes:
-    """A version 1 payload of planes taken from the input, so that zstd's checksums are right."""
+    """A version 1 payload with planes from the input and correct zstd checksums."""
     source = atheris.FuzzedDataProvider(data)
     planes = [source.PickValueInList([0, 2]), *(source.ConsumeIntInRange(0, 4) for _ in range(4))]
     positions = source.ConsumeIntInRange(0, 20)

@@ -14,7 +14,7 @@ VOCAB = 300
 def random_topk(
     positions: int, counts: list[int] | int, vocab_size: int = VOCAB, seed: int = 0
 ) -> TopK:
-    """True top-k of random full distributions; where a position keeps all, the tail is -inf."""
+    """True top-k of random full distributions; a position that keeps all has a tail of -inf."""
     rng = np.random.default_rng(seed)
     counts = np.broadcast_to(np.asarray(counts, np.uint16), positions).copy()
     ids, logprobs, tails = [], [], []
@@ -35,7 +35,7 @@ def random_topk(
 
 
 def with_samples(topk: TopK, draws: int, vocab_size: int = VOCAB, seed: int = 0) -> TopK:
-    """The same with `draws` ids, some of them often, from what it does not keep."""
+    """The same TopK with `draws` ids from outside the kept ones, some drawn often."""
     rng = np.random.default_rng(seed)
     drawn = np.full((len(topk), draws), -1)
     for row, kept in zip(drawn, np.split(topk.ids, np.cumsum(topk.counts)[:-1]), strict=False):

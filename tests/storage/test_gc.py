@@ -1,4 +1,4 @@
-"""gc removes what dead writers left, and nothing that anyone may still need."""
+"""gc removes the files of dead writers, and nothing that anyone may still need."""
 
 import os
 import time

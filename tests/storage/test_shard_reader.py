@@ -25,7 +25,7 @@ DRAWS = 12
 
 @CODECS
 def test_golden_dumps_are_read_for_ever(codec: str) -> None:
-    """tests/storage/golden holds what the first release of each version wrote."""
+    """tests/storage/golden holds dumps that the first release of each version wrote."""
     folder = Path(__file__).parent / "golden"
     dataset, expected = LogitDataset(folder / codec), np.load(folder / "expected.npz")
     assert verify(folder / codec).ok
@@ -62,7 +62,7 @@ def test_reading_a_cut_or_flipped_shard_names_it(tmp_path: Path, codec: str) -> 
 
 @CODECS
 def test_every_changed_byte_of_a_shard_is_detected(tmp_path: Path, codec: str) -> None:
-    """A few hundred of what tests/fuzz/corrupt_shard.py does a hundred thousand times."""
+    """300 of the changes that tests/fuzz/corrupt_shard.py makes 100,000 times."""
     dump = make_dump(tmp_path, shards=1, rows=4, codec=codec)
     found = corrupt(dump, 300, np.random.default_rng(1))
     assert sum(found.values()) == 300
@@ -78,7 +78,7 @@ def test_every_changed_byte_of_a_shard_with_samples_is_detected(tmp_path: Path, 
 
 
 def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
-    """A file that somebody wrote again, with the samples of two rows exchanged."""
+    """A file whose writer exchanged the samples of two rows."""
     dump = create_dump(tmp_path, plan(samples=DRAWS))
     writer = ShardWriter(dump.partition(0))
     for tokens in (20, 30):

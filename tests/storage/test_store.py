@@ -1,4 +1,4 @@
-"""create-if-absent on a store that is not a local disk, and whose answers may be lost."""
+"""Store: create-if-absent on a remote store whose answers may be lost."""
 
 import os
 from pathlib import Path
@@ -13,13 +13,13 @@ from tests.helpers.records import assert_same, plan, random_record
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of fsspec's memory file system, of this test alone."""
+    """A folder of fsspec's memory file system for this test alone."""
     monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.001)
     return f"memory://{tmp_path}"
 
 
 def losing(work: Any, times: int, after: bool) -> Any:
-    """`work`, whose answer or whose request is lost so many times."""
+    """`work`, whose request, or its answer if `after`, is lost this many times."""
     left = [times]
 
     def lossy(*arguments: Any, **named: Any) -> Any:
@@ -45,7 +45,7 @@ def test_the_first_create_wins(place: str) -> None:
 def test_a_lost_answer_is_not_a_lost_race(
     place: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store made the marker, the writer was not told: its data file must stay."""
+    """The store created the marker but its answer was lost: the data file must stay."""
     dump = create_dump(place, plan())
     writer = ShardWriter(dump.partition(0))
     for number in range(3):

@@ -31,7 +31,7 @@ def damage_missing(dump: Dump, path: Path) -> str:
 
 
 def damage_missing_marker(dump: Dump, path: Path) -> str:
-    """A file without a marker."""
+    """A data file without its marker."""
     (path / f"{dump.shards()[1].name}.json").unlink()
     return "though its data file"
 
@@ -84,7 +84,7 @@ def damage_doubled_row(dump: Dump, path: Path) -> str:
 
 
 def damage_other_plan(dump: Dump, path: Path) -> str:
-    """A shard made under another plan, with its marker, moved in."""
+    """A shard of a dump made from another plan, copied in with its marker."""
     other = create_dump(path.parent / "other", plan(k=3, codec=dump.plan["codec"]))
     writer = ShardWriter(other.partition(0), index=1)
     for number in range(5, 10):
@@ -125,8 +125,8 @@ def test_verify_names_each_planted_fault(tmp_path: Path, damage, codec: str) -> 
     assert any(name in fault for fault in report.faults), report
 
 
-def test_verify_finds_an_id_that_stands_twice(tmp_path: Path) -> None:
-    """Of a writer that is not ours: version 1 can say it, and its checksums are right."""
+def test_verify_finds_an_id_that_appears_twice(tmp_path: Path) -> None:
+    """A foreign writer can store this in version 1, with correct checksums."""
     writer = ShardWriter(create_dump(tmp_path, plan()).partition(0))
     writer.write(random_record(1))
     grid = writer.pending[0].grid

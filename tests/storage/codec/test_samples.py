@@ -48,7 +48,7 @@ def test_cut_or_foreign_bytes_are_errors(length: int, foreign: bytes) -> None:
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_forged_samples_are_errors_or_samples(drawn: st.DataObject) -> None:
-    """Any header with its checksum made right, over good frames or none."""
+    """A changed header with a correct checksum, before good frames."""
     data = bytearray(sampled.pack(some_samples(), VOCAB))
     for _ in range(drawn.draw(st.integers(1, 3))):
         data[drawn.draw(st.integers(5, sampled.HEADER.size - 5))] = drawn.draw(st.integers(0, 255))

@@ -17,7 +17,7 @@ from tests.helpers.records import VOCAB, random_topk
 def learned(
     topks: list[TopK], vocab_size: int = VOCAB, step: float = 1 / 16, seed: int = 0
 ) -> tuple[Successors, list[np.ndarray], list[Grid]]:
-    """Tables learned from these distributions over random tokens of which some come often."""
+    """Tables learned from these distributions, over random tokens from a small range."""
     rng = np.random.default_rng(seed)
     inputs = [rng.integers(0, min(9, vocab_size), len(t) + 1).astype(np.int32) for t in topks]
     grids = [quantise(topk, vocab_size, step) for topk in topks]
@@ -138,7 +138,7 @@ def flipped(data: bytes, at: int, mask: int = 0x41) -> bytes:
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_forged_payloads_are_errors_or_distributions(drawn: st.DataObject) -> None:
-    """Bytes changed behind the header, the checksum made right again: the decoder holds.
+    """Change bytes after the header and correct the checksum: the decoder must hold.
 
     NUMBA_BOUNDSCHECK=1 (and a NUMBA_CACHE_DIR of its own) shows what would be read or written out
     of bounds.
