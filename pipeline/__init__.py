@@ -1,1 +1,0 @@
-"""From documents to a student: stage one (dump), stage two (train), evaluation."""

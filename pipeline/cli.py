@@ -1,11 +1,14 @@
 """The command line of every script: options and YAML in, a summary as JSON and an exit code out."""
 
 import argparse
+import dataclasses
+import difflib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
@@ -28,18 +31,96 @@ Config = TypeVar("Config")
 # The docstring under a field of a settings dataclass is its help text.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+UNKNOWN = re.compile("unrecognized|not accepted|not accept option")
+TEMPERATURE = (
+    "There is no temperature: top-k probabilities taken at 1 do not determine the distribution at "
+    "another one, because most of its mass would lie outside the stored ids. Leave the setting out."
+)
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Keeps the lines of a script's docstring: its commands are there to be copied."""
+    """Keeps the lines of a script's docstring, whose commands are there to be copied, and shows
+    defaults but no Python types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, {}, argparse.SUPPRESS) or not action.option_strings:
+            return text
+        return f"{text} (default: {action.default})"
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Ends with exit code 2 and the reason alone, not with a page of usage.
+
+    jsonargparse groups settings by class, and needs that to make the classes; `shown_groups` are
+    the groups that help shows instead.
+    """
+
+    shown_groups: Callable[[], list[argparse._ArgumentGroup]] | None = None
+
+    def format_help(self, *arguments: Any) -> str:
+        groups = self._action_groups
+        if self.shown_groups is not None:
+            self._action_groups = self.shown_groups()  # type: ignore[assignment]
+        try:
+            return str(super().format_help(*arguments))
+        finally:
+            self._action_groups = groups
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hint = self.hint(message) if UNKNOWN.search(message) else ""
+        print(f"error: {message}{hint}\n{self.prog} --help lists the settings", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+    def hint(self, message: str) -> str:
+        """What was perhaps meant by an unknown setting."""
+        if "temperature" in message:
+            return f"\n{TEMPERATURE}"
+        names = {action.dest.rpartition(".")[2]: action.dest for action in self._actions}
+        names |= {action.dest: action.dest for action in self._actions}
+        words = [word for word in re.findall(r"[\w.]+", message) if word not in names]
+        close = [near for word in words for near in difflib.get_close_matches(word, names, 1, 0.8)]
+        return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
     """A parser with --config and every field of the dataclass as a dotted option."""
-    parser = jsonargparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
-    parser.add_class_arguments(config, None)
+    parser = Parser(
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", action="config", help="YAML file with the settings below"
+    )
     parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
+    known = set(parser._actions)
+    parser.add_class_arguments(config, None)
+    added = [action for action in parser._actions if action not in known]
+    needed = {action.dest for action in added if action.required}  # changes while parsing
+    common: tuple[str, ...] = getattr(config, "common", ())
+    parser.shown_groups = lambda: help_groups(parser, added, needed, common)
     return parser
+
+
+def help_groups(
+    parser: Parser, settings: list[argparse.Action], needed: set[str], common: tuple[str, ...]
+) -> list[argparse._ArgumentGroup]:
+    """The script's own options, then the settings: needed, common (`config.common`), expert."""
+    groups = [
+        argparse._ArgumentGroup(parser, f"{kind} settings")
+        for kind in ("needed", "common", "expert")
+    ]
+    for action in settings:
+        name = action.dest
+        if "config" in type(action).__name__.lower() or name.endswith(".help"):
+            action.help = argparse.SUPPRESS  # a file for one part of the settings: --config does
+        action.metavar = action.metavar or (None if action.choices else "VALUE")
+        kind = 0 if name in needed else 1 if name in common else 2
+        groups[kind]._group_actions.append(action)
+    groups[1]._group_actions.sort(key=lambda action: common.index(action.dest))
+    own = [g for g in parser._action_groups if not set(g._group_actions) & set(settings)]
+    return [*own, *groups]
 
 
 def parse(
@@ -47,7 +128,7 @@ def parse(
 ) -> tuple[Config, argparse.Namespace]:
     """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
     found = parser.parse_args(arguments)
-    own = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
+    own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     made = parser.instantiate(found)
     try:
         settings = config(**{name: made[name] for name in own})
@@ -78,7 +159,7 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
     except tuple(kind for kind, _ in CODES) as error:
         code = next(code for kind, code in CODES if isinstance(error, kind))
         again = code in (INTERRUPTED, FAILED)
-        hint = "; run the same command again to go on" if again else ""
+        hint = "; run the same command again to resume" if again else ""
         print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         return code
     if summary_file:

@@ -1,9 +1,13 @@
-"""The settings of each script. The docstring under a field is its help text."""
+"""The settings of each script.
 
-import math
+The docstring under a field is its help text. `common` names the settings that `--help` shows
+before the expert ones; those without a default come first anyway.
+"""
+
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from pipeline.agreement import BOUND
 from pipeline.errors import ConfigError
 
 KINDS = ("domain", "general", "other")
@@ -17,77 +21,80 @@ class CorpusConfig:
     path: str
     """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name."""
     text_column: str = "text"
-    """The column that holds each document's text."""
+    """Column with the text of each document."""
     messages_column: str | None = None
-    """A column of chat messages instead, rendered through the tokenizer's chat template."""
+    """Column of chat messages to use instead; the tokenizer's chat template renders them."""
     split: str = "train"
-    """The split of a hub dataset; files have only one."""
+    """Split of a hub dataset; files have only one."""
     skip: int = 0
-    """Leave out that many documents at the start."""
+    """Number of documents to skip at the start."""
     limit: int | None = None
-    """Use at most that many documents."""
+    """Use at most this many documents."""
 
 
 @dataclass
 class DumpConfig:
-    """Stage one: the base model reads a general corpus once; its top-k go to disk."""
+    """Stage one: the base model reads a general corpus once, and its top-k go to disk."""
+
+    common: ClassVar = (
+        "k", "samples", "max_length", "codec", "partitions", "workers", "engine_args",
+        "corpus.text_column", "corpus.messages_column", "corpus.limit",
+    )  # fmt: skip
 
     model: str
     """The base model: a Hugging Face directory or hub name."""
     corpus: CorpusConfig
     """The general corpus."""
     output: str
-    """The dump's directory, local or s3://… An unfinished dump there is gone on with."""
+    """Directory of the dump, local or s3://… An unfinished dump there is resumed."""
     revision: str | None = None
-    """The hub revision of the model."""
+    """Hub revision of the model."""
     k: int = 64
-    """Entries kept at each position. 0 with samples above 0 stores samples alone."""
+    """Entries kept at each position. 0 together with samples stores samples alone."""
     samples: int = 0
-    """Ids drawn at each position from what the k entries leave: the student then learns from all of
-    the teacher's distribution, without bias but with the draws' noise. 50 alone, or 32 beside k."""
+    """Ids drawn at each position from the tail, which is what the k entries leave. The student then
+    learns from the teacher's whole distribution: without bias, but with the noise of the draws.
+    Usual are 50 alone, or 32 beside k."""
     sample_seed: int = 0
-    """Decides which ids are drawn."""
+    """Seed of the draws."""
     min_prob: float = 0.0
-    """Keep only entries of at least that probability, and the best one; the others' mass goes to
-    the tail. 0 keeps all k."""
+    """Keep only entries of at least this probability, and the best one. The mass of the others goes
+    to the tail. 0 keeps all k."""
     top_p: float = 1.0
-    """Keep only as many entries as hold that much of the mass; the others' goes to the tail."""
+    """Keep only as many entries as hold this mass. The mass of the others goes to the tail."""
     step: float = 1 / 16
-    """Grid of the stored log-probabilities in nats; 1/16 costs about 7e-5 nats of KL."""
+    """Grid of the stored log-probabilities in nats. 1/16 costs about 7e-5 nats of KL."""
     codec: Literal["v1", "v2"] = "v1"
-    """v2: ids coded from their context, 0.64 of v1's bytes; but a shard is held in memory, takes
-    some 30 microseconds of CPU for each token in a thread of its own, and decodes several times
-    slower."""
+    """v2 codes ids from their context: 0.64 of the bytes of v1. But it holds a shard in memory,
+    takes some 30 microseconds of CPU per token in a thread of its own, and decodes several times
+    more slowly."""
     max_length: int = 2048
-    """Longest sequence in tokens; longer documents are cut into chunks."""
+    """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
     """End each document with the tokenizer's end-of-text token, where it has one."""
-    temperature: float = 1.0
-    """Only 1 is possible: a top-k cache taken at 1 does not determine another temperature."""
     partitions: int = 1
-    """Retry units that can run on different machines."""
+    """Number of parts that can be dumped and retried separately, also on different machines."""
     shard_tokens: int = 1_000_000
-    """A shard is committed at the first document end after that many tokens."""
+    """A shard is committed at the first document end after this many tokens."""
     dtype: str = "auto"
-    """Weights' dtype: auto (the model's own), bfloat16, float16, float32."""
+    """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
     engine: Literal["vllm", "transformers"] = "vllm"
-    """vllm, or transformers as the slow reference."""
+    """transformers is a slow reference."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to vLLM's engine as they are, e.g. {tensor_parallel_size: 2}."""
+    """Passed to vLLM's engine unchanged, e.g. {tensor_parallel_size: 2}."""
     in_flight: int = 256
-    """Sequences handed to the engine at a time."""
+    """Number of sequences that the engine works on at a time."""
     workers: int = 1
-    """Engines at a time, each a process with its own GPUs and its own partition."""
+    """Number of engines that run at a time, each a process with its own GPUs and partition."""
 
     def __post_init__(self) -> None:
-        require_temperature_one(self.temperature)
         require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
         for name in ("partitions", "shard_tokens", "in_flight", "workers"):
             value = getattr(self, name)
             require(value >= 1, f"{name}: at least 1, found {value}")
         require(self.samples >= 0, f"samples: at least 0, found {self.samples}")
         least = 0 if self.samples else 1
-        require(self.k >= least, f"k: at least {least}, found {self.k}; 0 only beside samples")
+        require(self.k >= least, f"k: at least {least}, found {self.k}; 0 needs samples above 0")
         require(0 <= self.min_prob < 1, f"min_prob: from 0 to under 1, found {self.min_prob}")
         require(0 < self.top_p <= 1, f"top_p: above 0, at most 1, found {self.top_p}")
         entries = self.k + self.samples
@@ -102,38 +109,41 @@ class DumpConfig:
 
 @dataclass
 class GenerateConfig:
-    """The base model writes the general corpus, where its own training data is not to be had."""
+    """The base model writes a general corpus, where its own training data cannot be had."""
+
+    common: ClassVar = ("prompts", "seed", "max_length", "engine_args")
 
     model: str
     """The base model: a Hugging Face directory or hub name."""
     output: str
-    """Directory of JSONL files, local or s3://… An unfinished corpus there is gone on with."""
+    """Directory of JSONL files, local or s3://… An unfinished corpus there is resumed."""
     tokens: int
-    """Tokens to write, at least."""
+    """Write at least this many tokens."""
     revision: str | None = None
-    """The hub revision of the model."""
+    """Hub revision of the model."""
     prompts: CorpusConfig | None = None
-    """Texts whose beginnings start the documents, in turn; without them the end-of-text token."""
+    """Texts whose beginnings start the documents, in turn. Without them each document starts with
+    the end-of-text token."""
     prompt_tokens: int = 16
-    """Tokens taken of each prompt."""
+    """Tokens taken from each prompt."""
     seed: int = 0
-    """Decides every sampled token, together with the engine's own rounding."""
+    """Seed of every sampled token. The engine's rounding has an influence too."""
     temperature: float = 1.0
-    """Of the sampling; 1 is the model's own distribution."""
+    """Temperature of the sampling. 1 is the model's own distribution."""
     top_p: float = 1.0
     """Sample from the most probable tokens that hold this mass."""
     max_length: int = 1024
-    """Longest document in tokens, prompt included."""
+    """Longest document in tokens, its prompt included."""
     min_length: int = 16
-    """Shorter documents are dropped."""
+    """Drop documents with fewer tokens."""
     max_repetition: float = 0.5
-    """Documents are dropped of which more than this share of 8-token windows stood before."""
+    """Drop documents in which more than this share of the 8-token windows repeat earlier ones."""
     batch: int = 256
-    """Documents written at a time; each batch is one file."""
+    """Documents written at a time. Each batch is one file."""
     dtype: str = "auto"
-    """Weights' dtype: auto (the model's own), bfloat16, float16, float32."""
+    """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to vLLM's engine as they are."""
+    """Passed to vLLM's engine unchanged."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "prompt_tokens"):
@@ -149,52 +159,58 @@ class GenerateConfig:
 
 @dataclass
 class LossConfig:
-    """CE on the domain + alpha · KL on the general corpus, each a mean over the step's tokens."""
+    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over its tokens of
+    a step."""
 
     direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(base ‖ student); reverse: KL(student ‖ base)."""
+    """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
     alpha: float = 1.0
     """Weight of the KL."""
     targets: Literal["auto", "topk"] = "auto"
-    """auto: what the dump holds, samples of the tail included; topk: leave those out."""
-    temperature: float = 1.0
-    """Only 1 is possible: a top-k cache taken at 1 does not determine another temperature."""
+    """auto: everything that the dump holds, samples of the tail included. topk: without samples."""
 
 
 @dataclass
 class NullTestConfig:
-    """Before the first step: the KL of a student that still is the teacher must be near zero."""
+    """The null test: before the first step, a student with the teacher's weights must have a KL
+    near zero."""
 
     batches: int = 2
-    """General batches to measure; 0 leaves the test out."""
-    bound: float = 0.02
-    """Largest mean KL in nats. The two engines differ by up to 1e-4, the codec adds 6e-5."""
+    """Number of general batches to measure. 0 skips the test."""
+    bound: float = BOUND
+    """Largest mean KL in nats. Two engines differ by up to 1e-4; the codec adds 6e-5."""
 
 
 @dataclass
 class HeldOutConfig:
-    """What the student is measured on during training. Each name may be
+    """Text that the student is measured on during training. Each measure can be
     training.metric_for_best_model."""
 
     domain: CorpusConfig | None = None
-    """Reported as eval_domain_perplexity."""
+    """Held-out domain text, e.g. --held_out.domain.path test.jsonl; reported as
+    eval_domain_perplexity."""
     general: CorpusConfig | None = None
-    """Reported as eval_general_perplexity."""
+    """Held-out general text; reported as eval_general_perplexity."""
     other: CorpusConfig | None = None
-    """General text of another source than the dump's: is only what the student was held to kept?
-    Reported as eval_other_perplexity."""
+    """General text from another source than the dump's; reported as eval_other_perplexity. Shows
+    whether the student also keeps text it was never trained to keep."""
     sequences: int | None = None
-    """Use at most that many sequences of each of these, evenly spread over it."""
+    """Use at most this many sequences of each text, evenly spread over it."""
     dump: str | None = None
     """A dump of held-out general text by the same base model. The mean KL to it, in loss.direction
     and nats per token, is reported as eval_general_kl."""
     dump_limit: int | None = None
-    """Use at most that many rows of it, its first ones."""
+    """Use only the first rows of it, at most this many."""
 
 
 @dataclass
 class TrainConfig:
-    """Stage two: train a student on a domain while a dump holds it to the base model."""
+    """Stage two: train a student on a domain while a dump keeps it close to the base model."""
+
+    common: ClassVar = (
+        "dump", "loss.alpha", "loss.direction", "training", "lora", "max_length", "row_tokens",
+        "domain.text_column", "domain.limit", "held_out.domain", "held_out.general",
+    )  # fmt: skip
 
     model: str
     """The student to start from: a Hugging Face directory or hub name, usually the base model."""
@@ -202,41 +218,41 @@ class TrainConfig:
     """The domain corpus."""
     output: str
     """Directory for checkpoints, metrics.jsonl and the final model (in model/). An unfinished run
-    there is gone on with."""
+    there is resumed."""
     dump: str | dict[str, float] | None = None
-    """The dump of stage one, local or s3://… or several with their weights, {dump: 3, other: 1}.
-    Only needed where mix is above 0."""
+    """The dump of stage one, local or s3://…, or several with their weights, e.g. {one: 3, two: 1}.
+    Needed unless mix is 0."""
     revision: str | None = None
-    """The hub revision of the model."""
+    """Hub revision of the model."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Trained weights. float32 with training.bf16 is the usual choice; the final model is saved in
-    the dtype that the student came in."""
+    """Dtype of the trained weights. float32 with training.bf16 is the usual choice. The final model
+    is saved in the dtype of the model that the run started from."""
     loss: LossConfig = field(default_factory=LossConfig)
     mix: float = 1.0
-    """General sequences per domain sequence; 0 trains on the domain alone."""
+    """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
-    """What mix counts: with tokens it is general tokens per domain token."""
+    """What mix counts. With tokens, mix is general tokens per domain token."""
     row_tokens: int | None = None
-    """Tokens that go through the model at a time: a batch with more is cut into packed rows. The
-    whole batch by default. Bounds memory; what is learnt does not depend on it."""
+    """Largest number of tokens that go through the model at a time: a larger batch is cut into
+    packed rows. By default a row holds the whole batch. Limits memory and does not change what is
+    learnt."""
     max_length: int | None = None
-    """Longest domain sequence in tokens; the dump's max_length by default."""
+    """Longest domain sequence in tokens. By default the max_length of the dump."""
     lora: dict[str, Any] | None = None
-    """Passed to peft.LoraConfig as it is, e.g. {r: 64, target_modules: all-linear}."""
+    """Passed to peft.LoraConfig unchanged, e.g. {r: 64, target_modules: all-linear}."""
     gradient_cosine_steps: int = 0
-    """Every so many steps, log the norms of the gradients of CE and of alpha · KL and the cosine
-    between them. It costs one more forward and backward, and memory for one more set of gradients;
-    0 leaves it out."""
+    """Every so many steps, log the norms of the gradients of CE and of alpha · KL, and the cosine
+    between them. Costs one more forward and backward, and memory for one more set of gradients.
+    0 turns it off."""
     null_test: NullTestConfig = field(default_factory=NullTestConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    """Text for the perplexities during training, and a dump for the KL; training.eval_steps and so
-    on say when."""
+    """Text for the perplexities during training, and a dump for the KL. training.eval_steps and
+    similar arguments say when."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Passed to transformers.TrainingArguments as it is. A batch counts domain sequences; each
-    brings its general ones along."""
+    """Passed to transformers.TrainingArguments unchanged, e.g. {learning_rate: 1.0e-5}. A batch
+    counts domain sequences; their general ones are added to it."""
 
     def __post_init__(self) -> None:
-        require_temperature_one(self.loss.temperature)
         require(self.loss.alpha >= 0, f"loss.alpha: at least 0, found {self.loss.alpha}")
         require(self.mix >= 0, f"mix: at least 0, found {self.mix}")
         if isinstance(self.dump, dict):
@@ -258,11 +274,11 @@ class TrainConfig:
         )
         require(
             self.dump is not None or self.mix == 0,
-            "dump: the directory that stage one wrote; only mix: 0 trains without one",
+            "dump: the directory that stage one wrote is needed; only mix: 0 trains without one",
         )
         require(
             (self.dump is not None and self.mix > 0) or self.max_length is not None,
-            "max_length: needed where no dump is read to take it from",
+            "max_length: needed where there is no dump to take it from",
         )
 
 
@@ -270,59 +286,55 @@ class TrainConfig:
 class EvalConfig:
     """Compare models with their base on held-out text."""
 
+    common: ClassVar = (
+        "domain", "general", "other", "output", "max_length", "sequences", "batch_tokens",
+    )  # fmt: skip
+
     models: dict[str, str]
-    """Name and directory (or hub name) of each model, the base among them."""
+    """Name and directory (or hub name) of each model, the base among them, e.g.
+    {base: Qwen/Qwen3-8B-Base, student: runs/student/model}."""
     domain: CorpusConfig | None = None
-    """Held-out domain text."""
+    """Held-out domain text, e.g. --domain.path test.jsonl."""
     general: CorpusConfig | None = None
     """Held-out general text."""
     other: CorpusConfig | None = None
-    """General text of another source than the dump's: is only what the students were held to kept?
-    """
+    """General text from another source than the dump's. Shows whether the students also keep text
+    they were never trained to keep."""
     base: str = "base"
-    """The name of the model that the others are compared with."""
+    """Name of the model that the others are compared with."""
     output: str | None = None
-    """A JSON file for the results."""
+    """JSON file for the results."""
     max_length: int = 2048
-    """Longest sequence in tokens; longer documents are cut into chunks."""
+    """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
     """End each document with the tokenizer's end-of-text token, where it has one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights' dtype; auto is each model's own. Softmax is always float32."""
+    """Dtype of the weights; auto is each model's own. Softmax is always float32."""
     batch_tokens: int = 2048
     """Tokens that go through a model at a time."""
     sequences: int | None = None
-    """Use at most that many sequences of each text, evenly spread over it."""
+    """Use at most this many sequences of each text, evenly spread over it."""
     tail_k: int = 64
-    """The tail measures look outside the base's that many most probable tokens."""
+    """The tail measures look outside this many most probable tokens of the base."""
 
     def __post_init__(self) -> None:
         require(
             self.base in self.models,
-            f"base {self.base!r}: one of the models is meant ({', '.join(self.models)})",
+            f"base {self.base!r}: must be one of the models ({', '.join(self.models)})",
         )
         require(
-            any(of is not None for of in (self.domain, self.general, self.other)),
+            any(corpus is not None for corpus in (self.domain, self.general, self.other)),
             "nothing to evaluate on: give domain.path, general.path or other.path",
         )
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
 
 
-def held_out_texts(of: HeldOutConfig | EvalConfig) -> list[tuple[str, CorpusConfig]]:
-    """Those that are given, by kind."""
-    given = [(kind, getattr(of, kind)) for kind in KINDS]
+def held_out_texts(config: HeldOutConfig | EvalConfig) -> list[tuple[str, CorpusConfig]]:
+    """(kind, corpus) of each held-out text that is given."""
+    given = [(kind, getattr(config, kind)) for kind in KINDS]
     return [(kind, corpus) for kind, corpus in given if corpus is not None]
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
-
-
-def require_temperature_one(temperature: float) -> None:
-    require(
-        math.isclose(temperature, 1.0),
-        f"temperature {temperature}: only 1 is possible. Top-k probabilities taken at 1 do not "
-        "determine the distribution at another: most of its mass would lie outside the "
-        "stored ids. Set temperature to 1, or leave it out.",
-    )

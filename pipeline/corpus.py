@@ -106,7 +106,7 @@ class Corpus:
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """The sequences of documents start to stop, in order.
 
-        A document of which fewer than two tokens come predicts nothing and has none.
+        A document of fewer than two tokens predicts nothing and is skipped.
         """
         stop = len(self) if stop is None else stop
         for first in range(start, stop, DOCUMENTS_AT_ONCE):
@@ -265,7 +265,7 @@ class TokenSequences:
     def __init__(self, corpus: Corpus) -> None:
         sequences = list(corpus.sequences())
         self.documents = np.array([sequence.document for sequence in sequences], np.int64)
-        """[len] the document that each sequence is of"""
+        """[len]: number of the document of each sequence."""
         self._join([sequence.input_ids for sequence in sequences])
 
     def _join(self, parts: list[Int32s]) -> None:
@@ -273,7 +273,7 @@ class TokenSequences:
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def spread(self, number: int | None) -> "TokenSequences":
-        """At most so many of them, evenly spread; all without a number."""
+        """At most `number` of the sequences, evenly spread; all of them for None."""
         if number is None or number >= len(self):
             return self
         chosen = np.arange(number) * len(self) // number
@@ -297,11 +297,12 @@ class TokenSequences:
         return np.diff(self.starts)
 
 
-def held_out(
-    corpus: CorpusConfig, tokenizer: Any, max_length: int, add_eos: bool
-) -> TokenSequences:
-    """A corpus for evaluation; ConfigError when nothing in it can be predicted."""
-    text = TokenSequences(Corpus(corpus, tokenizer, max_length, add_eos))
+def read_tokens(corpus: Corpus) -> TokenSequences:
+    """All sequences of a corpus; ConfigError where no document has two tokens."""
+    text = TokenSequences(corpus)
     if not len(text):
-        raise ConfigError(f"corpus {corpus.path}: no document has two tokens to evaluate on")
+        raise ConfigError(
+            f"corpus {corpus.config.path}: no document has two tokens, so there is nothing to "
+            "predict in it"
+        )
     return text

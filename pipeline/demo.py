@@ -1,4 +1,4 @@
-"""The whole job in minutes, offline: a base model, its dump, two students, the comparison.
+"""The whole job in minutes, offline: a base model, its dump, two students, their comparison.
 
 General text is the English prose that ships with every Python (the reference manual's topics and
 the standard library's docstrings); the domain is the standard library's code, without them. Every
@@ -18,22 +18,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, RefusedError
+import yaml
+
+from pipeline.errors import ConfigError
 from pipeline.progress import say
+from pipeline.recorded import refuse_other_settings
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS / "configs" / "demo"
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "turtledemo", "site-packages"}
 GENERAL, DOMAIN = "general", "domain"
-SHORTEST = 200  # characters of a docstring that is worth a document
+SHORTEST = 200  # characters; shorter docstrings are left out
 DOMAIN_CHARACTERS = 900_000
-HELD_OUT = 8  # one document in so many
+HELD_OUT = 8  # one document in this many is held out
 
 
 def run(output: str, overrides: dict[str, list[str]]) -> dict[str, Any]:
-    """Make the demo in `output`; what is finished there is kept, so a broken run can go on.
+    """Make the demo in `output`. Finished stages are kept, so an interrupted demo is resumed.
 
-    `overrides` adds options to the scripts, by stage. Returns what results.json holds.
+    `overrides` adds options to the scripts, by stage. Returns the content of results.json.
     """
     folder = Path(output)
     began = time.monotonic()
@@ -64,17 +67,20 @@ def run(output: str, overrides: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def check_same(folder: Path, overrides: dict[str, list[str]]) -> None:
-    """RefusedError where the folder holds a demo with other settings."""
-    digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode())
-    for config in sorted(CONFIGS.glob("*.yaml")):
-        digest.update(config.read_bytes())
-    note = folder / "demo.sha256"
-    if note.exists() and note.read_text() != digest.hexdigest():
-        raise RefusedError(
-            f"{folder} holds a demo with other settings; remove it, or choose another --output"
-        )
+    """Record the settings of all stages; RefusedError where the folder has a demo with other ones.
+
+    Earlier releases left no record. The stages themselves refuse other settings too.
+    """
+    files = sorted(CONFIGS.glob("*.yaml"))
+    settings = {
+        "overrides": overrides,
+        "configs": {file.stem: yaml.safe_load(file.read_text()) for file in files},
+    }
+    record = folder / "demo.json"
+    if record.exists():
+        refuse_other_settings(folder, json.loads(record.read_text()), settings, "demo")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest.hexdigest())
+    record.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def step(title: str) -> None:
@@ -117,7 +123,7 @@ def hash_of(name: str) -> str:
 
 
 def texts() -> Iterator[tuple[str, str, str]]:
-    """(kind, name, text) of everything there is; modules are parsed, none is imported."""
+    """(kind, name, text) of each text. Modules are parsed, not imported."""
     for name, text in pydoc_data.topics.topics.items():
         yield GENERAL, f"topic {name}", text
     library = Path(sysconfig.get_path("stdlib"))
@@ -128,7 +134,7 @@ def texts() -> Iterator[tuple[str, str, str]]:
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # some files are there to be wrong
+            continue  # test files that are wrong on purpose
         for at, doc in enumerate(take_docstrings(tree)):
             if len(doc) >= SHORTEST:
                 yield GENERAL, f"docstring {module} {at}", doc
@@ -136,7 +142,7 @@ def texts() -> Iterator[tuple[str, str, str]]:
 
 
 def take_docstrings(tree: ast.Module) -> list[str]:
-    """The docstrings of a module, its classes and functions, which lose them."""
+    """Remove the docstrings of a module, its classes and functions, and return them."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -148,7 +154,7 @@ def take_docstrings(tree: ast.Module) -> list[str]:
 
 
 def make_model(folder: Path, text: Path) -> None:
-    """A small Qwen3 with random weights, and a byte-level BPE learned from the general text."""
+    """A small Qwen3 with random weights, and a byte-level BPE trained on the general text."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
@@ -218,7 +224,7 @@ def plot(folder: Path) -> None:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """What was measured, in words."""
+    """The measured changes in words."""
     base, ce, mol = (results["models"][name] for name in ("base", "ce", "mol"))
 
     def change(model: dict[str, float], kind: str) -> str:

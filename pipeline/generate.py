@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from pipeline.config import GenerateConfig
 from pipeline.corpus import Corpus
-from pipeline.errors import ConfigError, RefusedError
-from pipeline.models import directory as model_dir
+from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 from pipeline.progress import Progress, say
+from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
 from storage.store import Store
 
@@ -41,20 +42,18 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 
     Raises ConfigError, RefusedError (the directory holds a corpus of other settings), StoreError.
     """
-    from pipeline.teacher.vllm_teacher import VllmGenerator
+    from pipeline.teacher.vllm_generator import VllmGenerator
 
-    folder = model_dir.resolve(config.model, config.revision)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = model_dir.own_dtype(model_dir.load_config(folder))
+    model = ModelFolder.find(config.model, config.revision)
+    dtype = model.dtype(config.dtype)
     progress = Progress(config.tokens, "token")
     progress.status = "starting vllm"
     try:
         with (
             stop_on_signals(limit=60.0),
-            VllmGenerator(folder, dtype, config.max_length, config.engine_args) as generator,
+            VllmGenerator(model, dtype, config.max_length, config.engine_args) as generator,
         ):
-            return write(config, model_dir.load_tokenizer(folder), generator, progress)
+            return write(config, model.tokenizer, generator, progress)
     finally:
         progress.close()
 
@@ -104,17 +103,12 @@ def write(
 
 
 def claim(store: Store, config: GenerateConfig) -> None:
-    """Write the settings, or check that they are those of the documents that are there."""
+    """Write the settings; RefusedError where the directory holds documents of other ones."""
     own = {**asdict(config), "output": None, "tokens": None}  # more tokens may be asked for later
-    data = (json.dumps(own, indent=1, sort_keys=True) + "\n").encode()
     store.make_root()
-    if not store.create(SETTINGS, data) and (there := store.read(SETTINGS)) != data:
-        old = json.loads(there or b"{}")
-        changed = sorted(name for name in own if old.get(name) != own[name])
-        raise RefusedError(
-            f"{store.path} holds documents of other settings ({', '.join(changed)} differ): go on "
-            "with the old ones, or choose another directory"
-        )
+    if not store.create(SETTINGS, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode()):
+        there = json.loads(store.read(SETTINGS) or b"{}")
+        refuse_other_settings(store.path, there, json.loads(json.dumps(own)), "corpus")
 
 
 def prompts_of(config: GenerateConfig, tokenizer: Any) -> list[list[int]]:

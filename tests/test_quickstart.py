@@ -1,6 +1,7 @@
 """The demo, cut short: the whole path through the real scripts, vLLM included."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import demo
+from pipeline.errors import RefusedError
 from storage import LogitDataset, verify
 from tests.helpers.paths import SCRIPTS
 
@@ -73,5 +75,18 @@ def test_texts_are_apart(tmp_path: Path) -> None:
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     demo.check_same(tmp_path, {})
     demo.check_same(tmp_path, {})
-    with pytest.raises(demo.RefusedError, match="other settings"):
+    with pytest.raises(RefusedError, match=r"overrides\.dump: None in the demo, \['--k=8'\] asked"):
         demo.check_same(tmp_path, {"dump": ["--k=8"]})
+
+
+def test_comments_are_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(demo.CONFIGS, configs)
+    monkeypatch.setattr(demo, "CONFIGS", configs)
+    demo.check_same(tmp_path / "demo", {})
+    dump = configs / "dump.yaml"
+    dump.write_text("# other words\n" + dump.read_text())
+    demo.check_same(tmp_path / "demo", {})
+    dump.write_text(dump.read_text().replace("k: 64", "k: 63"))
+    with pytest.raises(RefusedError, match=r"configs\.dump\.k: 64 in the demo, 63 asked"):
+        demo.check_same(tmp_path / "demo", {})

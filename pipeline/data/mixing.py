@@ -1,10 +1,11 @@
-"""Which sequences each step of stage two sees: an endless stream, a pure function of the seed.
+"""The sequences that each step of stage two sees: an endless stream, a pure function of the seed.
 
 Item p of the stream holds one domain sequence and the general ones that go with it, from
 independent shuffles. A run is resumed by its step number alone, on any number of ranks that makes
 the same number of items per step.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from pipeline.corpus import TokenSequences
+from pipeline.errors import ConfigError
 from pipeline.types import Int32s, Int64s
 from storage import LogitDataset, Record
 
@@ -25,20 +27,20 @@ BLOCK = 1000  # general sequences in which several dumps stand in their exact pr
 
 @lru_cache(maxsize=16)
 def shuffled(size: int, *seed: int) -> Int64s:
-    """The order of `size` things in one epoch of a stream."""
+    """The order of `size` items in one epoch of a stream."""
     return np.random.default_rng(seed).permutation(size)
 
 
 class GeneralStream:
-    """The rows of one dump or several, without end; of each block, every dump has its share.
+    """The rows of one or several dumps, without end. Every dump has its share of each block.
 
-    A dump's rows come in a new order each time it has been through.
+    A dump's rows come in a new order in each pass over it.
     """
 
     def __init__(self, dumps: Sequence[LogitDataset], weights: Sequence[float], seed: int) -> None:
         self.dumps, self.seed = list(dumps), seed
-        self.shares = apportion(weights, BLOCK)
-        self._starts = [0]  # tokens before each block, as far as has been asked for
+        self.shares = shares_of(dumps, weights)
+        self._starts = [0]  # tokens before each block that was asked for, and the next
         self._last_block: tuple[int, Int64s, Int64s] | None = None
 
     def record(self, at: int) -> Record:
@@ -48,7 +50,7 @@ class GeneralStream:
         return self.dumps[int(numbers[offset])][int(indices[offset])]
 
     def rows_within(self, tokens: int) -> int:
-        """How many rows from the start make up at most so many tokens."""
+        """Number of rows from the start that hold at most this many tokens."""
         while self._starts[-1] <= tokens:
             lengths = self._lengths(len(self._starts) - 1)
             self._starts.append(self._starts[-1] + int(lengths.sum()))
@@ -57,7 +59,7 @@ class GeneralStream:
         return block * BLOCK + int(np.searchsorted(ends, tokens, side="right"))
 
     def epochs(self, rows: int) -> list[float]:
-        """How often each dump has been through after so many rows of the stream."""
+        """Passes over each dump after this many rows of the stream."""
         shares = np.array(self.shares) / BLOCK
         return [rows * share / len(dump) for share, dump in zip(shares, self.dumps, strict=True)]
 
@@ -86,6 +88,36 @@ class GeneralStream:
         return lengths
 
 
+def shares_of(dumps: Sequence[LogitDataset], weights: Sequence[float]) -> list[int]:
+    """Rows of each dump in a block; ConfigError for a dump that would never be read."""
+    shares = apportion(weights, BLOCK)
+    for index, (dump, share) in enumerate(zip(dumps, shares, strict=True)):
+        if share == 0:
+            raise ConfigError(
+                f"dump {dump.dump.store.path}: its weight {weights[index]:g} of {sum(weights):g} "
+                f"is under one row in {BLOCK}, so it would never be read. Give it a weight of "
+                f"{smallest_weight(weights, index, BLOCK):g} or more, or leave it out"
+            )
+    return shares
+
+
+def smallest_weight(weights: Sequence[float], index: int, total: int) -> float:
+    """A weight, to three digits, that gives this one a share beside the others, and barely so."""
+
+    def works(weight: float) -> bool:
+        return apportion([*weights[:index], weight, *weights[index + 1 :]], total)[index] > 0
+
+    low, high = weights[index], sum(weights)  # as much as all together always works
+    while high > low * 1.0001:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if works(middle) else (middle, high)
+    digit = 10.0 ** (math.floor(math.log10(high)) - 2)
+    steps = math.ceil(high / digit)
+    while not works(steps * digit):  # the others' remainders move too
+        steps += 1
+    return steps * digit
+
+
 def apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in the proportion of the weights that sum to `total`: largest remainders."""
     exact = np.array(weights) / sum(weights) * total
@@ -97,7 +129,7 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Item:
-    """What one step of the stream adds to a batch."""
+    """What one item of the stream adds to a batch."""
 
     domain: Int32s
     general: list[Record]
@@ -107,7 +139,7 @@ class MixedDataset(Dataset[Item]):
     """Item p of the stream, for any p >= 0.
 
     An epoch is `epoch_items` items: the domain's sequences in a new order, begun again where the
-    epoch was rounded up to whole optimizer steps. The general stream goes on across epochs. `mix`
+    epoch was rounded up to whole optimizer steps. The general stream continues across epochs. `mix`
     counts general sequences per domain sequence, or general tokens per domain token.
     """
 
@@ -123,7 +155,7 @@ class MixedDataset(Dataset[Item]):
         self.domain, self.general, self.seed, self.mix_by = domain, general, seed, mix_by
         self.mix = mix if general is not None else 0.0
         self.epoch_items = -(-len(domain) // items_per_step) * items_per_step
-        self._epoch_starts = [0]  # domain tokens before each epoch, as far as asked for
+        self._epoch_starts = [0]  # domain tokens before each epoch that was asked for
         self._last_epoch: tuple[int, Int64s] | None = None
 
     def __len__(self) -> int:
@@ -146,7 +178,7 @@ class MixedDataset(Dataset[Item]):
         return self.general.rows_within(int(self.mix * self._domain_tokens(items)))
 
     def epochs(self, items: int) -> dict[str, float]:
-        """How often each corpus has been through after so many items, by name."""
+        """Passes over each corpus after this many items, by name."""
         found = {"domain_epochs": items / self.epoch_items}
         if self.general is not None:
             passes = self.general.epochs(self.general_rows(items))

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
-from pipeline.models import directory as model_dir
+from pipeline.models.directory import ModelFolder
 
 COUNTED = 1000  # documents, spread over the corpus, whose tokens are counted
 
@@ -72,10 +71,8 @@ def run(config: DumpConfig, documents: int, run_tokens: int | None = None) -> di
 
 
 def measure(config: DumpConfig, documents: int) -> Estimate:
-    folder = model_dir.resolve(config.model, config.revision)
-    corpus = Corpus(
-        config.corpus, model_dir.load_tokenizer(folder), config.max_length, config.add_eos
-    )
+    model = ModelFolder.find(config.model, config.revision)
+    corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
     tokens, error = count_tokens(corpus)
     limit = min(documents, len(corpus))
     began = time.monotonic()
@@ -90,10 +87,8 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
             )
         )
     rate = float(done["tokens_per_s"])
-    total, used = weights(folder)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = model_dir.own_dtype(model_dir.load_config(folder))
+    total, used = weights(model)
+    dtype: torch.dtype = getattr(torch, model.dtype(config.dtype))
     return Estimate(
         documents=len(corpus),
         tokens=tokens,
@@ -105,7 +100,7 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
         start_s=max(time.monotonic() - began - done["tokens"] / rate, 0.0),
         parameters=total,
         flops_per_token=2.0 * used,
-        weight_bytes=total * torch.finfo(getattr(torch, dtype)).bits // 8,
+        weight_bytes=total * torch.finfo(dtype).bits // 8,
     )
 
 
@@ -122,14 +117,13 @@ def count_tokens(corpus: Corpus) -> tuple[float, float]:
     )
 
 
-def weights(folder: Path) -> tuple[int, int]:
+def weights(folder: ModelFolder) -> tuple[int, int]:
     """(all weights of the model, those that every token is multiplied with): from its shape.
 
     The input embedding is only looked up; a head that is tied to it is multiplied with. Of a
     mixture of experts this counts every expert, and is too much.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_dir.load_config(folder))
+    model = folder.empty()
     total = sum(weight.numel() for weight in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return total, total - embedding.numel() + (head.numel() if head is embedding else 0)

@@ -6,11 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.agreement import limit
 from pipeline.errors import ConfigError
-from pipeline.models import directory as model_dir
+from pipeline.models.directory import ModelFolder
 from storage import LogitDataset, Record
-
-SURE = 4  # standard errors that chance does not reach
 
 
 @dataclass(frozen=True)
@@ -29,21 +28,20 @@ class RowCheck:
     noise: float = 0.0
 
     def within(self, bound: float) -> bool:
-        return abs(self.kl_mean) <= bound + SURE * self.noise  # NaN is not
+        return abs(self.kl_mean) <= limit(bound, self.noise)  # False for NaN
 
 
 def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]:
     """Check `rows` rows, drawn by `seed`. Raises ConfigError where the vocabularies differ."""
     dataset = LogitDataset(dump)
-    folder = model_dir.resolve(model)
-    vocab_size = model_dir.vocab_size(model_dir.load_config(folder))
-    if vocab_size != dataset.plan["vocab_size"]:
+    folder = ModelFolder.find(model)
+    if folder.vocab_size != dataset.plan["vocab_size"]:
         raise ConfigError(
-            f"model {model}: {vocab_size} ids, the dump has {dataset.plan['vocab_size']}: it was "
-            "made with another model"
+            f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}: "
+            "another model made it"
         )
     dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
-    loaded = model_dir.load_model(folder, dtype)
+    loaded = folder.load(dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(len(dataset), min(rows, len(dataset)), replace=False))

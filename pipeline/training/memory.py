@@ -1,20 +1,19 @@
-"""What a run will hold in memory, from the model's config, before any weight is read."""
+"""The memory that a run will take, from the model's config, before any weight is read."""
 
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline import losses
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.models import directory as model_dir
 from pipeline.models.attention import PACKED
+from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
@@ -55,7 +54,7 @@ def size_text(size: int | None) -> str:
 
 
 def check(
-    config: TrainConfig, args: TrainingArguments, folder: Path, row_tokens: int
+    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
 ) -> Estimate | None:
     """Say what the run will take; ConfigError where even the shortest row cannot fit.
 
@@ -77,7 +76,7 @@ def check(
 
 
 def estimate(
-    config: TrainConfig, args: TrainingArguments, folder: Path, row_tokens: int
+    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
 ) -> Estimate:
     """For packed rows of `row_tokens` tokens, all of them with a loss.
 
@@ -117,20 +116,16 @@ def estimate(
 
 
 def empty_student(
-    config: TrainConfig, folder: Path, dtype: torch.dtype | None = None
+    config: TrainConfig, folder: ModelFolder, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model that will be trained, without storage, in the dtype of config.dtype by default."""
+    """The model to train on the meta device, in config.dtype by default."""
     dtype = dtype or weights_dtype(config, folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_dir.load_config(folder), dtype=dtype)
-        return with_lora(model, config)
+        return with_lora(folder.empty(dtype), config)
 
 
-def weights_dtype(config: TrainConfig, folder: Path) -> torch.dtype:
-    name: str = config.dtype
-    if name == "auto":
-        name = model_dir.own_dtype(model_dir.load_config(folder))
-    dtype: torch.dtype = getattr(torch, name)
+def weights_dtype(config: TrainConfig, folder: ModelFolder) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, folder.dtype(config.dtype))
     return dtype
 
 
@@ -144,8 +139,8 @@ def largest_layer(model: PreTrainedModel) -> int:
 
 
 def optimizer_bytes(name: str, master: int) -> float:
-    """Of the states for one trained parameter of so many bytes, by transformers' name; Adam's
-    where it is not known."""
+    """Optimizer-state bytes per trained parameter of `master` bytes, by transformers' name of the
+    optimizer; Adam's for an unknown name."""
     if name.startswith(("sgd", "paged")) or "adafactor" in name:  # paged: the CPU's, if need be
         return 0
     size = 0.5 if "4bit" in name else 1 if "8bit" in name else master
@@ -155,7 +150,7 @@ def optimizer_bytes(name: str, master: int) -> float:
 def loss_bytes(
     args: TrainingArguments, rows: int, vocabulary: int, width: int, trained: bool
 ) -> int:
-    """Of `losses.linear_sparse_divergence`: logits of a chunk, the gradients of weight and hidden.
+    """What `linear_sparse_divergence` holds: a chunk of logits, the gradients of weight and hidden.
 
     `trained` says whether the head's weight needs a gradient.
     """
@@ -169,9 +164,9 @@ def loss_bytes(
 def activation_bytes(
     model: PreTrainedModel, args: TrainingArguments, row_tokens: int
 ) -> int | None:
-    """What autograd saves for the decoder's backward, for a row of so many tokens.
+    """What autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
-    With gradient checkpointing: what the layers are computed again from, and one layer's own.
+    With gradient checkpointing: the inputs of all layers, and what one layer saves.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(PACKED)

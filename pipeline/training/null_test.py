@@ -1,22 +1,22 @@
-"""The null test: a student that still is the teacher must have KL 0 to the teacher's dump.
+"""The null test: a student with the teacher's weights must have KL 0 to the teacher's dump.
 
-The cheapest proof that a dump belongs to a model. It goes the way of training, packing and loss
-included, so it finds what is wrong there, too.
+It is the cheapest proof that a dump belongs to a model. It uses the packing and the loss of
+training, so it finds their faults too.
 
-A KL to samples is above 0 for the teacher itself, by the noise of the draws. Where a dump has exact
-entries, they and the tail are compared. Where it has samples alone, it is the student's
-cross-entropy to them less its own entropy: 0 on average for the teacher, and with a standard error.
+The KL to samples is above 0 even for the teacher, by the noise of the draws. So a dump with exact
+entries is compared by those and the tail. A dump of samples alone is compared by the student's
+cross-entropy to them minus the student's own entropy: for the teacher its mean is 0, with a
+standard error.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
+from pipeline.agreement import limit
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import GeneralStream
-from pipeline.data.packing import packed_rows
-from pipeline.dump.recompute import SURE
+from pipeline.data.packing import PackedRow, packed_rows, with_targets
 from pipeline.errors import RefusedError
 from pipeline.progress import say
 from pipeline.training import fsdp
@@ -30,11 +30,11 @@ def null_test(
     general: GeneralStream,
     weights: str,
 ) -> float:
-    """Mean KL in nats of the untrained student to the dump, over the first general batches; of
-    samples alone the mean of `sample_gap`.
+    """Mean KL in nats of the untrained student to the dump, over the first general batches; for a
+    dump of samples alone, the mean of `sample_gap`.
 
-    `weights` is the fingerprint of the student's; where it is the teacher's, the bound applies:
-    RefusedError beyond it, with what may differ.
+    `weights` is the fingerprint of the student's weights. Where it is the teacher's, a mean beyond
+    the bound raises RefusedError, which names what may differ.
     """
     size = trainer.args.train_batch_size
     rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
@@ -42,11 +42,11 @@ def null_test(
     teacher = plan["teacher"]
     what, noise = "KL", 0.0
     if plan["k"] == 0:
-        what = "cross-entropy, less its own entropy,"
+        what = "cross-entropy, minus its own entropy,"
         kl, noise = sample_gap(trainer, general, rows)
     else:
         kl = mean_kl(trainer, general, rows, size)
-    bound = config.null_test.bound + SURE * noise
+    bound = limit(config.null_test.bound, noise)
     if weights != teacher["fingerprint"]:
         say(
             f"null test: {what} of the student to the dump is {kl:.3g} nats before the first step. "
@@ -84,7 +84,7 @@ def null_test(
 def mean_kl(
     trainer: DistillTrainer, general: GeneralStream, rows: int, size: int, shift: int = 0
 ) -> float:
-    """Over the first `rows` general sequences; the student is read `shift` positions off."""
+    """Mean KL over the first `rows` general sequences, the student read `shift` positions off."""
     return trainer.mean_kl(
         shifted(row, shift)
         for at in range(0, rows, size)
@@ -96,9 +96,9 @@ def mean_kl(
     )
 
 
-def shifted(row: dict[str, Any], shift: int) -> dict[str, Any]:
+def shifted(row: PackedRow, shift: int) -> PackedRow:
     at = (row["targets"]["rows"] + shift).clamp(0, row["input_ids"].shape[1] - 1)
-    return row | {"targets": row["targets"] | {"rows": at}}
+    return with_targets(row, rows=at)
 
 
 def exact_part(record: Record) -> Record:
@@ -109,7 +109,7 @@ def exact_part(record: Record) -> Record:
 def sample_gap(
     trainer: DistillTrainer, general: GeneralStream, rows: int, shift: int = 0
 ) -> tuple[float, float]:
-    """(mean of the student's cross-entropy to the samples less its entropy, standard error)."""
+    """(mean of the student's cross-entropy to the samples minus its entropy, standard error)."""
     model = trainer.model.eval()
     gaps = []
     for row in range(rows):

@@ -1,4 +1,4 @@
-"""The student: from a model directory to what is trained, and from that to a model directory."""
+"""The student: loaded from a model directory, and saved as one."""
 
 import os
 import shutil
@@ -9,21 +9,22 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.models import directory as model_dir
+from pipeline.models.directory import ModelFolder
 from pipeline.training import fsdp
-from pipeline.training.trainer import DistillTrainer, add_distill_forward
+from pipeline.training.forward import add_distill_forward
+from pipeline.training.trainer import DistillTrainer
 
 
 def load_student(
-    config: TrainConfig, folder: Path, args: TrainingArguments
+    config: TrainConfig, folder: ModelFolder, args: TrainingArguments
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """(the model to train, with the distilling forward; the dtype it came in)."""
+    """(the model to train, with the distilling forward; the dtype of its own weights)."""
     fsdp.load_on_one_rank(args)
-    model = model_dir.load_model(folder, config.dtype)
-    came_in = getattr(torch, model_dir.own_dtype(model_dir.load_config(folder)))
+    model = folder.load(config.dtype)
+    came_in = getattr(torch, folder.dtype())
     add_distill_forward(model, config.loss.direction)
     fsdp.agree_on_attention(model)
-    set_seed(args.seed)  # adapters begin at random: each time the same, and the same on all ranks
+    set_seed(args.seed)  # the adapters' random start is the same on all ranks
     model = with_lora(model, config)
     if config.lora is not None and args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -44,18 +45,22 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
 
 
 def save_final(
-    config: TrainConfig, trainer: DistillTrainer, base: Path, dtype: torch.dtype, folder: Path
+    config: TrainConfig,
+    trainer: DistillTrainer,
+    base: ModelFolder,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> None:
-    """A plain Hugging Face directory: LoRA merged, in the dtype the student came in.
+    """Save a plain Hugging Face directory: LoRA merged, in the dtype of the model's own weights.
 
-    `base` is the model that the student started from. All ranks must call it.
+    `base` is the model that the student started from. All ranks must call this.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = fsdp.gathered_state(trainer.accelerator, model) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return
     if state is not None:
-        model = with_lora(model_dir.load_model(base, config.dtype), config)
+        model = with_lora(base.load(config.dtype), config)
         model.load_state_dict(state)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainingArguments,
 )
@@ -30,115 +30,32 @@ from transformers.trainer_utils import rotate_checkpoints
 from pipeline.config import LossConfig
 from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import EpochSampler, MixedDataset
-from pipeline.data.packing import collate, packed_rows
+from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets, without_targets
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import Sums, compare
-from pipeline.losses import Direction, linear_sparse_divergence
-from pipeline.models.attention import enable_packing, packing_arguments
-from pipeline.rows import without_targets
+from pipeline.evaluation.compare import compare
+from pipeline.evaluation.measures import Sums
 from pipeline.training import fsdp
+from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.gradients import gradient_parts
-from pipeline.training.run_log import Steps
+from pipeline.training.run_log import RunLog
+from pipeline.types import Json
 from storage import LogitDataset
 
-Json = dict[str, Any]
-# Written last into a checkpoint: one without it was cut short and is not resumed from.
 CHECKPOINT_MARKER = "distill.json"
-GENERAL_KL = "general_kl"
+"""Written last into a checkpoint. One without it was cut short and is not resumed from."""
 
-
-def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
-    """Give a causal LM's forward a second way, taken for a batch of `data.batch_of` with targets.
-
-    It returns {"loss", "losses"} of `linear_sparse_divergence` instead of logits, which never
-    exist as a whole. It is in the forward, not around it, so that what wraps the model (FSDP's
-    gathered head, DDP, autocast, gradient checkpointing, peft) holds for the loss too.
-    Raises ConfigError for a model whose logits are not a linear head on its decoder, scaled and
-    soft-capped at most, or that cannot keep packed sequences apart.
-    """
-    plain_forward = model.forward
-
-    def forward(self: PreTrainedModel, *args: Any, targets: Any = None, **kwargs: Any) -> Any:
-        if targets is None:
-            return plain_forward(*args, **kwargs)
-        hidden = self.get_decoder()(
-            input_ids=kwargs["input_ids"],
-            position_ids=kwargs["position_ids"],
-            use_cache=False,  # with a cache, packed sequences would see each other
-            **packing_arguments(self, kwargs["sequence_lengths"]),
-        ).last_hidden_state
-        head = plain_head(self)
-        scale, soft_cap = after_the_head(self)
-        loss, losses = linear_sparse_divergence(
-            hidden[0].index_select(0, targets["rows"]),
-            head.weight,
-            targets["ids"],
-            targets["logprobs"],
-            targets["tail_logprob"],
-            direction,
-            labels=targets["labels"],
-            row_weights=targets["row_weights"],
-            bias=head.bias,
-            logit_scale=scale,
-            soft_cap=soft_cap,
-        )
-        return {"loss": loss, "losses": losses}
-
-    enable_packing(model)
-    check_head(model)
-    model.forward = MethodType(forward, model)
-
-
-def plain_head(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).__module__.startswith("peft"):
-        raise ConfigError(
-            f"the model's head is a {type(head).__name__}, a plain linear layer is needed. With "
-            "LoRA, leave lm_head out of lora.target_modules and lora.modules_to_save"
-        )
-    return head
-
-
-def after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits, which architectures name differently in their configs."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """ConfigError where the logits are not what the fused loss takes them for."""
-    head = plain_head(model)
-    probe = torch.arange(1, 9, device=model.device)[None] % head.out_features
-    was_training = model.training
-    model.eval()
-    expected = model(input_ids=probe, use_cache=False).logits.float()
-    hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
-    found = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    scale, soft_cap = after_the_head(model)
-    found *= scale
-    if soft_cap:
-        found = soft_cap * torch.tanh(found / soft_cap)
-    model.train(was_training)
-    error = (found - expected).abs().max().item()
-    if error > 0.02 * max(1.0, expected.abs().max().item()):
-        raise ConfigError(
-            f"{type(model).__name__} does something to its logits after the linear head that the "
-            f"fused loss does not know: they differ by {error:.3g}"
-        )
+Batch = dict[str, list[PackedRow]]
+"""{"packed": rows}, as `collate` makes it."""
 
 
 class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
-    A batch goes through the model in packed rows of at most `row_tokens` tokens. `identity` is
-    stored in each checkpoint and must be the same where one is resumed.
-    `held_out` names the corpora whose perplexities evaluation reports; it also reports the KL to
-    the first `held_out_rows` rows of `held_out_dump`, all by default. Every
-    `gradient_cosine_steps` steps the gradients of both parts are compared (gradients.py).
+    A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint
+    stores `identity`.
+    Evaluation reports the perplexity of each text in `held_out`, and the KL to the first
+    `held_out_rows` rows of `held_out_dump` (all by default). Every `gradient_cosine_steps` steps
+    the gradients of CE and KL are compared (gradients.py).
     """
 
     def __init__(
@@ -179,8 +96,9 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         for shown in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown)
-        self.steps = Steps(self)
-        self.add_callback(self.steps)
+        self.run_log = RunLog()
+        self.add_callback(Hooks(self))
+        self.add_callback(self.run_log)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -191,8 +109,8 @@ class DistillTrainer(Trainer):
         return self.epoch_sampler
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Json], num_batches: int, device: torch.device
-    ) -> tuple[list[Json], Tensor]:
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and its (domain, general) token counts [2]."""
         began = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -209,7 +127,7 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             every = self.accelerator.gather(counts.to(device)[None]).cpu()
             counts = every.sum(0)
-            # Each forward and backward is a meeting of all ranks: none may have fewer than another.
+            # All ranks meet in each forward and backward, so each needs as many rows as the others.
             for batch, rows in zip(batches, every[:, 3:].amax(0).tolist(), strict=True):
                 idle = without_targets(batch["packed"][-1])
                 batch["packed"] += [idle] * (rows - len(batch["packed"]))
@@ -221,12 +139,17 @@ class DistillTrainer(Trainer):
         often = self.gradient_cosine_steps
         if often and (self.state.global_step + 1) % often == 0:
             began = time.perf_counter()
-            self.gradient_parts = gradient_parts(self, self.model_wrapped, batches, totals)
+            self.gradient_parts = gradient_parts(
+                self.model_wrapped,
+                [row for batch in batches for row in batch["packed"]],
+                partial(self.backward, totals),
+                self.args.device,
+            )
             self.logged_at += time.perf_counter() - began  # not training's time
         return batches, totals
 
     def training_step(
-        self, model: nn.Module, inputs: Json, num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of a batch, row by row; the last one synchronises the gradients."""
         *first, last = inputs["packed"]
@@ -236,23 +159,31 @@ class DistillTrainer(Trainer):
                 total += super().training_step(model, row, num_items_in_batch)
         return total + super().training_step(model, last, num_items_in_batch)
 
-    def synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Backward in it leaves gradients with each rank until the last row of several.
+    def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
+        """Forward and backward of one row outside a training step; gradients add up in `.grad`."""
+        with self.synchronised(self.model_wrapped, last):
+            inputs = self._prepare_inputs(row)
+            with self.compute_loss_context_manager():
+                loss = self.row_losses(self.model_wrapped, inputs, counts)["loss"]
+            self.accelerator.backward(loss * self.accelerator.num_processes)
 
-        FSDP's are shared out at each row: whole ones would not fit.
+    def synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Delay gradient synchronisation until the last row of a batch.
+
+        FSDP synchronises at each row: whole gradients would not fit.
         """
         if last or self.is_fsdp_enabled:
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(model)
         return context
 
-    def floating_point_ops(self, inputs: Json) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         return sum(super(DistillTrainer, self).floating_point_ops(row) for row in inputs["packed"])
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Json,
+        inputs: PackedRow,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -267,7 +198,7 @@ class DistillTrainer(Trainer):
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def row_losses(self, model: nn.Module, inputs: Json, counts: Tensor) -> Json:
+    def row_losses(self, model: nn.Module, inputs: PackedRow, counts: Tensor) -> dict[str, Tensor]:
         """{"loss": a packed row's part of CE + alpha · KL, "losses": of each of its positions}.
 
         `counts` are the step's (domain, general) tokens over all micro-batches and ranks.
@@ -278,7 +209,7 @@ class DistillTrainer(Trainer):
         weights = targets["tail_logprob"].new_empty(labels + tails)
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
-        outputs: Json = model(**inputs | {"targets": {**targets, "row_weights": weights}})
+        outputs: dict[str, Tensor] = model(**with_targets(inputs, row_weights=weights))
         return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -343,7 +274,7 @@ class DistillTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def mean_kl(self, rows: Iterable[Json]) -> float:
+    def mean_kl(self, rows: Iterable[PackedRow]) -> float:
         """Mean KL in nats per token to the targets of packed rows; every rank goes through all."""
         self.model.eval()
         total, tokens = 0.0, 0
@@ -354,15 +285,15 @@ class DistillTrainer(Trainer):
         return total / tokens
 
     @torch.no_grad()
-    def losses_of(self, row: Json) -> Tensor:
+    def losses_of(self, row: PackedRow) -> Tensor:
         """float64 [N] on the CPU: the loss of each target of a packed row."""
         weights = torch.ones(len(row["targets"]["rows"]))
-        row = self._prepare_inputs(row | {"targets": row["targets"] | {"row_weights": weights}})
+        row = self._prepare_inputs(with_targets(row, row_weights=weights))
         with self.accelerator.autocast():
             losses: Tensor = self.model(**row)["losses"]
         return losses.double().cpu()
 
-    def stored_rows(self, dump: LogitDataset) -> Iterator[Json]:
+    def stored_rows(self, dump: LogitDataset) -> Iterator[PackedRow]:
         """The first `held_out_rows` rows of a dump, or all, packed a batch at a time."""
         rows, size = min(self.held_out_rows or len(dump), len(dump)), self.args.eval_batch_size
         for at in range(0, rows, size):
@@ -400,7 +331,30 @@ class DistillTrainer(Trainer):
             self.totals = {name: marker[name] for name in self.totals}
         return last
 
+    def checkpoint_identity(self, checkpoint: Path) -> Json:
+        """The identity of the run that saved a checkpoint."""
+        identity: Json = json.loads((checkpoint / CHECKPOINT_MARKER).read_text())["identity"]
+        return identity
 
-def items_per_step(args: TrainingArguments) -> int:
-    """Domain sequences in an optimizer step, over all micro-batches and ranks."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+class Hooks(TrainerCallback):
+    """What the trainer does at points where transformers only calls callbacks."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        fsdp.say_shares(trainer.accelerator, trainer.model)
+        if trainer.before_training is not None:
+            trainer.before_training()
+            fsdp.reshard(trainer.model)
+        trainer.begin_log_interval()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sampler = self.trainer.epoch_sampler
+        sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True

@@ -102,7 +102,8 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
 
     from pipeline.corpus import Corpus
     from pipeline.dump import dump
-    from pipeline.models import directory as model_dir
+    from pipeline.models.directory import ModelFolder
+    from pipeline.teacher import choose
     from pipeline.teacher import vllm_teacher as teacher
 
     cpu: Counter[str] = Counter()
@@ -115,9 +116,8 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
     threading.Thread.run = counted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         config = settings(given, folder + "/dump")
-        model = model_dir.resolve(config.model)
-        about = model_dir.load_config(model)
-        config = replace(config, dtype=model_dir.own_dtype(about))
+        model = ModelFolder.find(config.model)
+        config = replace(config, dtype=model.dtype(config.dtype))
         if given.run.startswith("floor"):
             replace_pooler(with_head=given.run == "floor 2")
             teacher.Pooled.answer = lambda path, sequence, output: None  # type: ignore
@@ -125,7 +125,7 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
             teacher.can_wrap = lambda architectures: False
         made: list[Any] = []
         clock = {"inside": 0.0, "began": 0.0}
-        make = teacher.make_teacher
+        make = choose.make_teacher
 
         def watched(*arguments: Any) -> Any:
             found = make(*arguments)
@@ -162,11 +162,10 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
             seconds = summary["tokens"] / summary["tokens_per_s"]
             tokens = summary["tokens"]
         else:
-            tokenizer = model_dir.load_tokenizer(model)
-            corpus = Corpus(config.corpus, tokenizer, config.max_length)
+            corpus = Corpus(config.corpus, model.tokenizer, config.max_length)
             sequences = list(corpus.sequences())
             tokens = sum(len(sequence.input_ids) for sequence in sequences)
-            started = watched(config, model, list(about.architectures))
+            started = watched(config, model)
             begin = time.monotonic()
             for _ in started.topk(iter(sequences)):
                 pass

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
-from pipeline.training.trainer import add_distill_forward
+from pipeline.training.forward import add_distill_forward
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
 
 CASES = ["cross-entropy", "mol from disk", "live teacher"]

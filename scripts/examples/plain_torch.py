@@ -2,8 +2,9 @@
 
     python scripts/examples/plain_torch.py MODEL DUMP DOMAIN.jsonl OUTPUT [STEPS]
 
-`storage` reads the dump, `packed_rows` makes batches, `linear_sparse_divergence` is the loss on the
-decoder's hidden states and the head's weight; all else is torch. One sequence of each kind a step.
+`storage` reads the dump, `packed_rows` makes rows, `linear_sparse_divergence` is the loss on the
+decoder's hidden states and the head's weight. The rest is torch. A step takes one sequence of each
+kind.
 """
 
 import sys
@@ -15,7 +16,8 @@ from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.packing import packed_rows
 from pipeline.losses import linear_sparse_divergence
-from pipeline.models.attention import enable_packing, packing_arguments
+from pipeline.models.attention import enable_packing
+from pipeline.models.head import hidden_states
 from storage import LogitDataset
 
 
@@ -28,13 +30,8 @@ def main(path: str, dump_path: str, domain_path: str, output: str, steps: str = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for step in range(int(steps)):
         (row,) = packed_rows([domain[step % len(domain)]], [dump[step % len(dump)]])
-        hidden = model.get_decoder()(
-            input_ids=row["input_ids"],
-            position_ids=row["position_ids"],
-            use_cache=False,
-            **packing_arguments(model, row["sequence_lengths"]),
-        ).last_hidden_state[0]
-        targets = row["targets"]
+        targets = row.pop("targets")
+        hidden = hidden_states(model, **row)
         ce_rows, kl_rows = len(targets["labels"]), len(targets["tail_logprob"])
         mean = torch.cat([torch.full((n,), 1 / n) for n in (ce_rows, kl_rows)])
         loss, losses = linear_sparse_divergence(

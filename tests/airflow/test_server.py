@@ -95,7 +95,7 @@ def test_kills_in_mid_dump_change_nothing(
     assert {task["state"] for task in tasks} == {"success"}
     first = server.task_log("distill", run, "dump", 0, attempt=1)
     assert "killed by signal 9" in first
-    assert "going on after" in server.task_log("distill", run, "dump", 0, attempt=2)
+    assert "resuming after" in server.task_log("distill", run, "dump", 0, attempt=2)
     assert rows(dump) == reference
 
     # The dump's places went with it to retrain, and the summaries to the assets.

@@ -1,12 +1,13 @@
 """Settings: YAML, overrides, and what is refused before anything starts."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import parse, script_parser
-from pipeline.config import CorpusConfig, DumpConfig
-from pipeline.errors import ConfigError
+from pipeline.config import DumpConfig, EvalConfig, GenerateConfig, TrainConfig
+from pipeline.study.config import StudyConfig
 
 MINIMAL = "model: m\noutput: o\ncorpus:\n  path: c\n"
 
@@ -34,7 +35,7 @@ def test_yaml_then_dotted_overrides(tmp_path: Path) -> None:
         (MINIMAL + "temprature: 1\n", "temprature"),
         (MINIMAL + "  txt_column: a\n", "txt_column"),
         (MINIMAL + "k: many\n", "many"),
-        (MINIMAL + "temperature: 2.0\n", "only 1 is possible"),
+        (MINIMAL + "temperature: 2.0\n", "do not determine the distribution"),
         (MINIMAL + "k: 0\n", "k: at least 1"),
         (MINIMAL + "samples: -1\n", "samples: at least 0"),
         (MINIMAL + "k: 60000\nsamples: 6000\n", "together at most 65535"),
@@ -57,9 +58,43 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         script_parser(DumpConfig, "test").parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Longest sequence in tokens" in text
-    assert "The column that holds each document's text" in text
+    assert "Column with the text of each document" in text
 
 
-def test_temperature_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="do not determine the distribution"):
-        DumpConfig("m", CorpusConfig("c"), "o", temperature=0.5)
+CONFIGS = [DumpConfig, GenerateConfig, TrainConfig, EvalConfig, StudyConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_shows_each_setting_once_in_three_groups(
+    config: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = script_parser(config, "test")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  (--[\w.]+)", text, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    places = [text.index(f"\n{kind} settings:\n") for kind in ("needed", "common", "expert")]
+    assert places == sorted(places)
+    for name in config.common:
+        assert places[1] < text.index(f"\n  --{name} ") < places[2]
+    assert places[0] < text.index("\n  --model") < places[1]
+
+
+def test_a_misspelt_setting_is_told_what_was_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--corpus.limt", "7"], ["--max_lenght=7"]):
+        with pytest.raises(SystemExit):
+            read(tmp_path, MINIMAL, *arguments)
+    found = capsys.readouterr().err
+    assert "did you mean corpus.limit?" in found
+    assert "did you mean max_length?" in found
+
+
+def test_temperature_is_a_setting_where_text_is_generated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        script_parser(GenerateConfig, "test").parse_args(["--temperature", "hot"])
+    assert "There is no temperature" not in capsys.readouterr().err

@@ -13,7 +13,7 @@ import zstandard
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
-from pipeline.models.directory import load_tokenizer
+from pipeline.models.directory import ModelFolder
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 
 EOS = 0
@@ -21,7 +21,7 @@ EOS = 0
 
 @pytest.fixture(scope="module")
 def tokenizer(model_path: Path):  # type: ignore[no-untyped-def]
-    return load_tokenizer(model_path)
+    return ModelFolder(model_path).tokenizer
 
 
 @pytest.fixture

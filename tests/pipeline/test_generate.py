@@ -14,7 +14,7 @@ from pipeline.config import CorpusConfig, GenerateConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
 from pipeline.errors import ConfigError, Interrupted, RefusedError
-from pipeline.models.directory import load_tokenizer
+from pipeline.models.directory import ModelFolder
 from pipeline.progress import Progress
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import settings
@@ -52,7 +52,7 @@ def config(tmp_path: Path, **changes: Any) -> GenerateConfig:
 
 @pytest.fixture(scope="module")
 def tokenizer(model_path: Path):  # type: ignore[no-untyped-def]
-    return load_tokenizer(model_path)
+    return ModelFolder(model_path).tokenizer
 
 
 def write(settings: GenerateConfig, tokenizer: Any, generator: Fake) -> dict[str, Any]:

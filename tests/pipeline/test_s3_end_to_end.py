@@ -14,6 +14,7 @@ import pytest
 from pipeline import cli
 from pipeline.config import CorpusConfig
 from pipeline.dump import dump
+from pipeline.dump.partitions import PartitionsWriter
 from pipeline.errors import ConfigError
 from storage import CorruptShard, LogitDataset, StoreError, verify
 from storage.__main__ import main as storage_main
@@ -178,16 +179,16 @@ def test_a_store_that_stays_away_is_an_error_and_the_rest_follows_later(
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=f"s3://{BUCKET}/dump")
     monkeypatch.setattr("storage.store.PATIENCE", 2.0)
-    commit = dump.PartitionsWriter.commit
+    commit = PartitionsWriter.commit
     with FaultyProxy(server.port, rate=0) as proxy:
         use(proxy.port, monkeypatch)
 
-        def then_down(writer: dump.PartitionsWriter) -> None:
+        def then_down(writer: PartitionsWriter) -> None:
             commit(writer)
             writer.settle()
             proxy.down = writer.index >= 3
 
-        monkeypatch.setattr(dump.PartitionsWriter, "commit", then_down)
+        monkeypatch.setattr(PartitionsWriter, "commit", then_down)
         assert cli.main(lambda: dump.run(config), None) == 1
         message = capsys.readouterr().err
         assert "the store did not answer for 2 s" in message
@@ -195,7 +196,7 @@ def test_a_store_that_stays_away_is_an_error_and_the_rest_follows_later(
         with pytest.raises(StoreError):
             LogitDataset(config.output, partial=True)
         proxy.down = False
-        monkeypatch.setattr(dump.PartitionsWriter, "commit", commit)
+        monkeypatch.setattr(PartitionsWriter, "commit", commit)
         assert verify(config.output, partial=True).ok
         assert len(LogitDataset(config.output, partial=True).shards) == 3
         dump.run(config)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus, TokenSequences
@@ -16,9 +18,11 @@ from pipeline.data.mixing import (
     MixedDataset,
     apportion,
     shuffled,
+    smallest_weight,
 )
 from pipeline.data.packing import collate, fill
-from pipeline.models.directory import load_tokenizer
+from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
 
@@ -26,7 +30,7 @@ from tests.helpers.corpora import some_texts, write_texts
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> TokenSequences:
     corpus = write_texts(tmp_path_factory.mktemp("domain") / "d.jsonl", some_texts(11))
-    return TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
+    return TokenSequences(Corpus(CorpusConfig(str(corpus)), ModelFolder(model_path).tokenizer, 100))
 
 
 def stream(*dumps: LogitDataset, weights: tuple[float, ...] = (1,), seed: int = 1) -> GeneralStream:
@@ -122,6 +126,28 @@ def test_mixing_by_tokens_follows_the_domain(domain: TokenSequences, dump_path: 
 def test_apportion() -> None:
     assert apportion([1, 1, 1], 1000) == [334, 333, 333]
     assert apportion([0.2, 0.8], 10) == [2, 8]
+
+
+def test_a_dump_that_would_never_be_read_is_refused(dump_path: Path) -> None:
+    dumps = [LogitDataset(dump_path), LogitDataset(dump_path)]
+    assert apportion([2000, 1], BLOCK) == [1000, 0]
+    with pytest.raises(
+        ConfigError, match=r"weight 1 of 2001 .* a weight of ([\d.]+) or more"
+    ) as told:
+        GeneralStream(dumps, [2000, 1], 0)
+    smallest = float(str(told.value).split("weight of ")[1].split()[0])
+    assert GeneralStream(dumps, [2000, smallest], 0).shares[1] == 1
+    with pytest.raises(ConfigError):
+        GeneralStream(dumps, [2000, smallest * 0.99], 0)
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=2, max_size=5), st.data())
+def test_the_smallest_weight_is_one_that_works(weights: list[float], data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, len(weights) - 1))
+    weights[index] = sum(weights) / 1e6
+    if apportion(weights, BLOCK)[index] == 0:
+        weights[index] = smallest_weight(weights, index, BLOCK)
+    assert apportion(weights, BLOCK)[index] >= 1
 
 
 def test_rows_hold_the_budget_and_every_sequence_once() -> None:

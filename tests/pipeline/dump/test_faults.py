@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.dump import dump
+from pipeline.dump.partitions import PartitionsWriter
 from pipeline.dump.threads import Behind, ahead
 from pipeline.errors import Interrupted
 from storage import LogitDataset, PlanMismatch, StoreError, verify
@@ -84,15 +85,15 @@ def test_a_directory_that_is_removed_stays_away(
     """Moved away in mid-run: no half dump appears in its place; moved back, it goes on."""
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "moved"))
-    commit = dump.PartitionsWriter.commit
+    commit = PartitionsWriter.commit
 
-    def then_move(writer: dump.PartitionsWriter) -> None:
+    def then_move(writer: PartitionsWriter) -> None:
         commit(writer)
         writer.settle()
         if writer.index == 3:
             os.rename(tmp_path / "moved", tmp_path / "elsewhere")
 
-    monkeypatch.setattr(dump.PartitionsWriter, "commit", then_move)
+    monkeypatch.setattr(PartitionsWriter, "commit", then_move)
     with pytest.raises(StoreError, match="is gone"):
         dump.run(config)
     assert not (tmp_path / "moved").exists()
@@ -106,16 +107,16 @@ def test_a_directory_given_to_another_dump_gets_no_shard_of_this_one(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(tmp_path, model_path, corpus)
-    commit = dump.PartitionsWriter.commit
+    commit = PartitionsWriter.commit
 
-    def then_replace(writer: dump.PartitionsWriter) -> None:
+    def then_replace(writer: PartitionsWriter) -> None:
         commit(writer)
         writer.settle()
         if writer.index == 2:
             os.rename(tmp_path / "dump", tmp_path / "old")
             dump.run(settings(tmp_path, model_path, corpus, k=4), only="plan")
 
-    monkeypatch.setattr(dump.PartitionsWriter, "commit", then_replace)
+    monkeypatch.setattr(PartitionsWriter, "commit", then_replace)
     monkeypatch.setattr(dump, "stop_on_signals", lambda limit: contextlib.nullcontext())
     with pytest.raises(PlanMismatch, match="another plan"):
         dump.run(config)
@@ -128,17 +129,17 @@ def test_a_shard_cut_elsewhere_is_gone_on_from(
     """The other writer had another idea of where shards end: no row is lost or doubled."""
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "two"))
-    other_cut = dump.PartitionsWriter.__init__
-    commit = dump.PartitionsWriter.commit
+    other_cut = PartitionsWriter.__init__
+    commit = PartitionsWriter.commit
     ran = []
 
-    def first_let_the_other(writer: dump.PartitionsWriter) -> None:
+    def first_let_the_other(writer: PartitionsWriter) -> None:
         if writer.index == 2 and not ran:
             ran.append(True)
-            monkeypatch.setattr(dump.PartitionsWriter, "__init__", short_shards)
+            monkeypatch.setattr(PartitionsWriter, "__init__", short_shards)
             with pytest.raises(Interrupted):
                 dump.run(config)
-            monkeypatch.setattr(dump.PartitionsWriter, "__init__", other_cut)
+            monkeypatch.setattr(PartitionsWriter, "__init__", other_cut)
         commit(writer)
         writer.settle()
         if len(ran) == 1 and writer.config.shard_tokens == 120 and writer.index == 5:
@@ -148,7 +149,7 @@ def test_a_shard_cut_elsewhere_is_gone_on_from(
     def short_shards(writer, config, spans, meter) -> None:  # type: ignore[no-untyped-def]
         other_cut(writer, replace(config, shard_tokens=120), spans, meter)
 
-    monkeypatch.setattr(dump.PartitionsWriter, "commit", first_let_the_other)
+    monkeypatch.setattr(PartitionsWriter, "commit", first_let_the_other)
     monkeypatch.setattr(dump, "stop_on_signals", lambda limit: contextlib.nullcontext())
     dump.run(config)
     assert len(ran) == 2

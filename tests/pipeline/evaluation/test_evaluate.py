@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, EvalConfig
-from pipeline.corpus import Corpus, held_out
+from pipeline.corpus import Corpus, read_tokens
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
-from pipeline.models.directory import load_tokenizer
+from pipeline.models.directory import ModelFolder
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
@@ -40,7 +40,7 @@ def naive(model: Path, base: Path, corpus: Path, k: int) -> dict[str, float]:
     theirs = AutoModelForCausalLM.from_pretrained(base).double()
     sums = np.zeros(8)
     confidence, correct = [], []
-    for sequence in Corpus(CorpusConfig(str(corpus)), load_tokenizer(base), 100).sequences():
+    for sequence in Corpus(CorpusConfig(str(corpus)), ModelFolder(base).tokenizer, 100).sequences():
         ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
         with torch.no_grad():
             q = ours(ids).logits[0, :-1].log_softmax(-1)
@@ -144,7 +144,7 @@ def test_worst_documents_and_changes(
     losses = {}
     for name, path in [("base", model_path), ("student", student)]:
         model = AutoModelForCausalLM.from_pretrained(path)
-        corpus = Corpus(CorpusConfig(str(general)), load_tokenizer(path), 2048)
+        corpus = Corpus(CorpusConfig(str(general)), ModelFolder(path).tokenizer, 2048)
         for sequence in corpus.sequences():
             ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
             with torch.no_grad():
@@ -161,8 +161,8 @@ def test_worst_documents_and_changes(
 
 
 def test_sequences_are_spread_over_the_text(model_path: Path, general: Path) -> None:
-    tokenizer = load_tokenizer(model_path)
-    text = held_out(CorpusConfig(str(general)), tokenizer, 16, True)
+    tokenizer = ModelFolder(model_path).tokenizer
+    text = read_tokens(Corpus(CorpusConfig(str(general)), tokenizer, 16))
     few = text.spread(7)
     assert len(few) == 7
     assert len(text) > 30
@@ -189,7 +189,7 @@ def test_other_tokenizer_is_refused(
 def test_nothing_to_evaluate(tmp_path: Path, model_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"give domain\.path"):
         EvalConfig({"base": str(model_path)})
-    with pytest.raises(ConfigError, match="one of the models is meant"):
+    with pytest.raises(ConfigError, match="must be one of the models"):
         EvalConfig({"student": str(model_path)}, general=CorpusConfig("x.jsonl"))
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="two tokens"):

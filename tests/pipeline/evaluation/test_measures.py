@@ -21,6 +21,16 @@ def test_calibration_of_known_bins() -> None:
     assert Sums.of(rows(4, confidence=1.0, correct=1)).report()["ece"] == 0
 
 
+def test_a_model_agrees_with_itself_where_logits_tie() -> None:
+    """bfloat16 logits tie often, and top-k breaks ties in another order than max."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 500, generator=generator).bfloat16()
+    labels = torch.zeros(2000, dtype=torch.long)
+    ties = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert ties.sum() > 20
+    assert Sums.of(measure(logits, labels, logits)).report()["top1_agreement"] == 1
+
+
 def test_tail_with_little_mass_is_exact() -> None:
     """Tails of 1e-4 in float32 logits, against the definition in float64."""
     generator = torch.Generator().manual_seed(0)

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.report import dump_page as report_dump
-from pipeline.report import report
-from pipeline.report import study_page as report_study
+from pipeline.report import dump_page, report, study_page
 from pipeline.report.html import page, pairs, quote
-from storage import LogitDataset
+from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.helpers.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "report.py"
@@ -156,7 +154,7 @@ def test_pages_say_what_was_measured(
 
 def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
     record = LogitDataset(dump_path)[3]
-    mass, hits, entropy = report_dump.look(record, 8)
+    mass, hits, entropy = dump_page.look(record, 8)
     ids, logprobs = record.topk.dense()
     for t in range(len(record.topk)):
         p = [math.exp(value) for value in logprobs[t]]
@@ -167,12 +165,46 @@ def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
         assert entropy[t] == pytest.approx(-sum(x * math.log(x) for x in [*p, tail] if x > 0))
 
 
+def empty_dump(folder: Path, source: Path, **changes: object) -> Dump:
+    """A dump of the same plan without a shard."""
+    plan = LogitDataset(source).plan
+    return create_dump(
+        folder, {name: value for name, value in plan.items() if name != "format_version"} | changes
+    )
+
+
+def test_a_dump_without_a_shard_has_a_page(tmp_path: Path, dump_path: Path) -> None:
+    empty_dump(tmp_path / "dump", dump_path)
+    text, kind = report.make(str(tmp_path / "dump"))
+    assert kind == "dump"
+    assert "No shard is committed yet" in text
+    assert "not finished" in text
+    assert "tokenizer.fingerprint" in text
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_dump_with_samples_has_a_page(tmp_path: Path, dump_path: Path, k: int) -> None:
+    """Two draws of id 7 and one of another at each position; 7 is the next token in one of four."""
+    dump = empty_dump(tmp_path / "dump", dump_path, k=k, samples=3, sample_seed=0)
+    writer = ShardWriter(dump.partition(0))
+    input_ids = np.array([1, 7, 8, 9, 10], np.int32)
+    drawn = np.array([[7, 7, 3]] * 4, np.int32)
+    ids = np.tile(np.arange(20, 20 + k, dtype=np.int32), (4, 1))
+    logprobs = np.full((4, k), np.log(0.1), np.float32)
+    tail = np.full(4, np.log(1 - 0.1 * k), np.float32)
+    writer.write(Record("a", 0, input_ids, TopK.from_dense(ids, logprobs, tail, drawn)))
+    writer.commit(cursor={"document": 1}, stats={"documents": 1})
+    text, _ = report.make(str(tmp_path / "dump"))
+    assert "<td>3</td><td>2.00</td><td>0.2500</td>" in text
+    assert ("Mass and coverage" in text) == (k > 0)
+
+
 def test_pareto_front() -> None:
     points = [(0.3, 1.5), (0.05, 1.4), (0.06, 1.45), (0.35, 1.4), (0.0, 0.0), (0.05, 1.2)]
-    assert report_study.pareto(points) == [(0.0, 0.0), (0.05, 1.4), (0.06, 1.45), (0.3, 1.5)]
+    assert study_page.pareto(points) == [(0.0, 0.0), (0.05, 1.4), (0.06, 1.45), (0.3, 1.5)]
     generator = np.random.default_rng(0)
     many = [(float(a), float(b)) for a, b in generator.random((60, 2))]
-    front = report_study.pareto(many)
+    front = study_page.pareto(many)
     for loss, gain in many:
         beaten = any(a <= loss and b >= gain and (a, b) != (loss, gain) for a, b in many)
         assert ((loss, gain) in front) == (not beaten)

@@ -176,11 +176,11 @@ def test_plan_is_arms_times_rates_times_seeds() -> None:
 
 
 def test_mistakes_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"only: 'x' is none of ce, mol"):
+    with pytest.raises(ConfigError, match=r"only: 'x' is not one of ce, mol"):
         config(only=["x"])
     with pytest.raises(ConfigError, match=r"arms\.a\.dump"):
         config(arms={"a": ArmConfig(dump="x")})
-    with pytest.raises(ConfigError, match=r"no arm that is trained"):
+    with pytest.raises(ConfigError, match=r"not an arm that is trained"):
         config(arms={"a": ArmConfig(interpolate="x")})
     with pytest.raises(ConfigError, match="held_out"):
         config(held_out=HeldOutConfig())

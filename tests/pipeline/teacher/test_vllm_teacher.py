@@ -14,14 +14,10 @@ import torch
 
 from pipeline.corpus import Sequence
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 from pipeline.teacher.sampling import Sampling
-from pipeline.teacher.vllm_teacher import (
-    Pooled,
-    PromptLogprobs,
-    Teacher,
-    TransformersTeacher,
-    VllmTeacher,
-)
+from pipeline.teacher.teacher import Teacher, TransformersTeacher
+from pipeline.teacher.vllm_teacher import Pooled, PromptLogprobs, VllmTeacher
 from storage import TopK
 from storage.codec.v2_tables import compiled
 from storage.topk import check_topk
@@ -70,8 +66,8 @@ def positions(topk: TopK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def engine(
     model: Path, arch: str, in_flight: int = 64, dtype: str = "float32", **engine_args: Any
 ) -> VllmTeacher:
-    architectures = {"qwen3": ["Qwen3ForCausalLM"], "llama": ["LlamaForCausalLM"]}[arch]
-    return VllmTeacher(model, architectures, K, 2048, dtype, in_flight, engine_args)
+    assert arch in str(ModelFolder(model).architectures).lower()
+    return VllmTeacher(ModelFolder(model), K, 2048, dtype, in_flight, engine_args)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
     with engine(long_model, "qwen3", in_flight=7, max_num_batched_tokens=128) as teacher:
         found = answers(teacher, given)
     assert [len(topk) for topk in found] == [len(s.input_ids) - 1 for s in given]
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
 def test_preempted_sequences_keep_their_rows(
@@ -105,7 +101,7 @@ def test_preempted_sequences_keep_their_rows(
     ) as teacher:
         found = answers(teacher, given)
     assert restarts.preemptions() > 0, "nothing was preempted, so the test shows nothing"
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
 class count_restarts:
@@ -134,7 +130,7 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
     given = sequences([2, 40, 333])
     with engine(model, arch) as teacher:
         found = answers(teacher, given)
-    assert_agree(found, answers(TransformersTeacher(model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(model), K, "float32"), given))
 
 
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +139,7 @@ def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.Mo
     given = sequences([2, 40, 333, 900])
     with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
         found = answers(teacher, given)
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
 @pytest.mark.parametrize(("k", "ranks"), [(K, 1), (0, 1), (K, 2)])
@@ -157,13 +153,11 @@ def test_samples_are_of_the_tail_that_transformers_sees(
     if ranks > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         options["tensor_parallel_size"] = ranks
-    with VllmTeacher(
-        long_model, ["Qwen3ForCausalLM"], k, 2048, "float32", 64, options, how
-    ) as teacher:
+    with VllmTeacher(ModelFolder(long_model), k, 2048, "float32", 64, options, how) as teacher:
         found = answers(teacher, given)
-    reference = TransformersTeacher(long_model, 512, "float32")
+    reference = TransformersTeacher(ModelFolder(long_model), 512, "float32")
     assert_drawn_from(found, answers(reference, given), k, draws)
-    own = TransformersTeacher(long_model, k, "float32", how)
+    own = TransformersTeacher(ModelFolder(long_model), k, "float32", how)
     assert_drawn_from(answers(own, given), answers(reference, given), k, draws)
 
 
@@ -191,7 +185,7 @@ def test_samples_without_the_plugin_are_refused(
 ) -> None:
     monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
     with pytest.raises(ConfigError, match="draw no samples"):
-        VllmTeacher(long_model, ["Qwen3ForCausalLM"], K, 512, how=Sampling(8))
+        VllmTeacher(ModelFolder(long_model), K, 512, how=Sampling(8))
 
 
 def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +200,7 @@ def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.Monkey
         max_num_batched_tokens=128,
     ) as teacher:
         found = answers(teacher, given)
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
 def test_a_model_that_the_plugin_cannot_wrap(
@@ -219,7 +213,7 @@ def test_a_model_that_the_plugin_cannot_wrap(
         assert isinstance(teacher.path, PromptLogprobs)
         found = answers(teacher, given)
     assert "prompt_logprobs, which is slower" in capsys.readouterr().err
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given))
+    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
 def test_a_quantised_model_gives_what_vllm_gives_for_it(
@@ -245,16 +239,18 @@ def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
         next(first)
         first.close()
         found = answers(teacher, given[:5])
-    assert_agree(found, answers(TransformersTeacher(long_model, K, "float32"), given[:5]))
+    reference = TransformersTeacher(ModelFolder(long_model), K, "float32")
+    assert_agree(found, answers(reference, given[:5]))
 
 
 def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
     """SIGKILL for the process in front; vLLM's own processes follow."""
     code = (
         "import os, time, pathlib\n"
+        "from pipeline.models.directory import ModelFolder\n"
         "from pipeline.teacher.vllm_teacher import VllmTeacher\n"
         "if __name__ == '__main__':\n"
-        f"    VllmTeacher(pathlib.Path({str(long_model)!r}), ['Qwen3ForCausalLM'], 4, 256)\n"
+        f"    VllmTeacher(ModelFolder(pathlib.Path({str(long_model)!r})), 4, 256)\n"
         "    print('up', flush=True)\n"
         "    time.sleep(600)\n"
     )

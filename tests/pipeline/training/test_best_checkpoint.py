@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, HeldOutConfig, LossConfig
-from pipeline.data.packing import batch_of
+from pipeline.data.packing import pack_row
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
@@ -59,7 +59,7 @@ def test_kl_to_a_held_out_dump(
     assert 0 <= found[0] < 1e-3 < found[3]  # the base itself at first
     assert summary["eval_general_kl"] == found[6]
 
-    row = batch_of([], list(LogitDataset(dump_path))[:10])
+    row = pack_row([], list(LogitDataset(dump_path))[:10])
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     with torch.no_grad():
         out = student(row["input_ids"], position_ids=row["position_ids"], use_cache=False)

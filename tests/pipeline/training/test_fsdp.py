@@ -99,7 +99,7 @@ def test_two_shards_learn_what_one_process_learns(
     (tmp_path / "sharded" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-10", ignore_errors=True)
     logged = steps(sharded.output)
-    assert "going on from checkpoint-8" in two_ranks(sharded, tmp_path)
+    assert "resuming from checkpoint-8" in two_ranks(sharded, tmp_path)
     assert_close(steps(sharded.output), logged)
     again = weights(sharded.output)
     for key, value in found.items():
@@ -137,7 +137,7 @@ def test_a_single_process_has_nobody_to_share_with(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
     config = settings(tmp_path, model_path, dump_path, domain, training=FSDP)
-    with pytest.raises(ConfigError, match="one process has nothing to share out"):
+    with pytest.raises(ConfigError, match="one process cannot share the model out"):
         train.run(config)
     assert "ACCELERATE_USE_FSDP" not in os.environ  # the next run in this process is another
 

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import LossConfig
 from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
-from pipeline.data.packing import batch_of, collate
+from pipeline.data.packing import collate, domain_part, general_part, pack_row, without_targets
 from pipeline.losses import sparse_divergence
-from pipeline.models.directory import load_tokenizer
-from pipeline.rows import domain_part, general_part, without_targets
+from pipeline.models.directory import ModelFolder
 from pipeline.training import train
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
@@ -41,12 +40,12 @@ def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_parts_of_a_row_are_the_rows_of_its_parts(dump_path: Path) -> None:
     records = list(LogitDataset(dump_path))[:3]
     domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
-    both = batch_of(domain, records)
-    assert_same_row(domain_part(both), batch_of(domain, []))
-    assert_same_row(general_part(both), batch_of([], records))
+    both = pack_row(domain, records)
+    assert_same_row(domain_part(both), pack_row(domain, []))
+    assert_same_row(general_part(both), pack_row([], records))
     # where one kind is missing, a sequence with nothing to learn stands in for it
-    assert_same_row(domain_part(batch_of([], records)), without_targets(batch_of([], records)))
-    assert_same_row(general_part(batch_of(domain, [])), without_targets(batch_of(domain, [])))
+    assert_same_row(domain_part(pack_row([], records)), without_targets(pack_row([], records)))
+    assert_same_row(general_part(pack_row(domain, [])), without_targets(pack_row(domain, [])))
     assert without_targets(both)["sequence_lengths"] == [5]
 
 
@@ -69,7 +68,7 @@ def test_norms_and_cosine_are_those_of_autograd(
     (logged,) = steps(config.output)
 
     model = AutoModelForCausalLM.from_pretrained(student)
-    tokens = TokenSequences(Corpus(config.domain, load_tokenizer(student), 100))
+    tokens = TokenSequences(Corpus(config.domain, ModelFolder(student).tokenizer, 100))
     general = GeneralStream([LogitDataset(dump_path)], [1], 42)
     data = MixedDataset(tokens, general, 1.0, 42, 4)  # transformers' seed
     (row,) = collate([data[item] for item in range(4)])["packed"]

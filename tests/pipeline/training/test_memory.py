@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 from pipeline.training import memory, train
+from pipeline.training.arguments import training_arguments
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import settings, yaml_of
@@ -59,8 +61,8 @@ def domain(tmp_path: Path) -> Path:
 
 def estimate_of(config: Any, row_tokens: int = 100, **changes: Any) -> memory.Estimate:
     config.training = {**config.training, **changes}
-    args = train.training_arguments(config)
-    return memory.estimate(config, args, Path(config.model), row_tokens)
+    args = training_arguments(config)
+    return memory.estimate(config, args, ModelFolder(Path(config.model)), row_tokens)
 
 
 def test_parts_by_hand(tmp_path: Path, model_path: Path, dump_path: Path, domain: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.config import CorpusConfig, HeldOutConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training import train
+from pipeline.training.arguments import training_arguments
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.runs import assert_close, settings, steps
 
@@ -82,5 +83,5 @@ def test_a_missing_reporter_is_named(run: Any) -> None:
 
 def test_compile_with_fsdp_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="torch_compile does not go with FSDP"):
-        train.training_arguments(run("run", torch_compile=True))
+    with pytest.raises(ConfigError, match="torch_compile does not work with FSDP"):
+        training_arguments(run("run", torch_compile=True))

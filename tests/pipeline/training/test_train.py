@@ -34,7 +34,7 @@ from pipeline.data.packing import collate
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.losses import sparse_divergence
 from pipeline.training import train
-from pipeline.training.trainer import add_distill_forward
+from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import with_rows
@@ -79,10 +79,12 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
     tmp_path: Path, model_path: Path, dump_path: Path, arch: Any, tie: bool, direction: Any
 ) -> None:
     from pipeline.corpus import Corpus
-    from pipeline.models.directory import load_tokenizer
+    from pipeline.models.directory import ModelFolder
 
     corpus = write_texts(tmp_path / "d.jsonl", some_texts(4))
-    tokens = TokenSequences(Corpus(CorpusConfig(str(corpus)), load_tokenizer(model_path), 100))
+    tokens = TokenSequences(
+        Corpus(CorpusConfig(str(corpus)), ModelFolder(model_path).tokenizer, 100)
+    )
     data = MixedDataset(tokens, GeneralStream([LogitDataset(dump_path)], [1], 0), 1.0, 0, 2)
     (batch,) = collate([data[0], data[1]])["packed"]
     targets = batch["targets"]
@@ -162,10 +164,10 @@ def test_a_run_learns_and_leaves_a_plain_model(
     assert perplexities[-1] < perplexities[0]
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert student.dtype == torch.float32
-    from pipeline.models.directory import load_tokenizer, tokenizer_fingerprint
+    from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 
-    saved = tokenizer_fingerprint(load_tokenizer(tmp_path / "run" / "model"))
-    assert saved == tokenizer_fingerprint(load_tokenizer(model_path))
+    saved = tokenizer_fingerprint(ModelFolder(tmp_path / "run" / "model").tokenizer)
+    assert saved == tokenizer_fingerprint(ModelFolder(model_path).tokenizer)
     # the same command again has nothing to do
     assert train.run(config) == summary
 
@@ -281,7 +283,7 @@ def test_interrupted_in_the_second_epoch_and_resumed(
     shutil.copytree(cut.output, tmp_path / "ranks")
     again = script(config)
     assert again.returncode == 0, again.stderr
-    assert f"going on from checkpoint-{stopped}" in again.stderr
+    assert f"resuming from checkpoint-{stopped}" in again.stderr
     assert steps(cut.output) == expected
     before = AutoModelForCausalLM.from_pretrained(Path(whole.output) / "model").state_dict()
     after = AutoModelForCausalLM.from_pretrained(Path(cut.output) / "model").state_dict()
@@ -298,7 +300,7 @@ def test_interrupted_in_the_second_epoch_and_resumed(
     )
     again = script(yaml_of(tmp_path / "ranks.yaml", ranks), ranks=2)
     assert again.returncode == 0, again.stderr
-    assert f"going on from checkpoint-{stopped}" in again.stderr
+    assert f"resuming from checkpoint-{stopped}" in again.stderr
     assert_close(steps(ranks.output), expected)
 
 
@@ -445,7 +447,7 @@ def test_unfinished_dump_is_bad_input(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {"lerning_rate": 1}}, "learning_rate was perhaps meant"),
+        ({"training": {"lerning_rate": 1}}, "did you mean learning_rate"),
         ({"training": {"output_dir": "x"}}, "set output"),
         ({"training": {"eval_strategy": "epoch"}}, "nothing to evaluate on"),
         ({"training": {"learning_rate": 1e30, "max_grad_norm": 0.0}}, "the loss is"),
@@ -467,7 +469,7 @@ def test_bad_settings_say_what_to_do(
 
 def test_empty_domain(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(ConfigError, match="no domain to train on"):
+    with pytest.raises(ConfigError, match="no document has two tokens"):
         train.run(settings(tmp_path, model_path, dump_path, empty))
 
 
@@ -477,8 +479,8 @@ def test_script_refuses_other_temperatures_and_misspelt_keys(
     config = yaml_of(tmp_path / "c.yaml", settings(tmp_path, model_path, dump_path, domain))
     hot = script(config, "--loss.temperature", "2")
     assert hot.returncode == 2
-    assert "only 1 is possible" in hot.stderr
+    assert "do not determine the distribution" in hot.stderr
     wrong = script(config, "--loss.aplha", "2", env={**os.environ, "COLUMNS": "200"})
     assert wrong.returncode == 2
-    assert "aplha" in wrong.stderr
+    assert "did you mean loss.alpha?" in wrong.stderr
     assert not (tmp_path / "run").exists()

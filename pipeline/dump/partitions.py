@@ -1,0 +1,193 @@
+"""Writing the shards of partitions, behind the engine."""
+
+import contextlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import DumpConfig
+from pipeline.corpus import Corpus, Sequence
+from pipeline.dump.threads import Behind, ahead
+from pipeline.progress import Progress, say
+from pipeline.teacher.teacher import Teacher
+from storage import Partition, Record, ShardWriter, TopK
+
+Cursor = dict[str, int]
+WAITING_TOKENS = 65_536  # of answers that wait for the writer: 34 MB at k = 64
+
+
+def write_partitions(
+    config: DumpConfig,
+    todo: list[Partition],
+    corpus: Corpus,
+    teacher: Teacher,
+    meter: "Meter",
+) -> list[Partition]:
+    """Write what is missing of these partitions; the engine never waits between two of them.
+
+    Returns those that are still not complete, because another writer cut a shard elsewhere.
+    """
+    spans = [what_is_missing(partition, len(corpus)) for partition in todo]
+    done = sum(span.next - span.first for span in spans)
+    if done:
+        say(f"{config.output}: resuming after {done} committed documents")
+    meter.begin(sum(span.stop - span.first for span in spans), done)
+    sequences = (sequence for span in spans for sequence in corpus.sequences(span.next, span.stop))
+    writer = PartitionsWriter(config, spans, meter)
+    behind = Behind(writer.write, limit=WAITING_TOKENS)
+    try:
+        with (
+            ahead(sequences, config.in_flight) as source,
+            behind,
+            contextlib.closing(teacher.topk(source)) as answers,
+        ):
+            for sequence, topk in answers:
+                behind.put((sequence, topk), len(sequence.input_ids))
+        writer.finish()
+    except Overtaken:
+        return [partition for partition in todo if partition.summary is None]
+    finally:
+        if not behind.running:
+            writer.close()
+    return []
+
+
+@dataclass(frozen=True)
+class Span:
+    """Documents of a partition, first to stop; `next` begins shard number `shard`.
+
+    The two are read together: another writer may commit at any moment, and a shard number that is
+    newer than the document doubles its rows.
+    """
+
+    partition: Partition
+    first: int
+    next: int
+    stop: int
+    shard: int
+
+
+def what_is_missing(partition: Partition, documents: int) -> Span:
+    number = partition.dump.plan["partitions"]
+    first = documents * partition.index // number
+    stop = documents * (partition.index + 1) // number
+    shards = partition.shards
+    following = int(shards[-1].marker["cursor"]["document"]) if shards else first
+    return Span(partition, first, following, stop, len(shards))
+
+
+class Overtaken(Exception):
+    """Another writer committed this shard, and cut it at another document."""
+
+
+class PartitionsWriter:
+    """Writes answers, in corpus order, as the shards of one partition after the other.
+
+    A shard is committed in a thread while the next one fills, and that one waits for it: shards
+    appear in order, and at most two of them are in memory.
+    """
+
+    def __init__(
+        self,
+        config: DumpConfig,
+        spans: list[Span],
+        meter: "Meter",
+    ) -> None:
+        self.config, self.todo, self.meter = config, list(spans), meter
+        self.index = spans[0].shard  # of the next shard
+        self.writer: ShardWriter | None = None
+        self.documents = 0
+        self.last: Sequence | None = None
+        self.thread = ThreadPoolExecutor(1, "committing")
+        self.commits: list[tuple[Cursor, Future[dict[str, Any]]]] = []  # none or one
+
+    def write(self, answer: tuple[Sequence, TopK]) -> None:
+        """Add the next row. Raises InvalidRecord, StoreError, Overtaken."""
+        sequence, topk = answer
+        if self.commits and self.commits[0][1].done():
+            self.settle()
+        while sequence.document >= self.todo[0].stop:
+            self.finish_partition()
+        if self.writer is None:
+            self.writer = ShardWriter(self.todo[0].partition, self.index)
+        if self.config.min_prob > 0 or self.config.top_p < 1:
+            topk = topk.cut(self.config.min_prob, self.config.top_p)
+        self.writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
+        self.documents += sequence.ends_document
+        self.last = sequence
+        self.meter.count(sequence, self.writer)
+        if sequence.ends_document and self.writer.tokens >= self.config.shard_tokens:
+            self.commit()
+
+    def commit(self) -> None:
+        """Begin to commit the open shard, if there is one."""
+        self.settle()
+        if self.writer is None or self.last is None:
+            return
+        cursor = {"document": self.last.document + 1}
+        stats = {"documents": self.documents}
+        self.commits.append((cursor, self.thread.submit(self.writer.commit, cursor, stats)))
+        self.writer, self.index, self.documents = None, self.index + 1, 0
+
+    def settle(self) -> None:
+        """Wait for the commit that was begun. Raises what it raised, or Overtaken."""
+        while self.commits:
+            cursor, commit = self.commits.pop()
+            marker = commit.result()
+            self.meter.bytes_per_token = marker["bytes"] / marker["tokens"]
+            if marker["cursor"] != cursor:
+                raise Overtaken
+
+    def finish_partition(self) -> None:
+        self.commit()
+        self.settle()
+        span = self.todo.pop(0)
+        kept = sum(shard.marker["documents"] for shard in span.partition.shards)
+        span.partition.finish({"documents": kept, "skipped": span.stop - span.first - kept})
+        self.index = self.todo[0].shard if self.todo else 0
+
+    def finish(self) -> None:
+        """Nothing more will come: commit what is open and complete the partitions."""
+        while self.todo:
+            self.finish_partition()
+
+    def close(self) -> None:
+        """Drop the open shard; what is committed, or about to be, stays."""
+        self.thread.shutdown()
+        if self.writer is not None:
+            self.writer.abort()
+            self.writer = None
+
+
+class Meter:
+    """What the progress line shows."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tokens = self.documents = 0
+        self.bytes_per_token: float | None = None  # of the last shard
+        self.started: float | None = None
+
+    def begin(self, documents: int, done: int) -> None:
+        """The engine is up: so many documents are there, so many of them done."""
+        self.progress.begin(documents, done)
+        self.documents = done
+        self.started = self.started or time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second since the engine was up."""
+        return self.tokens / max(time.monotonic() - (self.started or 0.0), 1e-9)
+
+    def count(self, sequence: Sequence, writer: ShardWriter) -> None:
+        self.tokens += len(sequence.input_ids)
+        self.documents += sequence.ends_document
+        self.progress.update(self.documents, lambda: self.status(writer))
+
+    def status(self, writer: ShardWriter) -> str:
+        per_token = writer.bytes_per_token or self.bytes_per_token
+        mass = writer.mass / max(writer.positions, 1)
+        size = f", {per_token:.0f} bytes/token" if per_token else ""
+        held = f", mass held {mass:.3f}" if writer.entries else ""
+        return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}{held}"

@@ -1,0 +1,67 @@
+"""The plan of a dump: every setting and input that decides what it holds."""
+
+from pipeline.config import DumpConfig
+from pipeline.corpus import Corpus
+from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
+from pipeline.teacher.vllm_engine import engine_version
+from pipeline.types import Json
+
+
+def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
+    """The content of plan.json; two dumps of one plan hold the same rows.
+
+    Raises ConfigError for settings that the model cannot serve.
+    """
+    check_fits(config, corpus, model)
+    tokenizer = corpus.tokenizer
+    return {
+        "teacher": {
+            "name": config.model,
+            "revision": config.revision,
+            "architectures": model.architectures,
+            "fingerprint": model.weights_fingerprint,
+            "dtype": config.dtype,
+        },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
+        "vocab_size": model.vocab_size,
+        "k": config.k,
+        "step": config.step,
+        # A setting that earlier releases lacked is in the plan only where it changes something.
+        **({} if config.codec == "v1" else {"codec": config.codec}),
+        **({"min_prob": config.min_prob} if config.min_prob > 0 else {}),
+        **({"top_p": config.top_p} if config.top_p < 1 else {}),
+        **(
+            {"samples": config.samples, "sample_seed": config.sample_seed} if config.samples else {}
+        ),
+        "temperature": 1.0,
+        "max_length": config.max_length,
+        "add_eos": config.add_eos,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "corpus": {
+            "path": config.corpus.path,
+            "column": corpus.column,
+            "documents": len(corpus),
+            "fingerprint": corpus.fingerprint(),
+        },
+        "partitions": config.partitions,
+        "shard_tokens": config.shard_tokens,
+        "engine": engine_version(config.engine),
+    }
+
+
+def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:
+    """ConfigError where k, max_length or the tokenizer do not fit the model."""
+    if config.k > model.vocab_size:
+        raise ConfigError(f"k {config.k}: the model's vocabulary has only {model.vocab_size} ids")
+    if model.longest and config.max_length > model.longest:
+        raise ConfigError(
+            f"max_length {config.max_length}: the model reads at most {model.longest} tokens; set "
+            f"max_length to {model.longest} or less"
+        )
+    if len(corpus.tokenizer) > model.vocab_size:
+        raise ConfigError(
+            f"model {config.model}: its tokenizer has {len(corpus.tokenizer)} tokens, its head "
+            f"only {model.vocab_size}; they do not belong together"
+        )

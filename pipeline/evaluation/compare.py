@@ -1,0 +1,76 @@
+"""A model beside its base on the same sequences, one packed row at a time."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.data.packing import pack
+from pipeline.evaluation.measures import Sums, measure
+from pipeline.models.attention import enable_packing, packing_arguments
+from pipeline.models.directory import ModelFolder
+from pipeline.types import Int32s
+
+
+@torch.no_grad()  # not inference_mode: FSDP trains on with the weights that it gathers here
+def compare(
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    sequences: Iterable[Int32s],
+    batch_tokens: int = 2048,
+    tail_k: int = 64,
+) -> Iterator[Sums]:
+    """The sums of each sequence, in order. Distances to the base are 0 without a base.
+
+    Holds the logits of `batch_tokens` positions, or of one longer sequence, in the models' own
+    dtypes, and a few rows of them in float32.
+    """
+    for batch in batches(sequences, batch_tokens):
+        lengths = [len(sequence) for sequence in batch]
+        packed = pack(batch)
+        inputs = {
+            "input_ids": torch.from_numpy(packed.input_ids)[None].to(model.device),
+            "position_ids": torch.from_numpy(packed.position_ids)[None].to(model.device),
+        }
+        rows = torch.from_numpy(packed.predicts).nonzero()[:, 0].to(model.device)
+        labels = inputs["input_ids"][0, rows + 1]
+        logits = predict(model, inputs, lengths, rows)
+        if base is None:
+            base_logits = None
+        else:
+            base_logits = logits if base is model else predict(base, inputs, lengths, rows)
+        measured = measure(logits, labels, base_logits, tail_k)
+        yield from map(Sums.of, np.split(measured, np.cumsum([n - 1 for n in lengths])[:-1]))
+
+
+def predict(
+    model: PreTrainedModel, inputs: dict[str, Tensor], lengths: list[int], rows: Tensor
+) -> Tensor:
+    """Logits [N, V] at these positions of one packed row."""
+    packing = packing_arguments(model, lengths)
+    logits: Tensor = model(**inputs, **packing, use_cache=False).logits[0, rows]
+    return logits
+
+
+def batches(sequences: Iterable[Int32s], tokens: int) -> Iterator[list[Int32s]]:
+    """Neighbouring sequences of up to `tokens` tokens together."""
+    batch: list[Int32s] = []
+    size = 0
+    for sequence in sequences:
+        if batch and size + len(sequence) > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(sequence)
+        size += len(sequence)
+    if batch:
+        yield batch
+
+
+def load(folder: ModelFolder, dtype: str) -> PreTrainedModel:
+    """The model, ready to predict packed rows on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: PreTrainedModel = folder.load(dtype).to(device).eval()
+    enable_packing(model)
+    return model

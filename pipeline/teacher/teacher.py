@@ -1,0 +1,58 @@
+"""Teachers: sequences in, their top-k next-token distributions out, in the same order."""
+
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.corpus import Sequence
+from pipeline.models.directory import ModelFolder
+from pipeline.teacher.sampling import NO_SAMPLES, Sampling, draw, places
+from storage import TopK
+
+Answers = Generator[tuple[Sequence, TopK], None, None]
+
+
+class Teacher(Protocol, AbstractContextManager["Teacher"]):
+    """The base model, answering for whole sequences."""
+
+    def topk(self, sequences: Iterable[Sequence]) -> Answers:
+        """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
+
+        Takes a bounded number of sequences ahead of those it has yielded. Closing the generator
+        cancels what is under way; it can be called again.
+        """
+        ...
+
+
+class TransformersTeacher:
+    """The obvious reference: one sequence at a time, softmax in float32."""
+
+    def __init__(
+        self, model: ModelFolder, k: int, dtype: str = "auto", how: Sampling = NO_SAMPLES
+    ) -> None:
+        self.k, self.how = k, how
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.load(dtype).to(self.device).eval()
+
+    def __enter__(self) -> "TransformersTeacher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @torch.inference_mode()
+    def topk(self, sequences: Iterable[Sequence]) -> Answers:
+        for sequence in sequences:
+            input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
+            logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
+            total = logits.logsumexp(-1)
+            best, ids = logits.topk(self.k)
+            outside = logits.scatter(1, ids, -torch.inf)
+            rest, drawn = outside.logsumexp(-1), None
+            if self.how.draws:
+                drawn = draw(outside, places(self.how, rest, total), rest).cpu()
+            best, tail = best - total[:, None], rest - total
+            yield sequence, TopK.from_dense(ids.cpu(), best.cpu(), tail.cpu(), drawn)

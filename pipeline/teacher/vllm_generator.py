@@ -1,0 +1,59 @@
+"""vLLM as a generator of text."""
+
+from typing import Any
+
+from pipeline.models.directory import ModelFolder
+from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
+
+
+class VllmGenerator:
+    """Prompts in, sampled tokens out; each request has its own seed."""
+
+    def __init__(
+        self, model: ModelFolder, dtype: str, max_length: int, engine_args: dict[str, Any]
+    ) -> None:
+        check_interface()
+        settings = engine_settings(model.path, dtype, max_length, engine_args)
+        self.engine = start_engine(settings)
+        self.max_length, self.requests = max_length, 0
+
+    def __enter__(self) -> "VllmGenerator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.engine_core.shutdown(timeout=30)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        temperature: float,
+        top_p: float,
+        stop: int | None,
+    ) -> list[list[int]]:
+        """Token ids that continue each prompt, up to but without the `stop` token."""
+        from vllm import SamplingParams
+
+        numbers: dict[str, int] = {}
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            params = SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=self.max_length - len(prompt),
+                stop_token_ids=[] if stop is None else [stop],
+                ignore_eos=True,  # vLLM has no tokenizer here, so it knows none; `stop` names it
+                detokenize=False,
+            )
+            name = f"w{self.requests}"
+            self.requests += 1
+            numbers[name] = number
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        found: list[list[int]] = [[] for _ in prompts]
+        while numbers:
+            for output in self.engine.step():
+                if output.finished:
+                    tokens = list(output.outputs[0].token_ids)
+                    ends = bool(tokens) and tokens[-1] == stop
+                    found[numbers.pop(output.request_id)] = tokens[:-1] if ends else tokens
+        return found

@@ -1,0 +1,134 @@
+"""transformers.TrainingArguments from the settings: the user's own, over suitable defaults."""
+
+import difflib
+import inspect
+import os
+from copy import deepcopy
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
+from pipeline.errors import ConfigError
+from pipeline.training import fsdp
+from pipeline.types import Json
+
+GENERAL_KL = "general_kl"
+
+
+def items_per_step(args: TrainingArguments) -> int:
+    """Domain sequences in an optimizer step, over all micro-batches and ranks."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def metrics_of(held_out: HeldOutConfig) -> list[str]:
+    """Names of what evaluation during training measures."""
+    perplexities = [f"eval_{kind}_perplexity" for kind, _ in held_out_texts(held_out)]
+    return perplexities + [f"eval_{GENERAL_KL}"] * (held_out.dump is not None)
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """Raises ConfigError for a name or value that transformers lacks or this trainer cannot use."""
+    fixed = {
+        "output_dir": config.output,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would wait for the device at each micro-step
+    }
+    check_names(config, fixed)
+    # YAML reads a bare `no` as false.
+    given = {
+        name: "no" if value is False and name.endswith("_strategy") else value
+        for name, value in config.training.items()
+    }
+    try:
+        args = TrainingArguments(**deepcopy({**defaults(config), **given, **fixed}))
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error
+    check_evaluation(args, metrics_of(config.held_out))
+    check_reporters(args)
+    check_processes(args)
+    return args
+
+
+def defaults(config: TrainConfig) -> Json:
+    cuda = torch.cuda.is_available()
+    return {
+        "use_cpu": not torch.accelerator.is_available(),  # several ranks then talk through gloo
+        "logging_steps": 10,
+        "report_to": "tensorboard",
+        "dataloader_pin_memory": cuda,
+        "dataloader_num_workers": 2 if cuda else 0,
+        "eval_strategy": "epoch" if metrics_of(config.held_out) else "no",
+        "greater_is_better": False,  # perplexities and KL
+    }
+
+
+def check_names(config: TrainConfig, fixed: Json) -> None:
+    """ConfigError for a name that transformers does not know, or that this script sets itself."""
+    known = inspect.signature(TrainingArguments).parameters
+    for name in config.training:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"training.{name}: no such argument of transformers.TrainingArguments"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
+    clash = sorted(set(config.training) & set(fixed))
+    if clash:
+        raise ConfigError(
+            f"training.{clash[0]}: is set by this script"
+            + "; set output" * (clash[0] == "output_dir")
+        )
+
+
+def check_evaluation(args: TrainingArguments, metrics: list[str]) -> None:
+    """ConfigError for an evaluation without text, and for a best model by another metric."""
+    if args.eval_strategy != "no" and not metrics:
+        raise ConfigError(
+            "training.eval_strategy: there is nothing to evaluate on; give held_out.domain.path, "
+            "held_out.general.path, held_out.other.path or held_out.dump"
+        )
+    best = args.metric_for_best_model
+    if best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
+        choices = f"choose from {', '.join(metrics)}" if metrics else "give held_out.domain.path"
+        raise ConfigError(
+            f"training.metric_for_best_model {best}: nothing of that name is measured; {choices}"
+        )
+
+
+def check_reporters(args: TrainingArguments) -> None:
+    missing = set(args.report_to) - set(get_available_reporting_integrations()) - {"flyte"}
+    if missing:
+        name = min(missing)
+        raise ConfigError(
+            f"training.report_to {name}: the package is not installed; `pip install {name}`, or "
+            "choose tensorboard or none. metrics.jsonl is written in any case"
+        )
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """ConfigError where ranks, GPUs and FSDP do not fit each other.
+
+    Called before an Accelerator is made: one that was asked for FSDP sets it for the whole process.
+    """
+    if args.torch_compile and fsdp.is_asked_for(args):
+        raise ConfigError(
+            "training.torch_compile does not work with FSDP here; leave one of them out"
+        )
+    if fsdp.is_asked_for(args) and args.world_size == 1:
+        raise ConfigError(
+            "training.fsdp: one process cannot share the model out; start several with "
+            "`accelerate launch --num_processes N`, or leave it out"
+        )
+    if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ConfigError(
+            f"{os.environ['WORLD_SIZE']} ranks were started, but they do not find each other; "
+            "start with `accelerate launch` or `torchrun`, one rank for each GPU"
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch "
+            "scripts/train_student.py ...`, or set CUDA_VISIBLE_DEVICES to one"
+        )

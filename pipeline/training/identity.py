@@ -1,0 +1,50 @@
+"""The identity of a run: what must match for it to resume."""
+
+import json
+from dataclasses import asdict
+
+from transformers import TrainingArguments
+
+from pipeline.training.arguments import items_per_step
+from pipeline.training.inputs import Inputs
+from pipeline.types import Json
+
+# Training arguments that do not change what is learnt: a run may resume with others.
+FREE = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "report_to",
+    "dataloader_",
+    "disable_tqdm",
+    "run_name",
+)
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
+    """Settings and inputs that must match for a run to resume, as plain JSON."""
+    config = inputs.config
+    loss = {**asdict(config.loss), "temperature": 1.0}  # a setting of earlier releases
+    if config.loss.targets == "auto":  # as in runs made before this setting existed
+        del loss["targets"]
+    identity = {
+        "model": inputs.model.weights_fingerprint,
+        "dump": ", ".join(f"{d.fingerprint} × {weight:g}" for d, weight in inputs.dumps.items()),
+        "domain": inputs.corpus.fingerprint(),
+        "mix": config.mix,
+        "mix_by": config.mix_by,
+        "max_length": inputs.max_length,
+        "loss": loss,
+        "lora": config.lora,
+        "dtype": config.dtype,
+        "sequences_per_step": items_per_step(args),
+        "training": {
+            name: value
+            for name, value in config.training.items()
+            if not name.startswith(FREE) and name not in BATCH
+        },
+    }
+    plain: Json = json.loads(json.dumps(identity, default=str))
+    return plain

@@ -1,0 +1,26 @@
+"""Settings beside a result, and the bounds of agreement."""
+
+import math
+
+import pytest
+
+from pipeline.agreement import BOUND, SURE, limit
+from pipeline.errors import RefusedError
+from pipeline.recorded import refuse_other_settings
+
+
+def test_every_difference_is_named() -> None:
+    there = {"loss": {"alpha": 1.0, "direction": "forward"}, "mix": 1}
+    refuse_other_settings("runs/a", there, dict(there))
+    with pytest.raises(RefusedError) as told:
+        refuse_other_settings("runs/a", there, {"loss": {"alpha": 2.0}, "mix": 1}, "study")
+    assert "runs/a holds a study with other settings" in str(told.value)
+    assert "loss.alpha: 1.0 in the study, 2.0 asked for" in str(told.value)
+    assert "loss.direction: 'forward' in the study, None asked for" in str(told.value)
+    assert "mix" not in str(told.value)
+
+
+def test_the_limit_has_room_for_chance() -> None:
+    assert limit(BOUND) == BOUND
+    assert limit(0.1, 0.01) == pytest.approx(0.1 + SURE * 0.01)
+    assert not math.nan <= limit(0.1)
