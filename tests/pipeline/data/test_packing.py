@@ -1,16 +1,34 @@
 """Sequences packed into rows, with the targets at their positions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
-from pipeline.data.packing import collate, fill
+from pipeline.data.packing import (
+    PackedRow,
+    collate,
+    domain_part,
+    fill,
+    general_part,
+    pack_row,
+    without_targets,
+)
 from pipeline.models.directory import ModelFolder
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.models import tiny_model
+from tests.helpers.rows import losses, mixed_row
+
+
+@pytest.fixture
+def row(dump_path: Path) -> PackedRow:
+    return mixed_row(dump_path)
 
 
 def test_rows_hold_the_budget_and_every_sequence_once() -> None:
@@ -53,3 +71,49 @@ def test_targets_stand_at_the_positions_that_predict_them(
     np.testing.assert_array_equal(
         targets["ids"], np.concatenate([r.topk.dense(8)[0] for r in records])
     )
+
+
+def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["sequence_lengths"] == expected["sequence_lengths"]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(found[name], expected[name])
+    for name, value in expected["targets"].items():
+        other = found["targets"][name]
+        assert other.numel() == value.numel() == 0 or torch.equal(other, value)
+
+
+def test_parts_of_a_row_are_the_rows_of_its_parts(dump_path: Path) -> None:
+    records = list(LogitDataset(dump_path))[:3]
+    domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
+    both = pack_row(domain, records)
+    assert_same_row(domain_part(both), pack_row(domain, []))
+    assert_same_row(general_part(both), pack_row([], records))
+    # where one kind is missing, a sequence with nothing to learn stands in for it
+    assert_same_row(domain_part(pack_row([], records)), without_targets(pack_row([], records)))
+    assert_same_row(general_part(pack_row(domain, [])), without_targets(pack_row(domain, [])))
+    assert without_targets(both)["sequence_lengths"] == [5]
+
+
+def test_halves_of_a_row_are_the_whole(tmp_path: Path, row: PackedRow) -> None:
+    student = tiny_model(tmp_path / "student", seed=3)
+    domain, expected = losses(student, row)
+    _, first = losses(student, domain_part(row))
+    _, second = losses(student, general_part(row))
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-4, atol=1e-5)
+    assert len(first) == domain
+
+
+def test_without_the_domain_the_general_losses_stay(tmp_path: Path, row: PackedRow) -> None:
+    student = tiny_model(tmp_path / "student", seed=3)
+    found = general_part(row)
+    assert found["sequence_lengths"] == row["sequence_lengths"][2:]
+    assert found["position_ids"][0, 0] == 0
+    domain, expected = losses(student, row)
+    scored, general = losses(student, found)
+    assert scored == 0
+    torch.testing.assert_close(general, expected[domain:], rtol=1e-4, atol=1e-5)
+
+
+def test_without_either_part_there_is_no_loss(dump_path: Path) -> None:
+    row = pack_row([LogitDataset(dump_path)[5].input_ids[:30]], [])
+    assert len(general_part(row)["targets"]["rows"]) == 0
