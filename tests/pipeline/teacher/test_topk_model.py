@@ -1,4 +1,4 @@
-"""The plug-in's inner step on plain tensors, and what a vLLM of another make is told."""
+"""The plug-in's inner step on plain tensors."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.corpus import Sequence
-from pipeline.errors import ConfigError
-from pipeline.teacher import vllm_teacher as teacher
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 
 topk_model = pytest.importorskip("pipeline.teacher.topk_model", reason="needs vllm")
@@ -69,31 +66,6 @@ def test_the_full_logits_of_a_large_vocabulary_never_exist(
     assert sum(sizes) == 4 * vocab_size * 2000
     tail = packed[:, 0].contiguous().view(torch.float32)
     torch.testing.assert_close(tail, torch.full((2000,), float(np.log(1 - 4 / vocab_size))))
-
-
-def test_another_vllm_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher.check_interface()
-    other = [
-        ("vllm", "LLMEngine.add_request", "request_id colour"),
-        ("vllm", "LLMEngine.fly", ""),
-        ("vllm.nowhere", "Thing", ""),
-    ]
-    monkeypatch.setattr(teacher, "VLLM_INTERFACE", other)
-    with pytest.raises(ConfigError) as refused:
-        teacher.check_interface()
-    for words in ("add_request: no parameter colour", "LLMEngine.fly", "vllm.nowhere", "0.32"):
-        assert words in str(refused.value)
-
-
-def test_rows_that_do_not_fit_are_refused() -> None:
-    class Output:
-        class outputs:
-            data = torch.zeros(9, 33, dtype=torch.int32)
-
-    sequence = Sequence("7", 7, 0, np.zeros(5, np.int32), True)
-    output: Any = Output
-    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
-        teacher.Pooled(16).answer(sequence, output)
 
 
 @pytest.mark.parametrize("k", [0, 4, 42])

@@ -25,10 +25,13 @@ from tests.helpers.models import quantise_int8, tiny_model
 from tests.helpers.paths import ROOT
 
 K = 16
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
 
 compiled()  # numba is loaded, as after version 2 was read: vLLM starts all the same
+
+
+def real_engine(test: Any) -> Any:
+    """Mark a test that starts vLLM."""
+    return pytest.mark.vllm(pytest.mark.slow(test))
 
 
 def sequences(lengths: list[int], vocab_size: int = 512) -> list[Sequence]:
@@ -75,6 +78,18 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tie=True)
 
 
+def test_rows_that_do_not_fit_are_refused() -> None:
+    class Output:
+        class outputs:
+            data = torch.zeros(9, 33, dtype=torch.int32)
+
+    sequence = Sequence("7", 7, 0, np.zeros(5, np.int32), True)
+    output: Any = Output
+    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
+        Pooled(16).answer(sequence, output)
+
+
+@real_engine
 def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
     """Documents of up to 900 tokens, 128 to a step, more of them than are in flight."""
     given = sequences([2, 3, 127, 128, 129, 300, 900, 5, 640] + [50] * 20)
@@ -84,6 +99,7 @@ def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
     assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
+@real_engine
 def test_preempted_sequences_keep_their_rows(
     long_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +140,7 @@ class count_restarts:
         return self.number
 
 
+@real_engine
 @pytest.mark.parametrize(("arch", "tie"), [("qwen3", False), ("llama", True), ("llama", False)])
 def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bool) -> None:
     model = tiny_model(tmp_path, arch, tie)
@@ -133,6 +150,7 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
     assert_agree(found, answers(TransformersTeacher(ModelFolder(model), K, "float32"), given))
 
 
+@real_engine
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -142,6 +160,7 @@ def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.Mo
     assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
+@real_engine
 @pytest.mark.parametrize(("k", "ranks"), [(K, 1), (0, 1), (K, 2)])
 def test_samples_are_of_the_tail_that_transformers_sees(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, k: int, ranks: int
@@ -180,6 +199,7 @@ def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -
     assert different > 3 * sum(map(len, found)), "always the same id: the test shows little"
 
 
+@real_engine
 def test_samples_without_the_plugin_are_refused(
     long_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +208,7 @@ def test_samples_without_the_plugin_are_refused(
         VllmTeacher(ModelFolder(long_model), K, 512, how=Sampling(8))
 
 
+@real_engine
 def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipeline parallelism: only the last rank has a head. vLLM runs it on a CPU only compiled."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -203,6 +224,7 @@ def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.Monkey
     assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
+@real_engine
 def test_a_model_that_the_plugin_cannot_wrap(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +238,7 @@ def test_a_model_that_the_plugin_cannot_wrap(
     assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
 
 
+@real_engine
 def test_a_quantised_model_gives_what_vllm_gives_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +255,7 @@ def test_a_quantised_model_gives_what_vllm_gives_for_it(
     assert_agree(found, expected, tolerance=0.05)  # of a head in bfloat16, there
 
 
+@real_engine
 def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
     given = sequences([30] * 40)
     with engine(long_model, "qwen3", in_flight=10) as teacher:
@@ -243,6 +267,7 @@ def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
     assert_agree(found, answers(reference, given[:5]))
 
 
+@real_engine
 def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
     """SIGKILL for the process in front; vLLM's own processes follow."""
     code = (

@@ -1,9 +1,7 @@
 """The gradients of the objective's two parts, against autograd on full logits."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import LossConfig
 from pipeline.corpus import Corpus, TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
-from pipeline.data.packing import collate, domain_part, general_part, pack_row, without_targets
+from pipeline.data.packing import collate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
 from pipeline.training import train
@@ -26,27 +24,6 @@ PARTS = ("ce_grad_norm", "kl_grad_norm", "grad_cosine")
 @pytest.fixture
 def domain(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
-
-
-def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["sequence_lengths"] == expected["sequence_lengths"]
-    for name in ("input_ids", "position_ids"):
-        assert torch.equal(found[name], expected[name])
-    for name, value in expected["targets"].items():
-        other = found["targets"][name]
-        assert other.numel() == value.numel() == 0 or torch.equal(other, value)
-
-
-def test_parts_of_a_row_are_the_rows_of_its_parts(dump_path: Path) -> None:
-    records = list(LogitDataset(dump_path))[:3]
-    domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
-    both = pack_row(domain, records)
-    assert_same_row(domain_part(both), pack_row(domain, []))
-    assert_same_row(general_part(both), pack_row([], records))
-    # where one kind is missing, a sequence with nothing to learn stands in for it
-    assert_same_row(domain_part(pack_row([], records)), without_targets(pack_row([], records)))
-    assert_same_row(general_part(pack_row(domain, [])), without_targets(pack_row(domain, [])))
-    assert without_targets(both)["sequence_lengths"] == [5]
 
 
 def test_norms_and_cosine_are_those_of_autograd(

@@ -1,0 +1,149 @@
+"""The stream of training items: domain sequences mixed with rows of dumps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import CorpusConfig
+from pipeline.corpus import Corpus, TokenSequences
+from pipeline.data.mixing import (
+    BLOCK,
+    GENERAL,
+    EpochSampler,
+    GeneralStream,
+    Item,
+    MixedDataset,
+    apportion,
+    shuffled,
+    smallest_weight,
+)
+from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
+from storage import LogitDataset
+from tests.helpers.corpora import some_texts, write_texts
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> TokenSequences:
+    corpus = write_texts(tmp_path_factory.mktemp("domain") / "d.jsonl", some_texts(11))
+    return TokenSequences(Corpus(CorpusConfig(str(corpus)), ModelFolder(model_path).tokenizer, 100))
+
+
+def stream(*dumps: LogitDataset, weights: tuple[float, ...] = (1,), seed: int = 1) -> GeneralStream:
+    return GeneralStream(dumps, weights, seed)
+
+
+def same_items(a: Item, b: Item) -> bool:
+    return np.array_equal(a.domain, b.domain) and [
+        (record.doc_id, record.chunk) for record in a.general
+    ] == [(record.doc_id, record.chunk) for record in b.general]
+
+
+def test_item_is_a_function_of_its_position(domain: TokenSequences, dump_path: Path) -> None:
+    general = LogitDataset(dump_path)
+    forwards = MixedDataset(domain, stream(general), 1.0, seed=1, items_per_step=4)
+    backwards = MixedDataset(domain, stream(LogitDataset(dump_path)), 1.0, seed=1, items_per_step=4)
+    expected = [forwards[at] for at in range(60)]
+    for at in reversed(range(60)):
+        assert same_items(backwards[at], expected[at])
+    other = MixedDataset(domain, stream(general, seed=2), 1.0, seed=2, items_per_step=4)
+    assert not all(same_items(other[at], expected[at]) for at in range(20))
+
+
+def test_an_epoch_sees_each_domain_sequence(domain: TokenSequences, dump_path: Path) -> None:
+    data = MixedDataset(domain, stream(LogitDataset(dump_path)), 1.0, seed=1, items_per_step=4)
+    assert len(data) == -(-len(domain) // 4) * 4
+    orders = []
+    for epoch in range(2):
+        sampler = EpochSampler(data)
+        sampler.epoch = epoch
+        items = [data[at].domain.tobytes() for at in sampler]
+        assert set(items) == {sequence.tobytes() for sequence in domain}
+        orders.append(items)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0, 2.5])
+def test_general_sequences_come_in_their_share(
+    domain: TokenSequences, dump_path: Path, mix: float
+) -> None:
+    general = LogitDataset(dump_path)
+    data = MixedDataset(domain, stream(general), mix, seed=1, items_per_step=4)
+    items = 200
+    seen = [(r.doc_id, r.chunk) for at in range(items) for r in data[at].general]
+    assert len(seen) == int(items * mix)
+    # Each block has as many rows of every epoch as there are: the first pass is over in time.
+    assert len(set(seen)) == min(len(general), len(seen))
+
+
+def test_each_pass_of_the_general_stream_sees_every_row(dump_path: Path) -> None:
+    general = LogitDataset(dump_path)
+    endless = stream(general)
+    for epoch in range(3):
+        rows = range(epoch * len(general), (epoch + 1) * len(general))
+        names = {(r.doc_id, r.chunk) for r in map(endless.record, rows)}
+        assert len(names) == len(general)
+    assert endless.epochs(2 * len(general)) == [2.0]
+
+
+def test_several_dumps_come_in_their_proportion(dump_path: Path) -> None:
+    one, other = LogitDataset(dump_path), LogitDataset(dump_path)
+    endless = stream(one, other, weights=(3, 1))
+    blocks = [endless._block(block) for block in range(3)]
+    numbers = np.concatenate([numbers for numbers, _ in blocks])
+    indices = np.concatenate([indices for _, indices in blocks])
+    for number, share in ((0, 750), (1, 250)):
+        assert [(part == number).sum() for part, _ in blocks] == [share] * 3
+        # Each dump's rows come in epochs of their own, whatever the other's do.
+        epochs = [shuffled(len(one), 1, GENERAL + 2 * number, epoch) for epoch in range(99)]
+        expected = np.concatenate(epochs)[: 3 * share]
+        assert indices[numbers == number].tolist() == expected.tolist()
+    assert endless._block(1)[1].tolist() == blocks[1][1].tolist()
+    assert endless.epochs(4 * BLOCK) == [3 * BLOCK / len(one), BLOCK / len(one)]
+
+
+def test_mixing_by_tokens_follows_the_domain(domain: TokenSequences, dump_path: Path) -> None:
+    general, mix, per_step = LogitDataset(dump_path), 1.5, 4
+    data = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
+    domain_tokens = general_tokens = 0
+    expected = []
+    for at in range(3 * len(data)):
+        item = data[at]
+        domain_tokens += len(item.domain)
+        general_tokens += sum(len(record.input_ids) for record in item.general)
+        assert general_tokens <= mix * domain_tokens
+        assert general_tokens > mix * domain_tokens - general.lengths.max()
+        expected.append(item)
+    fresh = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
+    for at in (2 * len(data) + 3, 5, len(data)):
+        assert same_items(fresh[at], expected[at])
+
+
+def test_apportion() -> None:
+    assert apportion([1, 1, 1], 1000) == [334, 333, 333]
+    assert apportion([0.2, 0.8], 10) == [2, 8]
+
+
+def test_a_dump_that_would_never_be_read_is_refused(dump_path: Path) -> None:
+    dumps = [LogitDataset(dump_path), LogitDataset(dump_path)]
+    assert apportion([2000, 1], BLOCK) == [1000, 0]
+    with pytest.raises(
+        ConfigError, match=r"weight 1 of 2001 .* a weight of ([\d.]+) or more"
+    ) as told:
+        GeneralStream(dumps, [2000, 1], 0)
+    smallest = float(str(told.value).split("weight of ")[1].split()[0])
+    assert GeneralStream(dumps, [2000, smallest], 0).shares[1] == 1
+    with pytest.raises(ConfigError):
+        GeneralStream(dumps, [2000, smallest * 0.99], 0)
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=2, max_size=5), st.data())
+def test_the_smallest_weight_is_one_that_works(weights: list[float], data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, len(weights) - 1))
+    weights[index] = sum(weights) / 1e6
+    if apportion(weights, BLOCK)[index] == 0:
+        weights[index] = smallest_weight(weights, index, BLOCK)
+    assert apportion(weights, BLOCK)[index] >= 1

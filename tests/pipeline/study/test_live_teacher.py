@@ -1,0 +1,51 @@
+"""The live teacher's divergence, against autograd on full logits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.data.packing import pack_row
+from pipeline.losses import Direction
+from pipeline.models.attention import enable_packing
+from pipeline.study import live_teacher
+from storage import LogitDataset
+from tests.helpers.models import tiny_model
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_live_is_the_full_divergence(
+    tmp_path: Path,
+    model_path: Path,
+    dump_path: Path,
+    direction: Direction,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses and gradients in float64 against autograd on each sequence by itself."""
+    monkeypatch.setattr(live_teacher, "ROWS", 40)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "student", seed=3))
+    teacher = AutoModelForCausalLM.from_pretrained(model_path)
+    dump = LogitDataset(dump_path)
+    row = pack_row([], [dump[1], dump[2]])
+    hidden, known = [], []
+    for model in (student.double(), teacher.double()):
+        enable_packing(model)
+        hidden.append(live_teacher.decode(model, row)[row["targets"]["rows"]])
+        known.append(model.lm_head.weight)
+    found = live_teacher.full_divergence(hidden[0], known[0], hidden[1], known[1], direction)
+    found.sum().backward()
+    gradients = {name: w.grad.clone() for name, w in student.named_parameters()}
+    student.zero_grad()
+    expected = []
+    for index in (1, 2):
+        ids = torch.from_numpy(dump[index].input_ids[None].astype(np.int64))
+        p, q = (model(ids).logits[0, :-1].log_softmax(1) for model in (teacher, student))
+        p = p.detach()
+        over = p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)
+        expected.append(over.sum(1))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-9, atol=1e-10)
+    torch.cat(expected).sum().backward()
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-6, atol=1e-9)
