@@ -1,7 +1,7 @@
 """A study: arms × learning rates × seeds, each trained and measured once, collected in a table.
 
-A run is a directory with its settings (run.json), what training left there, and measures.json,
-which is written last. Runs go one after the other in this process.
+A run is a directory with its settings (run.json), the output of training, and measures.json, which
+is written last. The runs follow one another in this process.
 """
 
 import json
@@ -45,9 +45,9 @@ class Run:
 
 
 def run(config: StudyConfig) -> Json:
-    """Do the runs that are missing, write results.json and table.md, return the results.
+    """Do the missing runs, write results.json and table.md, and return the results.
 
-    Raises what training and evaluation raise, and RefusedError where a run's directory holds other
+    Raises what training and evaluation raise, and RefusedError if a run's directory holds other
     settings. After an interruption the same command resumes.
     """
     study = Study(config)
@@ -71,7 +71,7 @@ def run(config: StudyConfig) -> Json:
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """Write results.json and table.md of the runs that are finished."""
+    """Write results.json and table.md of the finished runs."""
     output = Path(config.output)
     finished = {
         one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
@@ -86,7 +86,7 @@ def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
-    """Every run of the study: seed by seed, so that a study that is cut short has whole seeds."""
+    """Yield every run of the study, seed by seed: an interrupted study has complete seeds."""
     seeds = {seed for arm in config.arms.values() for seed in arm.seeds or config.seeds}
     trained = [name for name, arm in config.arms.items() if not arm.interpolate]
     mixed = [name for name, arm in config.arms.items() if arm.interpolate]
@@ -145,7 +145,7 @@ def dump_path(config: StudyConfig, name: str) -> str:
 
 
 def make_dump(config: StudyConfig, name: str) -> None:
-    """Through the script, so that an engine's memory is free again when students train."""
+    """Run the dump script in its own process, so that the engine's memory is free for training."""
     given = config.dumps[name]
     if isinstance(given, str):
         return
@@ -168,11 +168,11 @@ def make_dump(config: StudyConfig, name: str) -> None:
     code = subprocess.run(command).returncode
     if code:
         kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)
-        raise kind(f"dump_logits.py ended with {code}; its message is above")
+        raise kind(f"dump_logits.py ended with exit code {code}; see its message above")
 
 
 class Study:
-    """The base and the held-out text, and how a run is trained and measured against them."""
+    """Trains runs and measures them against the base on the held-out text."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.folder = config, ModelFolder.find(config.model)
@@ -180,7 +180,7 @@ class Study:
 
     @property
     def comparison(self) -> Comparison:
-        if self._comparison is None:  # loads the base: not needed where every run is measured
+        if self._comparison is None:  # loads the base, which is not needed if all runs are measured
             config = self.config
             settings = EvalConfig(
                 models={BASE: config.model},
@@ -197,7 +197,7 @@ class Study:
         return self._comparison
 
     def measuring(self) -> Json:
-        """The settings that decide the measures of a student."""
+        """Settings that decide the measures of a student."""
         config = self.config
         kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
         return {"model": config.model, "held_out": asdict(config.held_out), **kept}
@@ -211,11 +211,11 @@ class Study:
         """All settings that decide a run."""
         arm = asdict(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
-            del arm[name]  # they decide which runs there are, not what is in one
+            del arm[name]  # they decide which runs there are, not the content of a run
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}
 
     def do(self, one: Run) -> None:
-        """Train and measure, where that is still missing."""
+        """Train and measure a run, unless that is done."""
         arm = self.config.arms[one.arm]
         student = one.folder / train.FINAL
         if not (one.folder / MEASURES).exists():
@@ -232,7 +232,7 @@ class Study:
         self.measured(one.folder, one.name, ModelFolder(student))
 
     def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
-        """The model's measures.json, which is made if it is missing."""
+        """The content of measures.json; measures the model first if the file is missing."""
         file = folder / MEASURES
         if not file.exists():
             write(file, self.comparison.measure(name, model))
@@ -241,7 +241,7 @@ class Study:
 
 
 def check_same(folder: Path, settings: Json) -> None:
-    """Record the settings of a run; RefusedError where the folder holds a run with other ones."""
+    """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
         refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
@@ -249,17 +249,17 @@ def check_same(folder: Path, settings: Json) -> None:
 
 
 def parse_training(one: Run) -> TrainConfig:
-    """The run's settings, from a file as scripts/train_student.py would read it."""
+    """Write the run's settings to a file and parse it as scripts/train_student.py does."""
     file = one.folder / "train.json"
     write(file, one.settings)
     try:
         return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
     except SystemExit:
-        raise ConfigError(f"{one.name}: its settings are wrong, see above") from None
+        raise ConfigError(f"{one.name}: its settings are wrong; see the message above") from None
 
 
 def write(file: Path, content: Json) -> None:
-    """Write JSON, all of it or nothing."""
+    """Write JSON atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(content, indent=1) + "\n")
