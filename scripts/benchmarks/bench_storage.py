@@ -18,7 +18,7 @@ size of as many ids at 17 + 7 bits each. For a dump without, that size is estima
 import argparse
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # one core: what is measured is work, not the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # one core, whatever the machine has
 
 import tempfile
 import time
@@ -78,7 +78,7 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
     data = np.load(path)
     for number, input_ids in enumerate(data["input_ids"]):
         logprobs = np.minimum(data["logprobs"][number, :-1].astype(np.float64), 0)
-        # The file has no tail; the mass that is not there is one.
+        # The file has no tail: the tail gets the missing mass.
         tail = np.log(np.maximum(1 - np.exp(logprobs).sum(1), 1e-9))
         topk = TopK.from_dense(data["ids"][number, :-1], logprobs, tail)
         rows.append(Record(str(number), 0, input_ids, topk))
@@ -86,12 +86,12 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
 
 
 def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
-    """As a teacher's numbers would be: anywhere in the step around each stored number."""
+    """Move each stored number at random within its step, as a teacher's number might be."""
     noisy = topk.logprobs + rng.uniform(-step / 2, step / 2, len(topk.ids))
     order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
     tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
     mass = TopK(topk.counts, topk.ids, noisy, tail).kept_mass()
-    with np.errstate(divide="ignore"):  # no entry at all
+    with np.errstate(divide="ignore"):  # positions without entries
         total = np.logaddexp(np.log(mass), tail)
     noisy = np.minimum(noisy[order] - np.repeat(total, topk.counts), 0).astype(np.float32)
     tail = (tail - total).astype(np.float32)
@@ -151,7 +151,7 @@ def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, ste
 
 
 def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) -> None:
-    """Add how fast payloads are made and read, in memory; learning the tables is not in it."""
+    """Measure how fast payloads are encoded and decoded in memory, without learning tables."""
     rows = first(rows, SPEED_TOKENS)
     grids = [(row.input_ids, quantise(row.topk, vocab, step)) for row in rows]
     if codec == "v1":
@@ -166,7 +166,7 @@ def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) 
 
 
 def lists(rows: list[Record]) -> Line:
-    """What one would write without thinking: int32 and float16 lists in Parquet with zstd."""
+    """The obvious layout: int32 and float16 lists in Parquet with zstd."""
     columns = {
         "ids": pa.array([row.topk.ids for row in rows], pa.list_(pa.int32())),
         "logprobs": pa.array(
@@ -208,7 +208,7 @@ def lists(rows: list[Record]) -> Line:
 
 
 def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
-    """Bits laid end to end, nothing compressed: sizes that follow from the layout."""
+    """Sizes of packed bits without compression, computed from the layout."""
     entries = sum(len(row.topk.ids) for row in rows) / total_tokens(rows)
     width = max(17, (vocab - 1).bit_length())
     mass = float(np.concatenate([row.topk.kept_mass() for row in rows]).mean())
@@ -221,7 +221,7 @@ def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
         p = np.exp(np.c_[row.topk.dense()[1], row.topk.tail_logprob].astype(np.float64))
         p /= p.sum(1, keepdims=True)
         drawn = rng.multinomial(50, p)
-        # Ids drawn from the tail are taken as all different.
+        # Assumes that all ids drawn from the tail are different.
         unique.append((drawn[:, :-1] > 0).sum(1) + drawn[:, -1])
     mean = float(np.concatenate(unique).mean())
     name = f"50 samples ({mean:.0f} ids): {width} + 7 bits"
@@ -230,7 +230,7 @@ def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
 
 
 def measure_samples(rows: list[Record], vocab: int) -> list[Line]:
-    """Whole shards with samples and without, the samples alone, and how fast they are."""
+    """Whole shards with and without samples, the samples alone, and their speed."""
     k = int(rows[0].topk.counts[0])
     bare = changed(rows, lambda topk: replace(topk, samples=None))
     every = [row.topk.samples for row in rows if row.topk.samples is not None]
@@ -276,7 +276,7 @@ def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
 
 
 def plot(found: dict[str, list[Line]], target: Path) -> None:
-    """Bytes per token against what the grid costs, and against the mass that is kept."""
+    """Plot bytes per token against the KL of the grid, and against the mass outside the ids."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -300,7 +300,7 @@ def plot(found: dict[str, list[Line]], target: Path) -> None:
                 left.plot(
                     [line.size for line in kept], [line.kl for line in kept], ls="", ms=9, **style
                 )
-                if group == "plain":  # the codecs' own are of all rows, the sweeps of fewer
+                if group == "plain":  # the codecs' own lines are of all rows, the sweeps of fewer
                     lost = [1 - line.mass for line in these]
                     right.plot([line.size for line in these], lost, ls="", ms=9, **style)
             else:
@@ -321,9 +321,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="DUMP_OR_NPZ")
-    parser.add_argument("--tokens", type=int, default=1_050_000, help="taken from each")
-    parser.add_argument("--sweep", type=int, default=100_000, help="taken of these for the sweeps")
-    parser.add_argument("--plot", type=Path, help="write a PNG")
+    parser.add_argument("--tokens", type=int, default=1_050_000, help="tokens of each input")
+    parser.add_argument("--sweep", type=int, default=100_000, help="tokens of these for the sweeps")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
     given = parser.parse_args()
     pa.set_cpu_count(1)
     found = {}
