@@ -1,6 +1,6 @@
-"""Documents -> token sequences. Reads through `datasets`; every corpus comes in here.
+"""Documents -> token sequences. All corpora are read here, through `datasets`.
 
-One sequence is one document, or one chunk of a long one: no sequence sees another document.
+One sequence is one document, or one chunk of a long one; no sequence holds two documents.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
-DOCUMENTS_AT_ONCE = 64  # handed to the tokenizer, which runs them on all cores
+DOCUMENTS_AT_ONCE = 64  # for the tokenizer, which uses all cores
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sequence:
 class Corpus:
     """The documents of one CorpusConfig, tokenized on demand.
 
-    Raises ConfigError for a path, column or file that cannot be read, naming it.
+    Raises ConfigError that names a path, column or file that cannot be read.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """sha256 over the content of every file (or the hub's own fingerprint) and the selection.
 
-        Reads all files once; raises ConfigError for text that is not UTF-8, with file and line.
+        Reads all files once. Raises ConfigError, with file and line, for text that is not UTF-8.
         """
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
@@ -104,7 +104,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
-        """The sequences of documents start to stop, in order.
+        """Yield the sequences of documents `start` to `stop`, in order.
 
         A document of fewer than two tokens predicts nothing and is skipped.
         """
@@ -132,13 +132,13 @@ class Corpus:
             return str(text)
         if not isinstance(value, str):
             raise ConfigError(
-                f"corpus {self.config.path}, document {document}: column {self.column!r} holds "
-                f"{type(value).__name__}, text expected"
+                f"corpus {self.config.path}, document {document}: expected text in column "
+                f"{self.column!r}, found {type(value).__name__}"
             )
         return value
 
     def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """Token ids of each text; the chat template brings its own special tokens."""
+        """Yield the token ids of each text; a chat template adds its own special tokens."""
         plain = self.config.messages_column is None
         encoded = self.tokenizer(texts, add_special_tokens=plain, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id if self.add_eos and plain else None
@@ -150,7 +150,7 @@ class Corpus:
             yield np.asarray(ids, np.int32)
 
     def split(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
-        """Chunks of max_length; one left-over token predicts nothing and is dropped."""
+        """Chunks of max_length tokens; a last chunk of one token predicts nothing: drop it."""
         chunks = [
             tokens[at : at + self.max_length] for at in range(0, len(tokens), self.max_length)
         ]
@@ -158,8 +158,10 @@ class Corpus:
 
 
 def find_files(path: str) -> list[str]:
-    """The files of a file, directory or glob, local or remote (s3://…), sorted; empty for a hub
-    name."""
+    """Sorted files of a path, directory or glob, local or remote (s3://…); empty for a hub name.
+
+    Raises ConfigError for a path without files, and for an unknown or mixed file format.
+    """
     path = os.path.expanduser(path)
     remote = "://" in path
     try:
@@ -180,16 +182,18 @@ def find_files(path: str) -> list[str]:
         files = [fs.unstrip_protocol(file) for file in files]
     looks_local = path.startswith((".", "/")) or path.count("/") > 1 or format_of(path)
     if not files and (remote or looks_local or fsspec.core.has_magic(path)):
-        raise ConfigError(f"corpus {path}: no such file, directory or match")
+        raise ConfigError(f"corpus {path}: no such file or directory, and no match for a glob")
     formats = {format_of(file) for file in files}
     if None in formats:
         wrong = next(file for file in files if not format_of(file))
         raise ConfigError(
-            f"corpus {wrong}: unknown kind of file; {', '.join(FORMATS)} (also with "
-            f"{' or '.join(COMPRESSED)}) can be read"
+            f"corpus {wrong}: unknown kind of file; expected {', '.join(FORMATS)}, also with "
+            f"{' or '.join(COMPRESSED)}"
         )
     if len(formats) > 1:
-        raise ConfigError(f"corpus {path}: one format expected, found {sorted(map(str, formats))}")
+        raise ConfigError(
+            f"corpus {path}: expected files of one format, found {sorted(map(str, formats))}"
+        )
     return files
 
 
@@ -216,16 +220,16 @@ def load(config: CorpusConfig, files: list[str]) -> datasets.Dataset:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
         for file in files:
-            scan(file)  # says which line is not UTF-8, when that is the reason
+            scan(file)  # raises with the line number if the reason is text that is not UTF-8
         reason = error.__cause__ or error
         raise ConfigError(
             f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason}"
-            + ("" if files else " (not a local path, so it was taken for a hub name)")
+            + ("" if files else " (not a local path, so it was read as a hub name)")
         ) from error
 
 
 def scan(file: str) -> str:
-    """sha256 of the file's bytes; ConfigError where a text file is not UTF-8, with the line."""
+    """sha256 of the file's bytes; ConfigError, with the line, for a text file that is not UTF-8."""
     copy = local_copy(file)
     with open(copy, "rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -238,14 +242,17 @@ def scan(file: str) -> str:
                 except UnicodeDecodeError as error:
                     raise ConfigError(
                         f"corpus {file}, line {number}: not UTF-8 (byte {line[error.start]:#x} at "
-                        f"{error.start}). Convert the file, e.g. with iconv, or drop the line"
+                        f"{error.start}). Convert the file, e.g. with iconv, or remove the line"
                     ) from None
     return digest
 
 
 def local_copy(file: str) -> str:
-    """A remote file's copy beside the Arrow cache, made once for each version of its content;
-    `datasets` itself reaches for nothing remote where HF_HUB_OFFLINE is set."""
+    """Path of a local file, or of a remote file's copy beside the Arrow cache.
+
+    The copy is made once per version of the content. `datasets` itself reads no remote file if
+    HF_HUB_OFFLINE is set.
+    """
     if "://" not in file:
         return file
     fs, root = fsspec.core.url_to_fs(file)
@@ -260,12 +267,12 @@ def local_copy(file: str) -> str:
 
 
 class TokenSequences:
-    """A tokenized corpus in memory: one flat array of ids and where each sequence starts."""
+    """A tokenized corpus in memory: one flat array of ids, and the start of each sequence."""
 
     def __init__(self, corpus: Corpus) -> None:
         sequences = list(corpus.sequences())
         self.documents = np.array([sequence.document for sequence in sequences], np.int64)
-        """[len]: number of the document of each sequence."""
+        """[len]: document number of each sequence."""
         self._join([sequence.input_ids for sequence in sequences])
 
     def _join(self, parts: list[Int32s]) -> None:
@@ -273,7 +280,7 @@ class TokenSequences:
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def spread(self, number: int | None) -> "TokenSequences":
-        """At most `number` of the sequences, evenly spread; all of them for None."""
+        """At most `number` sequences, evenly spread over the corpus; all for None."""
         if number is None or number >= len(self):
             return self
         chosen = np.arange(number) * len(self) // number
@@ -293,16 +300,16 @@ class TokenSequences:
 
     @property
     def lengths(self) -> Int64s:
-        """Tokens of each sequence."""
+        """Number of tokens of each sequence."""
         return np.diff(self.starts)
 
 
 def read_tokens(corpus: Corpus) -> TokenSequences:
-    """All sequences of a corpus; ConfigError where no document has two tokens."""
+    """All sequences of a corpus. Raises ConfigError if no document has two tokens."""
     text = TokenSequences(corpus)
     if not len(text):
         raise ConfigError(
-            f"corpus {corpus.config.path}: no document has two tokens, so there is nothing to "
-            "predict in it"
+            f"corpus {corpus.config.path}: no document has two tokens or more, so there is nothing "
+            "to predict"
         )
     return text

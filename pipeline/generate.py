@@ -1,8 +1,8 @@
-"""The base model writes the general corpus, as ordinary documents: DIRECTORY/00007.jsonl.
+"""Generate the general corpus with the base model, as documents in DIRECTORY/00007.jsonl.
 
-A file is one batch, made once and whole, and a function of the settings and its number: work that
-was cut off goes on behind the last one. Documents that repeat themselves, are too short, or stand
-already are dropped.
+Each file holds one batch. It is written atomically and depends only on the settings and its number,
+so an interrupted run resumes after the last file. Documents that are repetitive, too short, or
+duplicates are dropped.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
 from storage.store import Store
 
-SETTINGS = "generation.settings"  # JSON; a name that no corpus is read from
+SETTINGS = "generation.settings"  # JSON; a suffix that corpora ignore
 WINDOW = 8  # tokens
-BARREN = 20  # batches in a row without a document: the settings cannot work
+BARREN = 20  # empty batches in a row after which the settings cannot work
 
 
 class Generator(Protocol):
-    """What writes: VllmGenerator, or a stand-in for it."""
+    """Generates token ids: VllmGenerator, or a fake in tests."""
 
     def generate(
         self,
@@ -38,9 +38,10 @@ class Generator(Protocol):
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
-    """Write documents until there are `tokens`; returns documents, tokens, files, dropped.
+    """Write documents with `config.tokens` tokens in total; return the counts.
 
-    Raises ConfigError, RefusedError (the directory holds a corpus of other settings), StoreError.
+    The counts are documents, tokens, files and dropped. Raises ConfigError, RefusedError (the
+    directory holds a corpus made with other settings), StoreError.
     """
     from pipeline.teacher.vllm_generator import VllmGenerator
 
@@ -61,7 +62,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 def write(
     config: GenerateConfig, tokenizer: Any, generator: Generator, progress: Progress
 ) -> dict[str, Any]:
-    """`run` with the engine given."""
+    """Do the work of `run` with a given generator."""
     store = Store(config.output)
     claim(store, config)
     stop = tokenizer.eos_token_id
@@ -81,7 +82,7 @@ def write(
             answers = generator.generate(prompts, seeds, config.temperature, config.top_p, stop)
             data = documents(config, tokenizer, prompts, answers, first, seen)
             if not store.create(name, data):
-                data = store.read(name) or b""  # another process was faster
+                data = store.read(name) or b""  # another process wrote it first
         kept = [json.loads(line) for line in data.splitlines()]
         seen.update(digest(document["text"]) for document in kept)
         totals["files"] += 1
@@ -92,8 +93,9 @@ def write(
         barren = 0 if kept else barren + 1
         if barren == BARREN:
             raise ConfigError(
-                f"{BARREN * config.batch} documents in a row were dropped as short, repeating or "
-                "known: raise temperature or max_repetition, lower min_length, or give prompts"
+                f"{BARREN * config.batch} documents in a row were dropped as too short, repetitive "
+                "or duplicate: raise temperature or max_repetition, lower min_length, or set "
+                "prompts"
             )
     say(
         f"{config.output}: {totals['documents']:,} documents, {totals['tokens']:,} tokens; "
@@ -103,8 +105,8 @@ def write(
 
 
 def claim(store: Store, config: GenerateConfig) -> None:
-    """Write the settings; RefusedError where the directory holds documents of other ones."""
-    own = {**asdict(config), "output": None, "tokens": None}  # more tokens may be asked for later
+    """Record the settings. Raises RefusedError if the directory holds other settings."""
+    own = {**asdict(config), "output": None, "tokens": None}  # a later run may ask for more tokens
     store.make_root()
     if not store.create(SETTINGS, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode()):
         there = json.loads(store.read(SETTINGS) or b"{}")
@@ -112,7 +114,7 @@ def claim(store: Store, config: GenerateConfig) -> None:
 
 
 def prompts_of(config: GenerateConfig, tokenizer: Any) -> list[list[int]]:
-    """Token ids that documents start with."""
+    """Token ids of the prompts, one list each, that documents start with."""
     if config.prompts is not None:
         corpus = Corpus(config.prompts, tokenizer, config.prompt_tokens, add_eos=False)
         starts = [s.input_ids.tolist() for s in corpus.sequences() if s.chunk == 0]
@@ -124,7 +126,7 @@ def prompts_of(config: GenerateConfig, tokenizer: Any) -> list[list[int]]:
             return [[token]]
     raise ConfigError(
         f"model {config.model}: its tokenizer has neither a begin nor an end-of-text token to "
-        "start from; give prompts"
+        "start from; set prompts"
     )
 
 
@@ -136,10 +138,10 @@ def documents(
     first: int,
     seen: set[bytes],
 ) -> bytes:
-    """The lines of one file: what is long enough, not degenerate, and new."""
+    """The JSON lines of one file: documents that are long enough, not repetitive, and new."""
     lines, here = [], set(seen)
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        start = prompt if config.prompts is not None else []  # the end-of-text token is no text
+        start = prompt if config.prompts is not None else []  # a special token is not text
         tokens = [*start, *answer]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(tokens) < config.min_length or repetition(tokens) > config.max_repetition:
@@ -153,7 +155,7 @@ def documents(
 
 
 def repetition(tokens: list[int]) -> float:
-    """Share of the windows of WINDOW tokens that stood in the document before."""
+    """Share of the windows of WINDOW tokens that repeat an earlier window of the document."""
     windows = [tuple(tokens[at : at + WINDOW]) for at in range(len(tokens) - WINDOW + 1)]
     return 1 - len(set(windows)) / len(windows) if windows else 0.0
 

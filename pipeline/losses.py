@@ -8,12 +8,12 @@ q = softmax(z) and b = 1 - Σ_K q_j the student's mass outside K, all terms live
     reverse  L = Σ q_j (log q_j - log p_j) + b (log b - log a)
              ∂L/∂z_j = q_j (log (q_j / p_j) - L)     on K,   q_j (log (b / a) - L)  outside
 
-Cross-entropy on y is the forward form with K = {y}, p_y = 1, a = 0. So every row's gradient is one
-scalar times softmax(z) with k entries overwritten, whatever the loss, and one fused linear loss
-serves both corpora. By the log-sum inequality both lie between 0 and the KL over the full
-vocabulary; they equal it when K is the vocabulary.
+Cross-entropy on y is the forward form with K = {y}, p_y = 1, a = 0. So the gradient of every row is
+one scalar times softmax(z) with k entries overwritten, whatever the loss, and one fused linear loss
+serves both corpora. By the log-sum inequality both divergences lie between 0 and the KL over the
+full vocabulary; they equal it when K is the vocabulary.
 
-`sparse_divergence` is the reference, `linear_sparse_divergence` the one to train with.
+`sparse_divergence` is the reference; training uses `linear_sparse_divergence`.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,17 @@ from torch import Tensor
 
 try:
     from pipeline import losses_triton
-except ImportError:  # torch comes without Triton on some platforms; plain torch does it all
+except ImportError:  # some platforms have no Triton; plain torch is used there
     losses_triton = None  # type: ignore[assignment]
 
 Direction = Literal["forward", "reverse"]
 
 # The reverse divergence is infinite where the student has mass outside K and the teacher has none
-# (a = 0). It is taken as e^-30 there: less than a float32 softmax resolves, and a finite loss that
-# still pushes the student's tail towards zero.
+# (a = 0). There, a becomes e^-30: below the resolution of a float32 softmax, and the loss is finite
+# and still pushes the student's tail towards zero.
 MIN_TAIL_LOGPROB = -30.0
-# Logits held at a time. More rows make the weight gradient's GEMM less memory-bound on a GPU; on a
-# CPU the buffer should stay near the caches.
+# Bytes of logits held at a time. More rows make the weight gradient's GEMM less memory-bound on a
+# GPU; on a CPU the buffer should be near the size of the caches.
 BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
@@ -45,14 +45,14 @@ def sparse_divergence(
     tail_logprob: Tensor,
     direction: Direction = "forward",
 ) -> Tensor:
-    """KL of each row in nats, [N]: the reference, in plain autograd, in the logits' own precision.
+    """KL of each row [N] in nats: the reference, in plain autograd and the dtype of the logits.
 
     logits        [N, V]
-    ids           [N, K]  kept ids, different within a row; any id where the logprob is -inf
+    ids           [N, K]  kept ids, distinct within a row; any id where the logprob is -inf
     logprobs      [N, K]  the teacher's log-probabilities, -inf for padding entries
     tail_logprob  [N]     log of the teacher's mass outside the kept ids, -inf where there is none
 
-    Each row of the teacher must sum to one, tail included. Raises ValueError on another direction.
+    Each teacher row must sum to one, tail included. Raises ValueError for an unknown direction.
     """
     _check_direction(direction)
     log_q_full = logits.log_softmax(-1)
@@ -70,7 +70,7 @@ def sparse_divergence(
     return rows + torch.where(no_tail, 0, log_b.exp() * (log_b - log_a))
 
 
-@torch.compiler.disable  # chunks, in-place steps, a kernel of its own: nothing to gain
+@torch.compiler.disable  # no gain: chunks, in-place steps and a Triton kernel
 def linear_sparse_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -86,22 +86,23 @@ def linear_sparse_divergence(
     soft_cap: float | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same on logits = hidden @ weight.T + bias, which never exist as a whole.
+    """Weighted sum of losses on logits = hidden @ weight.T + bias, computed chunk by chunk.
 
-    hidden       [C + N, D]  the first C rows are scored by cross-entropy, the others by the
-                             divergence; C = len(labels), 0 without labels
+    hidden       [C + N, D]  cross-entropy scores the first C rows, `sparse_divergence` the
+                             others; C = len(labels), 0 without labels
     weight       [V, D]      the model's head; `bias` [V] or None
     ids, logprobs [N, K], tail_logprob [N], direction: as in `sparse_divergence`
     labels       [C]         token ids
-    row_weights  [C + N]     of the sum, 1 by default
-    logit_scale              the logits are multiplied by it, bias included
-    soft_cap                 then softened to cap · tanh(logits / cap), as Gemma does
+    row_weights  [C + N]     weights in the sum, 1 by default
+    logit_scale              multiplies the logits, bias included
+    soft_cap                 then turns them into cap · tanh(logits / cap), as Gemma does
 
     Returns (Σ weight · loss, a scalar with gradients to hidden, weight and bias; the losses [C + N]
-    in nats, without gradients). The gradients are computed here, chunk by chunk of `chunk_rows`
-    rows, and held until backward, which only scales them. Logits and softmax are float32 (float64
-    for float64 inputs), the GEMMs take the autocast dtype where autocast is on, and the gradient of
-    the weight is accumulated in float32. float16 is refused: row weights would underflow in it.
+    in nats, without gradients). The forward computes the gradients in chunks of `chunk_rows` rows;
+    backward only scales them. Logits and softmax are float32 (float64 for float64 inputs), the
+    GEMMs use the autocast dtype if autocast is on, and the gradient of the weight accumulates in
+    float32. Raises ValueError for shapes that do not match, an unknown direction, and float16, in
+    which row weights would underflow.
     """
     _check_direction(direction)
     labels = ids.new_zeros(0) if labels is None else labels
@@ -109,7 +110,7 @@ def linear_sparse_divergence(
     if hidden.shape[0] != rows or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} for {len(labels)} "
-            f"labels and {len(ids)} distributions: expected hidden [{rows}, {weight.shape[1]}]"
+            f"labels and {len(ids)} distributions: hidden must be [{rows}, {weight.shape[1]}]"
         )
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -151,11 +152,11 @@ class _FusedLinear(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
-        # One buffer for all chunks: malloc would hand out fresh, zeroed pages for each of them.
+        # One buffer for all chunks: malloc would return new, zeroed pages for each chunk.
         size = (min(chunk_rows, len(hidden)), len(weight))
         buffer = torch.empty(size, dtype=exact, device=hidden.device)
-        # The gradient takes the logits' place. Where the GPU's GEMMs take another dtype it is
-        # written in that one; a CPU keeps it exact for the weight's gradient.
+        # The gradient overwrites the logits. If the GPU's GEMMs use another dtype, it goes to a
+        # second buffer of that dtype; on a CPU it stays exact for the weight's gradient.
         apart = hidden.is_cuda and compute_dtype != exact and any(needs)
         grad_buffer = torch.empty_like(buffer, dtype=compute_dtype) if apart else None
         for rows, ids, logprobs, tail, direction in _chunks(*targets, chunk_rows):
@@ -192,9 +193,12 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            raise RuntimeError("linear_sparse_divergence: its gradients can be taken only once")
+            raise RuntimeError(
+                "linear_sparse_divergence: backward ran a second time, but the gradients are kept "
+                "for one backward only; compute the loss again"
+            )
         for grad in grads:
-            if grad is not None:  # in place: another [V, D] would be the peak of the whole step
+            if grad is not None:  # in place: a second [V, D] would set the step's peak memory
                 grad.mul_(grad_total.to(grad.dtype))
         return (*grads, None, None, None)
 
@@ -207,7 +211,7 @@ def _chunks(
     direction: Direction,
     size: int,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Direction]]:
-    """Row ranges of one kind with their targets; a label is a distribution of one entry."""
+    """Yield row ranges with their targets; each label becomes a distribution of one entry."""
     for start in range(0, len(labels), size):
         ys = labels[start : start + size, None].long()
         certain = torch.zeros(len(ys), 1, device=ys.device)
@@ -231,7 +235,7 @@ def _step_(
 ) -> Tensor:
     """Losses [N] of logits z [N, V], which are overwritten; grad becomes weights · ∂loss/∂z.
 
-    grad is z itself or a tensor of its shape, or None. soft_cap 0 is none.
+    grad is z itself, a tensor of its shape, or None. soft_cap 0 means no cap.
     """
     if z.is_cuda and z.dtype == torch.float32 and losses_triton is not None:
         reverse = direction == "reverse"
@@ -245,8 +249,8 @@ def _step_(
         z.mul_(soft_cap)
     loss, scale, entries = _divergence_(z, ids, logprobs.to(z), tail.to(z), direction)
     if grad is not None:
-        # z holds the student's distribution outside K, with zeros at K: its gradient is there
-        # after one scaling and one scatter.
+        # z holds exp(z - max) outside K and zeros at K: one scaling and one scatter turn it into
+        # the gradient.
         z.mul_((weights * scale)[:, None]).scatter_add_(1, ids, weights[:, None] * entries)
         if slope is not None:
             z.mul_(slope)
@@ -261,11 +265,11 @@ def _divergence_(
     """(loss [N], scale [N], entries [N, K]) of logits z [N, V], which is overwritten.
 
     z becomes exp(z - max) outside K and 0 at K; the gradient is scale · z, plus entries at the ids.
-    Taking the tail's sum by itself gives log b without the cancellation of 1 - Σ q.
+    The separate sum over the tail gives log b without the cancellation in 1 - Σ q.
     """
     valid = logprobs > -torch.inf
     z_kept = z.gather(1, ids).masked_fill(~valid, -torch.inf)
-    # Adding 0 at padding entries leaves alone an id that a valid entry of the row may have, too.
+    # Padding entries add 0, because a valid entry of the row may have the same id.
     z.scatter_add_(1, ids, torch.zeros_like(z_kept).masked_fill(valid, -torch.inf))
     top = z.amax(1)
     top = top.where(top > -torch.inf, 0)  # K is the vocabulary

@@ -1,8 +1,8 @@
 """The in-place step of `losses.linear_sparse_divergence` as one kernel, for CUDA.
 
-One program per row reads the row's logits twice and writes its gradient once: the first time for
-the logsumexp outside the kept ids, the second for the gradient. Plain torch makes about ten such
-passes. The formulas are those of `losses._divergence_`, term by term.
+One program per row reads the logits twice, first for the logsumexp outside the kept ids, then for
+the gradient, and writes the gradient once. Plain torch makes about ten such passes. The formulas
+are those of `losses._divergence_`, term by term.
 """
 
 import torch
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of a row that are in registers at a time
+BLOCK = 4096  # logits of a row held in registers at a time
 
 
 @triton.jit
 def _cap(z, CAP: tl.constexpr):
-    """cap · tanh(z / cap), which keeps -inf as it is: that marks the kept ids."""
+    """cap · tanh(z / cap); -inf, which marks the kept ids, stays -inf."""
     if CAP > 0:
         u = tl.exp(-2 * tl.abs(z) / CAP)
         size = CAP * (1 - u) / (1 + u)
@@ -52,11 +52,11 @@ def _rows(
     weight = tl.load(weights_ptr + row)
     z_kept = _cap(tl.load(z_row + ids, mask=valid, other=0.0).to(tl.float32), CAP)
     z_kept_or_none = tl.where(valid, z_kept, float("-inf"))
-    tl.debug_barrier()  # all entries are read before any is overwritten
+    tl.debug_barrier()  # read all entries before any is overwritten
     tl.store(z_row + ids, tl.full([ENTRIES], float("-inf"), z_ptr.dtype.element_ty), mask=valid)
     tl.debug_barrier()
 
-    # Outside K: the largest logit and the sum of exp(z - largest), by column of the block first.
+    # Outside K: the largest logit and the sum of exp(z - largest), first per column of the block.
     top = tl.full([SIZE], float("-inf"), tl.float32)
     total = tl.zeros([SIZE], tl.float32)
     for start in range(0, V, SIZE):
@@ -104,7 +104,7 @@ def _rows(
             z = _cap(z, CAP)
             grad = scale * tl.exp(z - largest) * _slope(z, CAP)
             tl.store(grad_row + column, grad.to(grad_ptr.dtype.element_ty), mask=column < V)
-        tl.debug_barrier()  # the zeros at K are there before the entries take their places
+        tl.debug_barrier()  # write the zeros at K before the entries overwrite them
         entries = weight * entries * _slope(z_kept, CAP)
         tl.store(grad_row + ids, entries.to(grad_ptr.dtype.element_ty), mask=valid)
 
@@ -122,8 +122,8 @@ def step(
 ) -> Tensor:
     """Losses float32 [N] of logits z [N, V], which are overwritten; fills grad [N, V].
 
-    grad, of any floating dtype, receives weights · ∂loss/∂z; it may be z itself, None
-    leaves it out. soft_cap 0 is none.
+    grad, of any floating dtype, receives weights · ∂loss/∂z. It may be z itself; None skips the
+    gradient. soft_cap 0 means no cap.
     """
     rows, k = ids.shape
     losses = torch.empty(rows, dtype=torch.float32, device=z.device)

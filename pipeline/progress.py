@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 SECONDS = 5.0
 REPORT_SECONDS = 0.5
-REPORT_TO = "MOL_PROGRESS_FD"  # set by a process that shows the progress of several
+REPORT_TO = "MOL_PROGRESS_FD"  # set by a parent that shows the progress of several processes
 
 
 class Progress:
-    """Counts units done of a total and shows them with a status text.
+    """Shows how many of `total` units are done, with a status text.
 
-    Off a terminal a thread prints a line every SECONDS, also while nothing moves, so that a
-    scheduler sees that the process lives. Under a process that shows several, it reports to that.
+    Without a terminal, a thread prints a line every SECONDS even if nothing changed, so that a
+    scheduler sees that the process is alive. If REPORT_TO is set, the thread reports to the parent
+    instead.
     """
 
     def __init__(self, total: int = 0, unit: str = "", done: int = 0) -> None:
@@ -41,7 +42,7 @@ class Progress:
         threading.Thread(target=work, args=arguments, daemon=True).start()
 
     def update(self, done: int, status: Callable[[], str]) -> None:
-        """Set the units done; `status` is called only when it is going to be shown."""
+        """Set the units done; `status` is called only when it is shown."""
         self.make_status = status
         if self.bar is not None:
             self.bar.update(done - self.done)
@@ -52,7 +53,7 @@ class Progress:
         self.done = done
 
     def begin(self, total: int | None = None, done: int | None = None) -> None:
-        """Start the clock: what came before (an engine's start) is not counted in the rate."""
+        """Start the clock; earlier time, such as an engine's start, does not count in the rate."""
         self.total = self.total if total is None else total
         self.done = self.done if done is None else done
         self.started, self.first = time.monotonic(), self.done
@@ -79,14 +80,14 @@ class Progress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def _report(self, handle: int) -> None:
-        """One JSON object a line to the process that started this one."""
+        """Write one JSON object per line to the parent process."""
         while True:
             ended = self.stopped.wait(REPORT_SECONDS)
             state = {"done": self.done, "total": self.total, "status": self.text()}
             try:
                 os.write(handle, (json.dumps(state) + "\n").encode())
             except OSError:
-                return  # nobody listens any more
+                return  # the parent has closed the pipe
             if ended:
                 return
 
@@ -97,5 +98,5 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line for the person who started this; results go to files and stdout, talk to stderr."""
+    """Print a message for the user on stderr; results go to files and stdout."""
     print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,4 @@
-"""SIGINT and SIGTERM end long work at a good point, once, and the exit code says so; and a process
-does not outlive the one that started it."""
+"""Stop long work cleanly on SIGINT and SIGTERM, and end a process when its parent dies."""
 
 import contextlib
 import ctypes
@@ -19,9 +18,11 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def stop_on_signals(
     ask: Callable[[str], bool] = lambda name: False, limit: float | None = None
 ) -> Iterator[None]:
-    """Raise Interrupted at SIGINT and SIGTERM, unless `ask`, called with the signal's name, says
-    that the work will end by itself. Further signals are ignored: the ending is under way. With a
-    `limit` in seconds the process ends then in any case, with the same exit code."""
+    """Raise Interrupted on SIGINT or SIGTERM, and ignore all later ones.
+
+    If `ask`, called with the signal's name, returns True, the work ends by itself and nothing is
+    raised. `limit` seconds after the signal the process exits in any case, with code INTERRUPTED.
+    """
 
     def stop(number: int, _: FrameType | None) -> None:
         for known in (signal.SIGINT, signal.SIGTERM):
@@ -46,14 +47,14 @@ def stop_on_signals(
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when the one that started it dies (Linux).
+    """Have the kernel send this process a signal when its parent dies (Linux only).
 
-    Not under nohup, which says that this is not wanted. The kernel means the thread that started
-    the process: a launcher must start it from a thread that lives as long as the work.
+    Does nothing under nohup, which asks for the opposite. For the kernel, the parent is the thread
+    that started the process: a launcher must use a thread that lives as long as the work.
     """
     if sys.platform != "linux" or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number))
-    if os.getppid() != parent:  # it died before the kernel knew
+    if os.getppid() != parent:  # the parent died before the call
         os.kill(os.getpid(), number)

@@ -1,9 +1,9 @@
 """Stage one: corpus -> teacher -> TopK -> shards.
 
-A shard is a deterministic function of the plan, the corpus and the place where it starts: rows in
-corpus order, cut at the first document end after `shard_tokens`. So two writers of one shard write
-the same rows, and whoever commits second goes on from where the first did. The corpus is read and
-tokenized ahead of the engine, and shards are written behind it, each in a thread.
+A shard depends only on the plan, the corpus and its first document: it holds rows in corpus order
+and ends at the first document end after `shard_tokens`. So two writers of one shard write the same
+rows, and the writer that commits second resumes after the first one's shard. One thread reads and
+tokenizes the corpus ahead of the engine; another one writes shards behind it.
 """
 
 import math
@@ -25,7 +25,7 @@ from pipeline.types import Json
 from storage import Dump, create_dump
 from storage.manifest import Totals
 
-STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine is doing
+STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine does
 
 
 def run(
@@ -33,11 +33,11 @@ def run(
     partition: int | None = None,
     only: Literal["plan", "finalize"] | None = None,
 ) -> Json:
-    """Dump one partition, or all of them, and finish the dump when nothing is missing.
+    """Dump one partition, or all of them; finish the dump if all partitions are complete.
 
-    `only="plan"` writes plan.json and stops; `only="finalize"` writes manifest.json. Returns what
-    was done: rows, tokens, bytes_per_token, tokens_per_s and so on. Raises ConfigError,
-    PlanMismatch, InvalidRecord, StoreError, Interrupted; what was committed before stays.
+    `only="plan"` writes plan.json and stops; `only="finalize"` writes manifest.json. Returns the
+    totals of `finalize`: rows, tokens, bytes_per_token, tokens_per_s and so on. Raises ConfigError,
+    PlanMismatch, InvalidRecord, IncompleteDump, StoreError, Interrupted; committed shards stay.
     """
     progress = Progress(unit="document")
     progress.status = "reading the corpus and the model's files"
@@ -51,7 +51,7 @@ def run(
 def run_workers(config: DumpConfig, command: list[str]) -> Json:
     """Dump all partitions, `config.workers` at a time, each by `command` with --partition.
 
-    Returns and raises what `run` does, and FailedError where a partition failed for good.
+    Returns and raises what `run` does; also raises FailedError if a partition failed for good.
     """
     if config.partitions < config.workers:
         raise ConfigError(
@@ -90,7 +90,7 @@ def run_with(
 ) -> Json:
     model = ModelFolder.find(config.model, config.revision)
     corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
-    # Not left to the engine: vLLM takes "auto" for half precision where the weights are float32.
+    # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
     plan = make_plan(config, corpus, model)
     if partition is not None and not 0 <= partition < config.partitions:
@@ -115,13 +115,16 @@ def run_with(
 
 
 def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | None) -> Json:
-    """Write the manifest when every partition is there; the totals of what this run was asked."""
+    """Write the manifest if all partitions are complete; return the totals of the `wanted` ones.
+
+    Raises IncompleteDump for `only="finalize"` if a partition is incomplete.
+    """
     complete = all(partition.summary is not None for partition in dump.partitions)
     if complete or only == "finalize":
         if complete and not any(partition.shards for partition in dump.partitions):
             raise ConfigError(
-                f"corpus {dump.plan['corpus']['path']}: no document has two tokens, so there is "
-                "nothing to store"
+                f"corpus {dump.plan['corpus']['path']}: no document has two tokens or more, so "
+                "there is nothing to store"
             )
         dump.finish()
     parts = [dump.partition(index) for index in wanted]

@@ -1,7 +1,6 @@
-"""What a dump will cost: disk, engine hours, and after how many students it has paid for itself.
+"""Estimate the cost of a dump: disk, engine hours, and the number of student runs that repays it.
 
-A few documents go through stage one as it is, into a directory that is thrown away; the rest is
-arithmetic.
+A few documents go through the real stage one into a temporary directory; the rest is arithmetic.
 """
 
 import math
@@ -24,25 +23,25 @@ COUNTED = 1000  # documents, spread over the corpus, whose tokens are counted
 
 @dataclass(frozen=True)
 class Estimate:
-    """All of one corpus, with one engine at a time."""
+    """The cost of one whole corpus, with a single engine."""
 
     documents: int
     tokens: float
     tokens_error: float
-    """Standard error of the tokens: only some documents were counted."""
+    """Standard error of `tokens`; 0 if every document was counted."""
     sample_tokens: int
     bytes_per_token: float
     kept_mass: float
     """Mean probability of the stored top-k."""
     tokens_per_s: float
     start_s: float
-    """Until the engine was up."""
+    """Seconds until the engine is ready."""
     parameters: int
-    """Of the model."""
+    """Number of the model's parameters."""
     flops_per_token: float
-    """Of its forward pass: 2 for each weight that a token is multiplied with."""
+    """FLOP of the forward pass: 2 for each weight that a token is multiplied with."""
     weight_bytes: int
-    """What a live teacher's weights would take beside the student."""
+    """Bytes of a live teacher's weights beside the student."""
 
     @property
     def disk(self) -> float:
@@ -54,17 +53,17 @@ class Estimate:
         return self.tokens / self.tokens_per_s
 
     def break_even(self, run_tokens: float) -> float:
-        """Student runs after which the dump has cost as much as a live teacher would have.
+        """Number of student runs after which a live teacher has cost as much as the dump.
 
-        A live teacher reads `run_tokens` general tokens again in each run, and is taken to be as
-        fast as the engine is with the top-k and the writing, which is kind to it: its forward pass
-        is the same. The dump reads the corpus once.
+        The dump reads the corpus once; a live teacher reads `run_tokens` general tokens in each
+        run. Its forward pass is the same, and it is assumed to run at the engine's speed, which was
+        measured with top-k and writing.
         """
         return self.tokens / run_tokens
 
 
 def run(config: DumpConfig, documents: int, run_tokens: int | None = None) -> dict[str, Any]:
-    """Estimate from so many documents, print it, return it. Raises what `dump.run` raises."""
+    """Dump `documents` documents, print the estimate and return it. Raises what `dump.run` does."""
     found = measure(config, documents)
     print(describe(found, config, run_tokens))
     return asdict(found) | {"disk": found.disk, "seconds": found.seconds}
@@ -105,7 +104,7 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
 
 
 def count_tokens(corpus: Corpus) -> tuple[float, float]:
-    """(tokens of the whole corpus, standard error), from documents evenly spread over it."""
+    """(tokens of the whole corpus, standard error), from COUNTED documents spread evenly."""
     number = min(COUNTED, len(corpus))
     chosen = np.arange(number) * len(corpus) // number
     texts = [corpus.render(corpus.documents[int(at)][corpus.column], int(at)) for at in chosen]
@@ -118,10 +117,10 @@ def count_tokens(corpus: Corpus) -> tuple[float, float]:
 
 
 def weights(folder: ModelFolder) -> tuple[int, int]:
-    """(all weights of the model, those that every token is multiplied with): from its shape.
+    """(number of all weights, number that each token is multiplied with), from the model's shape.
 
-    The input embedding is only looked up; a head that is tied to it is multiplied with. Of a
-    mixture of experts this counts every expert, and is too much.
+    The input embedding is a lookup and does not count, unless the head is tied to it. For a mixture
+    of experts the second number is too large: it includes all experts.
     """
     model = folder.empty()
     total = sum(weight.numel() for weight in model.parameters())
@@ -138,28 +137,28 @@ def describe(of: Estimate, config: DumpConfig, run_tokens: int | None) -> str:
     return f"""
 corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}
 measured on  {of.sample_tokens:,} tokens through {config.engine}
-disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token (in larger shards fewer)
+disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token (fewer in larger shards)
 {kept(of.kept_mass, config)}
-engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine, N engines take one
-             Nth; {hours(of.start_s)} more for each start. A small sample does not fill a GPU.
+engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine; N engines need
+             1/N of it. Add {hours(of.start_s)} per start. A small sample does not fill a GPU.
 compute      {si(of.parameters)} parameters, {si(of.flops_per_token)}FLOP per token, \
 {si(speed)}FLOP/s reached
 
-a live teacher, instead
+a live teacher instead
 memory       {size(of.weight_bytes)} for its weights beside each student
 each run     {hours(per_run / of.tokens_per_s)} more, for {reads}, at this engine's speed
-break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every run after that saves this"""
+break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every later run saves this time"""
 
 
 def kept(mass: float, config: DumpConfig) -> str:
-    """What the student will not see of the teacher, while it can still be chosen."""
+    """How much of the teacher's probability the dump keeps, and how to keep more."""
     line = "kept        "
     if config.k:
         line += f" the top {config.k} hold {mass:.1%} of the probability"
     if config.samples:
-        return f"{line}{',' * (config.k > 0)} {config.samples} draws stand for the rest"
-    return f"""{line}; the rest is kept as a sum.
-             Where that is a lot, add `samples: 32`: draws that teach it, too"""
+        return f"{line}{',' * (config.k > 0)} {config.samples} samples stand for the rest"
+    return f"""{line}; the rest is kept as one sum.
+             If the rest is large, set `samples: 32`: the samples teach it, too"""
 
 
 def size(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Writing the shards of partitions, behind the engine."""
+"""Write the shards of partitions while the engine runs."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ from pipeline.teacher.teacher import Teacher
 from storage import Partition, Record, ShardWriter, TopK
 
 Cursor = dict[str, int]
-WAITING_TOKENS = 65_536  # of answers that wait for the writer: 34 MB at k = 64
+WAITING_TOKENS = 65_536  # tokens of answers that wait for the writer: 34 MB at k = 64
 
 
 def write_partitions(
@@ -24,9 +24,10 @@ def write_partitions(
     teacher: Teacher,
     meter: "Meter",
 ) -> list[Partition]:
-    """Write what is missing of these partitions; the engine never waits between two of them.
+    """Write the missing shards of these partitions; the engine does not wait between partitions.
 
-    Returns those that are still not complete, because another writer cut a shard elsewhere.
+    Returns the partitions that are still incomplete because another writer ended a shard at another
+    document.
     """
     spans = [what_is_missing(partition, len(corpus)) for partition in todo]
     done = sum(span.next - span.first for span in spans)
@@ -55,10 +56,10 @@ def write_partitions(
 
 @dataclass(frozen=True)
 class Span:
-    """Documents of a partition, first to stop; `next` begins shard number `shard`.
+    """Documents `first` to `stop` of a partition; shard number `shard` starts at document `next`.
 
-    The two are read together: another writer may commit at any moment, and a shard number that is
-    newer than the document doubles its rows.
+    `shard` and `next` come from one read: another writer may commit at any moment, and a shard
+    number newer than `next` would duplicate rows.
     """
 
     partition: Partition
@@ -78,14 +79,14 @@ def what_is_missing(partition: Partition, documents: int) -> Span:
 
 
 class Overtaken(Exception):
-    """Another writer committed this shard, and cut it at another document."""
+    """Another writer committed this shard and ended it at another document."""
 
 
 class PartitionsWriter:
-    """Writes answers, in corpus order, as the shards of one partition after the other.
+    """Writes answers in corpus order into shards, one partition after the other.
 
-    A shard is committed in a thread while the next one fills, and that one waits for it: shards
-    appear in order, and at most two of them are in memory.
+    A thread commits a shard while the next one fills; the next commit waits for it. So shards
+    appear in order, and at most two are in memory.
     """
 
     def __init__(
@@ -95,12 +96,12 @@ class PartitionsWriter:
         meter: "Meter",
     ) -> None:
         self.config, self.todo, self.meter = config, list(spans), meter
-        self.index = spans[0].shard  # of the next shard
+        self.index = spans[0].shard  # number of the next shard
         self.writer: ShardWriter | None = None
         self.documents = 0
         self.last: Sequence | None = None
         self.thread = ThreadPoolExecutor(1, "committing")
-        self.commits: list[tuple[Cursor, Future[dict[str, Any]]]] = []  # none or one
+        self.commits: list[tuple[Cursor, Future[dict[str, Any]]]] = []  # at most one
 
     def write(self, answer: tuple[Sequence, TopK]) -> None:
         """Add the next row. Raises InvalidRecord, StoreError, Overtaken."""
@@ -121,7 +122,7 @@ class PartitionsWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Begin to commit the open shard, if there is one."""
+        """Start to commit the open shard, if there is one."""
         self.settle()
         if self.writer is None or self.last is None:
             return
@@ -131,7 +132,7 @@ class PartitionsWriter:
         self.writer, self.index, self.documents = None, self.index + 1, 0
 
     def settle(self) -> None:
-        """Wait for the commit that was begun. Raises what it raised, or Overtaken."""
+        """Wait for the running commit. Raises its error, or Overtaken."""
         while self.commits:
             cursor, commit = self.commits.pop()
             marker = commit.result()
@@ -148,12 +149,12 @@ class PartitionsWriter:
         self.index = self.todo[0].shard if self.todo else 0
 
     def finish(self) -> None:
-        """Nothing more will come: commit what is open and complete the partitions."""
+        """After the last row: commit the open shard and complete the partitions."""
         while self.todo:
             self.finish_partition()
 
     def close(self) -> None:
-        """Drop the open shard; what is committed, or about to be, stays."""
+        """Discard the open shard; a running commit is completed."""
         self.thread.shutdown()
         if self.writer is not None:
             self.writer.abort()
@@ -161,7 +162,7 @@ class PartitionsWriter:
 
 
 class Meter:
-    """What the progress line shows."""
+    """Counts documents and tokens for the progress line."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -170,14 +171,14 @@ class Meter:
         self.started: float | None = None
 
     def begin(self, documents: int, done: int) -> None:
-        """The engine is up: so many documents are there, so many of them done."""
+        """Start the clock once the engine is ready; `done` of `documents` are already written."""
         self.progress.begin(documents, done)
         self.documents = done
         self.started = self.started or time.monotonic()
 
     @property
     def rate(self) -> float:
-        """Tokens per second since the engine was up."""
+        """Tokens per second since the engine was ready."""
         return self.tokens / max(time.monotonic() - (self.started or 0.0), 1e-9)
 
     def count(self, sequence: Sequence, writer: ShardWriter) -> None:

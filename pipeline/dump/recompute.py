@@ -1,4 +1,4 @@
-"""Check a dump against a model: recompute rows with transformers, and tell the KL of each."""
+"""Check a dump against a model: recompute rows with transformers and report the KL of each."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ from storage import LogitDataset, Record
 class RowCheck:
     """KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail.
 
-    Of samples alone it is the model's cross-entropy to them less its entropy: 0 on average where
-    the model is the teacher, with `noise` as the standard error of the row's mean.
+    For a row with samples only, it is the model's cross-entropy to the samples minus the model's
+    entropy: 0 on average if the model is the teacher. `noise` is the standard error of that mean.
     """
 
     row: int
@@ -32,13 +32,13 @@ class RowCheck:
 
 
 def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]:
-    """Check `rows` rows, drawn by `seed`. Raises ConfigError where the vocabularies differ."""
+    """Check at most `rows` rows, drawn with `seed`; ConfigError if the vocabularies differ."""
     dataset = LogitDataset(dump)
     folder = ModelFolder.find(model)
     if folder.vocab_size != dataset.plan["vocab_size"]:
         raise ConfigError(
-            f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}: "
-            "another model made it"
+            f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}; "
+            "give the model that made the dump"
         )
     dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
     loaded = folder.load(dtype)
@@ -60,7 +60,7 @@ def check_row(row: int, record: Record, model: torch.nn.Module) -> RowCheck:
 
 @torch.inference_mode()
 def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
-    """[P] KL in nats of the stored distributions to the model's own."""
+    """[P] KL(stored ‖ model) in nats, at each position."""
     logprobs = logprobs_of(record, model)
     ids, stored = (torch.from_numpy(np.array(part)) for part in record.topk.dense())
     kept = torch.isfinite(stored)  # the rest is padding
@@ -68,7 +68,7 @@ def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
     q = logprobs.gather(1, ids.long()).double()
     terms = torch.where(kept, p * (stored.double() - q), 0)
     tail = torch.from_numpy(np.array(record.topk.tail_logprob)).double()
-    # Padding stands for no id: it takes nothing from the model's tail.
+    # Padding is not an id: it must not remove anything from the model's tail.
     columns = torch.where(kept, ids.long(), logprobs.shape[1])
     others = torch.nn.functional.pad(logprobs, (0, 1), value=-torch.inf)
     rest = others.scatter(1, columns, -torch.inf).double().logsumexp(-1)
@@ -79,7 +79,7 @@ def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
 
 @torch.inference_mode()
 def row_gap(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
-    """[P] nats: cross-entropy of the model to the record's samples, less the model's entropy."""
+    """[P] cross-entropy of the model to the record's samples minus its entropy, in nats."""
     logprobs = logprobs_of(record, model).double()
     ids, shares = (torch.from_numpy(np.array(part)) for part in record.topk.spread_tail().dense())
     cross = -(shares.double().exp() * logprobs.gather(1, ids.long())).sum(1)
@@ -89,7 +89,7 @@ def row_gap(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
 
 
 def logprobs_of(record: Record, model: torch.nn.Module) -> torch.Tensor:
-    """float32 [P, V] log-probabilities of the model's own."""
+    """float32 [P, V] log-probabilities of the model, on the CPU."""
     device = next(model.parameters()).device
     input_ids = torch.from_numpy(record.input_ids[None].astype(np.int64)).to(device)
     logits = model(input_ids, use_cache=False).logits[0, :-1].float()
@@ -97,7 +97,7 @@ def logprobs_of(record: Record, model: torch.nn.Module) -> torch.Tensor:
 
 
 def report(checks: list[RowCheck], bound: float) -> tuple[list[str], bool]:
-    """(lines for a person, whether every row's mean is within `bound` nats)."""
+    """(lines to print, whether every row's mean is within `bound` nats)."""
     lines = [f"{'row':>10}  {'KL mean':>9}  {'KL max':>9}  document, chunk"]
     for check in checks:
         mark = "" if check.within(bound) else "   <- FAULT"
@@ -109,6 +109,6 @@ def report(checks: list[RowCheck], bound: float) -> tuple[list[str], bool]:
     mean = float(np.mean([check.kl_mean for check in checks])) if checks else 0.0
     lines.append(
         f"{len(checks)} rows recomputed, mean KL {mean:.1e} nats; {wrong} above the bound of "
-        f"{bound:g}" + (": the dump is not this model's answers" if wrong else "")
+        f"{bound:g}" + (": this model did not make the dump" if wrong else "")
     )
     return lines, wrong == 0

@@ -1,8 +1,8 @@
-"""Work beside the engine: one thread that reads ahead of it, one that writes behind it.
+"""Threads beside the engine: one reads ahead of it, one writes behind it.
 
-Both are bounded, so memory does not grow with the corpus, and neither swallows an exception: what
-is raised in a thread is raised again where its results are asked for. What runs in them (the
-tokenizer, zstandard, numpy, Parquet, fsync) releases the GIL.
+Both queues are bounded, so memory does not grow with the corpus. An exception in a thread is raised
+again in the thread that uses it. The work in both (the tokenizer, zstandard, numpy, Parquet, fsync)
+releases the GIL.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-POLL = 0.1  # seconds between two looks at whether the other side is still there
-GRACE = 10.0  # seconds that a thread gets to end its last item when it is told to stop
+POLL = 0.1  # seconds between two checks for a stop
+GRACE = 10.0  # seconds that a thread has to finish its last item after a stop
 
 
 @contextlib.contextmanager
 def ahead(items: Iterable[Item], size: int) -> Iterator[Iterator[Item]]:
-    """An iterator over `items` that are made in a thread, at most `size` of them in advance."""
+    """Iterator over `items`; a thread makes them, at most `size` in advance."""
     made: queue.Queue[tuple[str, object]] = queue.Queue(size)
     stopped = threading.Event()
 
@@ -56,13 +56,13 @@ def ahead(items: Iterable[Item], size: int) -> Iterator[Iterator[Item]]:
 
 
 class Behind(Generic[Item]):
-    """Calls `work(item)` in a thread, in order; at most `limit` of weight wait for it.
+    """Calls `work(item)` in a thread, in order; the waiting items weigh at most `limit` together.
 
         with Behind(writer.write, limit=100_000) as behind:
             behind.put(item, weight)
 
-    A normal end waits until all is done. An exception in the block drops what waits; one in the
-    thread is raised by the next `put`, or at the end.
+    A normal exit waits for all items. An exception in the block discards the waiting items. An
+    exception in the thread is raised by the next `put`, or at the exit.
     """
 
     def __init__(self, work: Callable[[Item], None], limit: int) -> None:
@@ -75,7 +75,7 @@ class Behind(Generic[Item]):
         self.thread = threading.Thread(target=self._run, name="writing behind", daemon=True)
 
     def put(self, item: Item, weight: int) -> None:
-        """Hand over an item; waits while more than `limit` of weight is waiting."""
+        """Queue an item; waits while the queue would weigh more than `limit`."""
         with self.changed:
             while self.error is None and self.weight and self.weight + weight > self.limit:
                 self.changed.wait()
@@ -114,7 +114,7 @@ class Behind(Generic[Item]):
             return
         try:
             self.thread.join()
-        except BaseException:  # a signal: what waits is dropped after all
+        except BaseException:  # a signal: discard the waiting items
             self._end(drop=True)
             self.thread.join(GRACE)
             raise

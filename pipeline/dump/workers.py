@@ -1,7 +1,7 @@
-"""One command fills a node: N dumps at a time over the partitions of one, one progress display.
+"""Run the partitions of one dump on one node, N at a time, with one progress display.
 
-Each partition is a process of its own, the same script with --partition I/N. One that fails is
-tried again while the others go on; when this process dies, all of them end.
+Each partition is its own process: the same script with --partition I/N. A failed partition is
+retried while the others continue. If this process dies, all of its workers end.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from typing import Any
 from pipeline.errors import BAD_INPUT, DONE, REFUSED, ConfigError, FailedError
 from pipeline.progress import REPORT_TO, Progress, say
 
-ATTEMPTS = 3  # of each partition
-STOP_SECONDS = 90.0  # until a worker that was asked to stop is killed
-FINAL = {BAD_INPUT, REFUSED}  # no second attempt can end otherwise
+ATTEMPTS = 3  # per partition
+STOP_SECONDS = 90.0  # from SIGTERM until a worker is killed
+FINAL = {BAD_INPUT, REFUSED}  # exit codes that a retry cannot change
 
 
 @dataclass
 class Worker:
-    """A running partition and what it last said of itself."""
+    """A running partition and its last report."""
 
     slot: int
     partition: int
@@ -34,7 +34,7 @@ class Worker:
     state: dict[str, Any] = field(default_factory=dict)
 
     def read(self) -> None:
-        """Take in what it has reported; the last whole line counts."""
+        """Read its new reports; keep the last complete one."""
         with contextlib.suppress(BlockingIOError):
             self.buffer += os.read(self.reports, 1 << 16)
         *lines, self.buffer = self.buffer.split(b"\n")
@@ -43,13 +43,13 @@ class Worker:
 
 
 class Pool:
-    """Runs the partitions; `run` returns when all are done, or raises for the first that cannot."""
+    """Runs each partition in a worker process, a limited number at a time."""
 
     def __init__(
         self, command: list[str], partitions: list[int], of: int, workers: int, devices: int
     ) -> None:
         for slot in range(workers):
-            visible_devices(slot, devices)  # refuses before anything has started
+            visible_devices(slot, devices)  # raises before any worker has started
         self.command, self.of, self.devices = command, of, devices
         self.waiting = deque(partitions)
         self.attempts = dict.fromkeys(partitions, 0)
@@ -60,7 +60,7 @@ class Pool:
         self.selector = selectors.DefaultSelector()
 
     def run(self, progress: Progress) -> None:
-        """Raises FailedError where a partition failed for good, once the others are done."""
+        """Run all partitions. Raises FailedError at the end if one of them failed for good."""
         try:
             while self.waiting or self.running:
                 while self.waiting and self.free:
@@ -74,7 +74,7 @@ class Pool:
             self.stop()
         if self.failed:
             codes = ", ".join(f"{part} (exit code {code})" for part, code in self.failed.items())
-            raise FailedError(f"partitions failed: {codes}; their messages stand above")
+            raise FailedError(f"partitions failed: {codes}; see their messages above")
 
     def start(self, partition: int, slot: int) -> None:
         self.attempts[partition] += 1
@@ -100,9 +100,9 @@ class Pool:
             self.finished[partition] = worker.state
         elif code in FINAL or self.attempts[partition] >= ATTEMPTS:
             self.failed[partition] = code
-            say(f"partition {partition}: failed with exit code {code}, given up")
+            say(f"partition {partition}: failed with exit code {code}; no further retry")
         else:
-            say(f"partition {partition}: ended with exit code {code}; it is started again")
+            say(f"partition {partition}: ended with exit code {code}; retrying")
             self.waiting.append(partition)
 
     def show(self, progress: Progress) -> None:
@@ -119,7 +119,7 @@ class Pool:
         return "; ".join([done, *parts])
 
     def stop(self) -> None:
-        """Ask all that run to stop, and wait until they have."""
+        """Terminate all running workers; kill those that still run after STOP_SECONDS."""
         for worker in self.running:
             worker.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -132,7 +132,10 @@ class Pool:
 
 
 def visible_devices(slot: int, devices: int) -> dict[str, str]:
-    """The GPUs of a slot: `devices` each, of those that this process may see; nothing on a CPU."""
+    """CUDA_VISIBLE_DEVICES for a slot: its `devices` GPUs of those visible here; empty without GPU.
+
+    Raises ConfigError if there are too few GPUs.
+    """
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -146,6 +149,6 @@ def visible_devices(slot: int, devices: int) -> dict[str, str]:
     if len(mine) < devices:
         raise ConfigError(
             f"workers: {slot + 1} engines of {devices} GPUs each need {(slot + 1) * devices}, "
-            f"there are {len(seen)}"
+            f"found {len(seen)}"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}

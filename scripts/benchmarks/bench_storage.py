@@ -86,7 +86,7 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
 
 
 def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
-    """Move each stored number at random within its step, as a teacher's number might be."""
+    """Move each stored number at random within its step, as a teacher's number would lie."""
     noisy = topk.logprobs + rng.uniform(-step / 2, step / 2, len(topk.ids))
     order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
     tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
@@ -151,7 +151,7 @@ def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, ste
 
 
 def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) -> None:
-    """Measure how fast payloads are encoded and decoded in memory, without learning tables."""
+    """Add the speeds of encoding and decoding in memory, without learning the tables."""
     rows = first(rows, SPEED_TOKENS)
     grids = [(row.input_ids, quantise(row.topk, vocab, step)) for row in rows]
     if codec == "v1":
@@ -166,7 +166,7 @@ def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) 
 
 
 def lists(rows: list[Record]) -> Line:
-    """The obvious layout: int32 and float16 lists in Parquet with zstd."""
+    """The plain layout: int32 and float16 lists in Parquet with zstd."""
     columns = {
         "ids": pa.array([row.topk.ids for row in rows], pa.list_(pa.int32())),
         "logprobs": pa.array(
@@ -208,7 +208,7 @@ def lists(rows: list[Record]) -> Line:
 
 
 def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
-    """Sizes of packed bits without compression, computed from the layout."""
+    """Sizes of layouts that pack bits without compression."""
     entries = sum(len(row.topk.ids) for row in rows) / total_tokens(rows)
     width = max(17, (vocab - 1).bit_length())
     mass = float(np.concatenate([row.topk.kept_mass() for row in rows]).mean())
@@ -230,7 +230,7 @@ def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
 
 
 def measure_samples(rows: list[Record], vocab: int) -> list[Line]:
-    """Whole shards with and without samples, the samples alone, and their speed."""
+    """Whole shards with and without samples, the samples alone, and their speeds."""
     k = int(rows[0].topk.counts[0])
     bare = changed(rows, lambda topk: replace(topk, samples=None))
     every = [row.topk.samples for row in rows if row.topk.samples is not None]
@@ -276,7 +276,7 @@ def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
 
 
 def plot(found: dict[str, list[Line]], target: Path) -> None:
-    """Plot bytes per token against the KL of the grid, and against the mass outside the ids."""
+    """Bytes per token against the cost of the grid, and against the kept mass."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -321,9 +321,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="DUMP_OR_NPZ")
-    parser.add_argument("--tokens", type=int, default=1_050_000, help="tokens of each input")
-    parser.add_argument("--sweep", type=int, default=100_000, help="tokens of these for the sweeps")
-    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--tokens", type=int, default=1_050_000, help="tokens per input")
+    parser.add_argument("--sweep", type=int, default=100_000, help="tokens of the sweeps")
+    parser.add_argument("--plot", type=Path, help="write a PNG")
     given = parser.parse_args()
     pa.set_cpu_count(1)
     found = {}

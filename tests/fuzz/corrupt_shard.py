@@ -2,10 +2,9 @@
 
     python tests/fuzz/corrupt_shard.py --changes 100000
 
-Writes a shard of each version. Each change is then checked in two ways: the file's hash is
-compared, as `verify` does, and all rows are decoded without the hash, as training does. The hash
-must always differ. The reader must give the same rows or an error that names the file, never other
-rows.
+Writes a shard of each version. Each change is then read in two ways: the file's hash is compared,
+as `verify` does, and all rows are decoded without it, as training does. The hash must always
+differ. The reader must give the same rows or an error that names the file, never other rows.
 """
 
 import argparse

@@ -137,7 +137,7 @@ def test_fingerprint_follows_content_and_selection(tmp_path: Path, open_corpus) 
         (b"", "empty"),
         (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 (byte 0xe9"),
         (b'{"text": "fine"}\n{"text": \n', "cannot be read"),
-        (b'{"text": 5}\n', "holds int, text expected"),
+        (b'{"text": 5}\n', "expected text in column 'text', found int"),
     ],
 )
 def test_bad_files_say_what_is_wrong(

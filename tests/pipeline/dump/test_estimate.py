@@ -76,6 +76,6 @@ def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_pat
 def test_estimate_says_what_stands_for_the_tail() -> None:
     corpus = CorpusConfig("corpus.jsonl")
     hybrid = estimate.kept(0.774, DumpConfig("m", corpus, "out", k=64, samples=32))
-    assert hybrid.endswith(" the top 64 hold 77.4% of the probability, 32 draws stand for the rest")
+    assert hybrid.endswith(" hold 77.4% of the probability, 32 samples stand for the rest")
     alone = estimate.kept(0.0, DumpConfig("m", corpus, "out", k=0, samples=50))
-    assert " ".join(alone.split()) == "kept 50 draws stand for the rest"
+    assert " ".join(alone.split()) == "kept 50 samples stand for the rest"

@@ -49,7 +49,7 @@ def test_a_killed_worker_is_started_again_and_an_interrupt_stops_all(
         workers = children(process.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
-        while "is started again" not in (tmp_path / "log").read_text():
+        while "; retrying" not in (tmp_path / "log").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.terminate()
@@ -88,7 +88,7 @@ def test_a_failed_partition_is_retried_and_the_others_finish(
     assert tries == [1, 3, 1, 2, 1, 1]
     assert set(pool.finished) == {0, 3, 4, 5}
     assert (progress.done, progress.total) == (40, 40)
-    assert "partition 3: ended with exit code -9; it is started again" in capsys.readouterr().err
+    assert "partition 3: ended with exit code -9; retrying" in capsys.readouterr().err
 
 
 def test_fewer_partitions_than_workers_are_refused(
@@ -101,5 +101,5 @@ def test_fewer_partitions_than_workers_are_refused(
 def test_each_worker_sees_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert visible_devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    with pytest.raises(ConfigError, match="3 engines of 2 GPUs each need 6, there are 4"):
+    with pytest.raises(ConfigError, match="3 engines of 2 GPUs each need 6, found 4"):
         visible_devices(2, 2)
