@@ -19,7 +19,7 @@ def dags() -> dict[str, Any]:
     return bag.dags
 
 
-def test_there_are_two(dags: dict[str, Any]) -> None:
+def test_there_are_two_dags(dags: dict[str, Any]) -> None:
     assert set(dags) == {"distill", "retrain"}
 
 
@@ -120,7 +120,7 @@ def test_default_params_are_valid_and_their_configs_exist(dags: dict[str, Any]) 
                 assert (ROOT / value).is_file()
 
 
-def test_standard_library_and_airflow_sdk_only() -> None:
+def test_dags_import_only_the_standard_library_and_airflows_sdk() -> None:
     own = {file.stem for file in DAGS.glob("*.py")}
     for file in DAGS.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,6 +1,6 @@
 """The kernel against the step in plain torch, on a CPU, in Triton's interpreter.
 
-Run by test_losses_triton.py, in a process where TRITON_INTERPRET=1 came before Triton.
+test_losses_triton.py runs these in a process where TRITON_INTERPRET=1 is set before Triton loads.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def test_equals_plain_torch(direction: str, cap: float, size: int, k: int) -> No
         )  # fmt: skip
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(grad.double(), z, rtol=tolerance, atol=2e-6)
-    work = logits.float()  # the gradient in the logits' own place
+    work = logits.float()  # the gradient overwrites the logits
     kernel.step(
         work, work, ids, logprobs, tail, weights, direction == "reverse", cap,
         losses.MIN_TAIL_LOGPROB,

@@ -1,4 +1,4 @@
-"""Documents of every kind become token sequences, and bad ones say what is wrong."""
+"""Documents of every format become token sequences, and errors name what is wrong."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def open_corpus(tokenizer):  # type: ignore[no-untyped-def]
 
 
 def decoded(corpus: Corpus) -> list[str]:
-    """Each document's text, put together again from its chunks."""
+    """The text of each document, joined from its chunks."""
     texts: dict[int, list[int]] = {}
     for sequence in corpus.sequences():
         texts.setdefault(sequence.document, []).extend(sequence.input_ids)
