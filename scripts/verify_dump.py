@@ -10,6 +10,7 @@ another vocabulary, 4 damage or a KL above --bound.
 import argparse
 import sys
 
+from pipeline.agreement import BOUND
 from storage.__main__ import main as storage_main
 
 
@@ -28,22 +29,22 @@ def main() -> int:
     parser.add_argument(
         "--bound",
         type=float,
-        default=0.02,
-        help="largest mean KL of a row, in nats (default: 0.02)",
+        default=BOUND,
+        help=f"largest mean KL of a row, in nats (default: {BOUND})",
     )
     given = parser.parse_args()
     code = storage_main(["verify", given.dump])
     if code or not given.against:
         return code
     from pipeline import cli
-    from pipeline.dump import recompute as verify
+    from pipeline.dump import recompute
     from pipeline.errors import DAMAGED
 
     good = [False]
 
     def compare() -> dict[str, object]:
-        checks = verify.recompute(given.dump, given.against, given.sample, given.seed)
-        lines, good[0] = verify.report(checks, given.bound)
+        checks = recompute.recompute(given.dump, given.against, given.sample, given.seed)
+        lines, good[0] = recompute.report(checks, given.bound)
         print("\n".join(lines))
         return {}
 
