@@ -24,11 +24,11 @@ COLUMNS = (
     "nll",  # -log q(next token)
     "forward_kl",  # KL(base ‖ model), full vocabulary
     "reverse_kl",  # KL(model ‖ base), full vocabulary
-    "agreement",  # 1 where the model's most likely token is the base's
+    "agreement",  # 1 if the model's most likely token is the base's
     "tail_mass",  # a, the base's mass outside its tail_k best ids
     "tail_kl",  # a · KL(base ‖ model) within that tail
     "confidence",  # the model's largest probability
-    "correct",  # 1 where that was the next token
+    "correct",  # 1 if the most likely token of the model is the next token
 )
 
 
