@@ -88,7 +88,7 @@ def test_resume_writes_the_same_documents(tmp_path: Path, tokenizer: Any) -> Non
             write(other, tokenizer, Fake(batches=2))
     write(other, tokenizer, Fake())
     assert written(tmp_path / "cut") == written(tmp_path / "out")
-    with pytest.raises(RefusedError, match="seed differ"):
+    with pytest.raises(RefusedError, match="seed: 0 in the corpus, 1 asked for"):
         write(config(tmp_path, seed=1), tokenizer, Fake())
     more = write(config(tmp_path, tokens=9000), tokenizer, Fake())
     assert more["tokens"] >= 9000

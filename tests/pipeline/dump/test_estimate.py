@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
+from pipeline.models.directory import ModelFolder
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
@@ -49,7 +50,7 @@ def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) 
     """Against the linear layers of the loaded model."""
     path = tiny_model(tmp_path / "model", tie=tie)
     model = AutoModelForCausalLM.from_pretrained(path)
-    total, used = estimate.weights(path)
+    total, used = estimate.weights(ModelFolder(path))
     assert total == sum(weight.numel() for weight in model.parameters())
     linear = [m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear"]
     norms = sum(w.numel() for name, w in model.named_parameters() if "norm" in name)
