@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipeline.agreement import BOUND
+from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
 
 KINDS = ("domain", "general", "other")
@@ -105,6 +106,7 @@ class DumpConfig:
             "take entries away afterwards. Leave those out, and set a smaller k",
         )
         require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+        check_engine_args(self.engine_args)
 
 
 @dataclass
@@ -155,6 +157,7 @@ class GenerateConfig:
             self.max_length > self.prompt_tokens,
             f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
         )
+        check_engine_args(self.engine_args)
 
 
 @dataclass

@@ -5,18 +5,21 @@ import inspect
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 
+# load_format: files with transformers' names of the tensors. Others have names of their own.
+HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 # Everything of vLLM that this file and topk_model.py use: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
-     "max_logprobs"),
+     "max_logprobs trust_remote_code"),
     ("vllm", "LLMEngine.from_engine_args", "engine_args"),
     ("vllm", "LLMEngine.add_request", "request_id prompt params"),
     ("vllm", "LLMEngine.step", ""),
@@ -61,9 +64,15 @@ def engine_version(engine: str) -> dict[str, str]:
 
 
 def engine_settings(
-    model: Path, dtype: str, max_length: int, given: dict[str, Any]
+    model: ModelFolder, dtype: str, max_length: int, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment."""
+    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment.
+
+    Raises ConfigError for weights that lack a tensor, and for arguments that are refused.
+    """
+    check_engine_args(given)
+    if given.get("load_format", "auto") in HUGGING_FACE_FORMATS:
+        model.check_weights(strict=False)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
@@ -78,6 +87,7 @@ def engine_settings(
             on_cpu = {"distributed_executor_backend": "uni"}
     return {
         "model": str(model),
+        "trust_remote_code": False,
         "dtype": dtype,
         "max_model_len": max_length,
         "enable_prefix_caching": False,  # a cached prefix would have no rows

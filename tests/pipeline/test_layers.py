@@ -21,7 +21,10 @@ FORBIDDEN = {
 }
 """What a package must not import, at any depth and wherever in its files the import stands."""
 
-BASE = ("errors", "types", "config", "cli", "agreement", "recorded", "progress", "signals")
+BASE = (
+    "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "progress",
+    "signals",
+)  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 
 
