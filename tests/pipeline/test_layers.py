@@ -23,7 +23,7 @@ FORBIDDEN = {
 
 BASE = (
     "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "progress",
-    "signals",
+    "ranges", "signals",
 )  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 
