@@ -194,7 +194,7 @@ def distill() -> None:
     def verify(summary: Json) -> Json:
         """Read every byte again and decode every row; only then announce the new dump."""
         params = settings()
-        start(["-m", "storage", "verify", params["dump"]], params["folder"])
+        start(["-m", "storage", "verify", "--", params["dump"]], params["folder"])
         places = {name: params[name] for name in [*PLACES, *OVERRIDES]}
         get_current_context()["outlet_events"][DUMP].extra = {**summary, "settings": places}
         return summary

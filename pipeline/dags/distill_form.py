@@ -4,15 +4,30 @@ from typing import Any
 
 from airflow.sdk import Param
 
+# What is filled in is stored by Airflow and shown on its pages, so no URL may hold a user name, a
+# password or a signature.
+NO_SECRETS = (
+    r"^(?!.*://[^/@]*@)(?!.*[?&][^=&]*"
+    r"([Ss]ig|[Tt]oken|[Kk]ey|[Ss]ecret|[Pp]assword|[Cc]redential)[^=&]*=)"
+)
+
 
 def text(default: str, title: str, description: str, section: str) -> Param:
     return Param(
-        default, type="string", minLength=1, title=title, description=description, section=section
+        default,
+        type="string",
+        minLength=1,
+        pattern=NO_SECRETS,
+        title=title,
+        description=description,
+        section=section,
     )
 
 
 def optional(kind: str, title: str, description: str, section: str, **schema: Any) -> Param:
     """A field that may be empty; then the config file decides."""
+    if kind == "string":
+        schema["pattern"] = NO_SECRETS
     return Param(
         None, type=["null", kind], title=title, description=description, section=section, **schema
     )
@@ -170,11 +185,19 @@ GATE = {
         section=BOUNDS,
     ),
 }
+# No option of the script itself, such as a path to write to, and no secret. JSON schema asks for
+# ECMA's patterns, where $ is the end of the text; (?!\n) makes it so in Python, too.
+OVERRIDE = (
+    r"^(?!\w+\.(config|summary|partition|only|estimate|run_tokens)=)"
+    r"(?![^=]*([Tt]oken|[Kk]ey|[Ss]ecret|[Pp]assword)=)"
+    + NO_SECRETS.removeprefix("^")
+    + r"(dump|train|evaluate)\.[A-Za-z_][\w.]*=[^\n]*$(?!\n)"
+)
 OVERRIDES = {
     "overrides": Param(
         None,
         type=["null", "array"],
-        items={"type": "string", "pattern": r"^(dump|train|evaluate)\.[A-Za-z_][\w.]*=.*$"},
+        items={"type": "string", "pattern": OVERRIDE},
         title="Any other setting",
         description="One per line: STAGE.OPTION=VALUE with the stages dump, train and evaluate, "
         "for example train.training.max_steps=500 or dump.engine_args.tensor_parallel_size=2.",

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -25,6 +27,7 @@ Json = dict[str, Any]
 # after the last one, and after any other failure, such as a crash or a kill.
 NO_RETRY = {2: "bad input", 3: "refused", 4: "damaged data"}
 INTERRUPTED = 75
+AIRFLOWS = ("AIRFLOW_", "_AIRFLOW_")
 GRACE = 60  # seconds that a script has, after SIGTERM, to commit what it can
 
 
@@ -45,6 +48,23 @@ def interpreter() -> str:
     return str(path)
 
 
+def lock_folder() -> Path:
+    """This user's own folder of locks on this machine: another user's are not in the way.
+
+    Raises AirflowFailException where something else has its name.
+    """
+    folder = Path(tempfile.gettempdir(), f"mol-distill-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise AirflowFailException(
+            f"{folder}: expected this user's own directory for locks, found another user's file, "
+            "directory or link. Remove it"
+        )
+    return folder
+
+
 @contextlib.contextmanager
 def hold(names: list[str]) -> Iterator[str]:
     """Hold the first free lock of `names` on this machine, and yield its name; wait for a free one.
@@ -52,10 +72,11 @@ def hold(names: list[str]) -> Iterator[str]:
     The task's process holds the lock. So an orphan of an earlier try keeps what its script still
     uses.
     """
+    folder = lock_folder()
     while True:
         for name in names:
-            path = Path(tempfile.gettempdir(), f"mol-distill-{name}.lock")
-            file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(folder / f"{name}.lock", flags, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -73,6 +94,9 @@ def hold(names: list[str]) -> Iterator[str]:
 def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | None = None) -> Json:
     """Run `python ARGUMENTS` in `folder`, with its output in the task's log.
 
+    The folder holds what a user put there, so no module is imported from it (-P), and the script
+    does not see Airflow's own settings, which hold its keys and the password of its database.
+
     `{summary}` in the arguments becomes the path of a temporary file; returns the JSON that the
     script wrote there. With `gpu` the script gets one of the GPUs that the Variable
     `mol_distill_gpus` lists. `alone` is a path on this machine that no other task may write at the
@@ -83,7 +107,8 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
     if not where.is_dir():
         raise AirflowFailException(f"folder {where}: no such directory on this machine")
     python = interpreter()
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(AIRFLOWS)}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     last: deque[str] = deque(maxlen=20)
     with (
         contextlib.ExitStack() as held,
@@ -98,11 +123,11 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             env["CUDA_VISIBLE_DEVICES"] = name.removeprefix("gpu-")
         summary = Path(scratch, "summary.json")
         shown = [argument.replace("{summary}", str(summary)) for argument in arguments]
-        print(f"in {where}: {python} {' '.join(shown)}", flush=True)
+        print(f"in {where}: {python} {without_secrets(' '.join(shown))}", flush=True)
         # The script always ends with this task: by SIGTERM if there is time, otherwise the kernel
         # kills it.
         script = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", python, *shown],
+            ["setpriv", "--pdeathsig", "KILL", "--", python, "-P", *shown],
             cwd=where,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -127,6 +152,13 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             found: Json = json.loads(summary.read_text()) if summary.exists() else {}
             return found
     raise failure(code, last)
+
+
+def without_secrets(command: str) -> str:
+    """A command as the log may show it. The form takes no secrets, but not all come through it."""
+    command = re.sub(r"(?<=://)[^/\s@'\"]*@", "***@", command)
+    names = r"[\w.-]*(?:token|key|secret|password|signature|credential)"
+    return re.sub(rf"({names}=)[^\s&]+", r"\1***", command, flags=re.IGNORECASE)
 
 
 def clear_up(pid: int) -> None:

@@ -20,6 +20,7 @@ from pipeline.evaluation.evaluate import Comparison
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
+from pipeline.script_files import script
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
 from pipeline.study.config import StudyConfig
@@ -27,7 +28,6 @@ from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
 from pipeline.types import Json
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
 
 
@@ -164,7 +164,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
         return
     say(f"\n=== dump {name}")
     write(file, settings)
-    command = [sys.executable, str(SCRIPTS / "dump_logits.py"), "--config", str(file)]
+    command = [sys.executable, str(script("dump_logits.py")), "--config", str(file)]
     code = subprocess.run(command).returncode
     if code:
         kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)

@@ -5,18 +5,21 @@ import inspect
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 
+# Values of load_format whose files name the tensors as transformers does.
+HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 # Every vLLM interface that this folder uses: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
-     "max_logprobs"),
+     "max_logprobs trust_remote_code"),
     ("vllm", "LLMEngine.from_engine_args", "engine_args"),
     ("vllm", "LLMEngine.add_request", "request_id prompt params"),
     ("vllm", "LLMEngine.step", ""),
@@ -61,9 +64,15 @@ def engine_version(engine: str) -> dict[str, str]:
 
 
 def engine_settings(
-    model: Path, dtype: str, max_length: int, given: dict[str, Any]
+    model: ModelFolder, dtype: str, max_length: int, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """EngineArgs that teacher and generator share; also sets vLLM's environment variables."""
+    """EngineArgs that teacher and generator share; also sets vLLM's environment variables.
+
+    Raises ConfigError for weights that lack a tensor, and for arguments that are refused.
+    """
+    check_engine_args(given)
+    if given.get("load_format", "auto") in HUGGING_FACE_FORMATS:
+        model.check_weights(strict=False)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
@@ -78,6 +87,7 @@ def engine_settings(
             on_cpu = {"distributed_executor_backend": "uni"}
     return {
         "model": str(model),
+        "trust_remote_code": False,
         "dtype": dtype,
         "max_model_len": max_length,
         "enable_prefix_caching": False,  # a cached prefix would return no rows

@@ -13,7 +13,7 @@ class VllmGenerator:
         self, model: ModelFolder, dtype: str, max_length: int, engine_args: dict[str, Any]
     ) -> None:
         check_interface()
-        settings = engine_settings(model.path, dtype, max_length, engine_args)
+        settings = engine_settings(model, dtype, max_length, engine_args)
         self.engine = start_engine(settings)
         self.max_length, self.requests = max_length, 0
 

@@ -39,7 +39,7 @@ class VllmTeacher:
         check_interface()
         self.in_flight, self.requests = in_flight, 0
         architectures = model.architectures
-        settings = engine_settings(model.path, dtype, max_length, engine_args or {})
+        settings = engine_settings(model, dtype, max_length, engine_args or {})
         self.path: Pooled | PromptLogprobs = Pooled(k, how)
         if not can_wrap(architectures):
             if how.draws or not k:

@@ -108,3 +108,9 @@ def test_paths_agree() -> None:
     folder = env["AIRFLOW__CORE__DAGS_FOLDER"]
     assert f"AIRFLOW__CORE__DAGS_FOLDER={folder}" in dockerfile
     assert (ROOT / Path(folder).relative_to("/opt/mol-distill") / "distill.py").is_file()
+
+
+def test_the_filled_in_env_file_stays_here() -> None:
+    """Neither committed nor copied into the image: it holds the keys."""
+    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "**/.env" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

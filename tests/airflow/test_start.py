@@ -222,3 +222,52 @@ def test_each_task_has_a_gpu_of_its_own(task: Callable[..., subprocess.Popen[str
     line_with(third, "waiting for")
     processes[0].kill()
     assert line_with(third, "mine").split()[1] == mine[0]
+
+
+def test_nothing_is_imported_from_the_folder(tmp_path: Path) -> None:
+    """The folder is filled in by who triggers the run."""
+    for name in ("json", "storage"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    child = "subprocess.run([sys.executable, '-c', 'import json'], check=True)"
+    for code in ("import json, sys; assert '' not in sys.path", f"import subprocess, sys; {child}"):
+        distill_start.start(["-c", code], str(tmp_path))
+
+
+def test_scripts_do_not_see_airflows_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["AIRFLOW__CORE__FERNET_KEY"] = "FERNETSECRET"
+    os.environ["_AIRFLOW__SOMETHING"] = "OTHERSECRET"
+    os.environ["AIRFLOW_CONN_STORE"] = "CONNECTIONSECRET"
+    os.environ["AWS_PROFILE"] = "mine"
+    start("import os; print(*os.environ.values(), os.environ['AWS_PROFILE'])")
+    said = capsys.readouterr().out
+    assert "SECRET" not in said
+    assert "mine" in said
+
+
+def test_the_log_shows_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dump=s3://AKIA:HIDDEN@b/d", "--training.hub_token=HIDDEN", "--c=h://x?a_sig=1&b=2"]
+    distill_start.start(["-c", "print()", *words], "/")
+    said = capsys.readouterr().out
+    assert "HIDDEN" not in said
+    assert "--dump=s3://***@b/d" in said
+    assert "b=2" in said
+
+
+def test_locks_belong_to_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with distill_start.hold(["gpu-0"]):
+        mine = tmp_path / f"mol-distill-{os.geteuid()}"
+        assert [path.name for path in mine.iterdir()] == ["gpu-0.lock"]
+        assert mine.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    (tmp_path / "mol-distill-12345").mkdir()  # made by this user, not by 12345
+    with pytest.raises(AirflowFailException, match=r"another user's .*Remove it"):
+        distill_start.lock_folder()
+
+
+def test_a_lock_is_not_made_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"mol-distill-{os.geteuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AirflowFailException, match=r"or link\. Remove it"):
+        distill_start.lock_folder()

@@ -41,6 +41,13 @@ def test_yaml_then_dotted_overrides(tmp_path: Path) -> None:
         (MINIMAL + "k: 60000\nsamples: 6000\n", "together at most 65535"),
         (MINIMAL + "samples: 32\nmin_prob: 0.001\n", "set a smaller k"),
         (MINIMAL + "engine: llama.cpp\n", "llama.cpp"),
+        (MINIMAL + "engine_args: {trust_remote_code: true}\n", "trust_remote_code: names code"),
+        (MINIMAL + "engine_args: {trust-remote-code: 1}\n", "trust_remote_code: names code"),
+        (MINIMAL + "engine_args: {worker_extension_cls: a.B}\n", "names code to run"),
+        (MINIMAL + "engine_args: {distributed_executor_backend: a.B}\n", "names code to run"),
+        (MINIMAL + "engine_args: {x: [{kv_connector_module_path: a}]}\n", "names code to run"),
+        (MINIMAL + "engine_args: {load_format: dummy}\n", "makes the weights up"),
+        (MINIMAL + "engine_args: {model: other}\n", "set model"),
         ("output: o\ncorpus:\n  path: c\n", "model"),
     ],
 )

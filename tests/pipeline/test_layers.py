@@ -21,7 +21,10 @@ FORBIDDEN = {
 }
 """What a package must not import, in any of its modules and also inside functions."""
 
-BASE = ("errors", "types", "config", "cli", "agreement", "recorded", "progress", "signals")
+BASE = (
+    "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "progress",
+    "ranges", "signals",
+)  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 
 

@@ -85,3 +85,12 @@ def test_compile_with_fsdp_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="torch_compile does not work with FSDP"):
         training_arguments(run("run", torch_compile=True))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("grokadamw") is not None, reason="the package is installed"
+)
+def test_an_optimizer_that_is_not_installed_is_refused(run: Any) -> None:
+    training_arguments(run("here", optim="adafactor"))
+    with pytest.raises(ConfigError, match=r"training\.optim .*install grokadamw"):
+        training_arguments(run("missing", optim="grokadamw"))
