@@ -7,26 +7,36 @@ Starts with a null test (a student that still is the teacher must be at KL 0), w
 metrics.jsonl, checkpoints, and the final model to OUTPUT/model, which vLLM and
 AutoModelForCausalLM load. Interrupt it (a checkpoint is saved), run the same command again: it
 goes on from there. `training:` is transformers.TrainingArguments, unchanged. Exit codes: 0 done,
-2 bad input, 3 refused (the student does not belong to the dump, the directory holds another run),
-4 damaged dump, 75 interrupted.
+1 failed (another run is at work in OUTPUT), 2 bad input, 3 refused (the student does not belong to
+the dump, the directory holds another run), 4 damaged dump, 75 interrupted.
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from pipeline import cli
 from pipeline.config import TrainConfig
 from pipeline.errors import DONE, INTERRUPTED
+from pipeline.training.lock import turn_away
 
 
 def main() -> int:
     config, own = cli.parse(cli.script_parser(TrainConfig, __doc__ or ""), TrainConfig)
+    code = cli.main(lambda: work(config), own.summary)
+    if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting
+        from pipeline.training import train
+
+        train.leave(code)
+    return code
+
+
+def work(config: TrainConfig) -> dict[str, Any]:
+    turn_away(Path(config.output).expanduser())
     # After the settings are known to be good: torch takes seconds.
     from pipeline.training import train
 
-    code = cli.main(lambda: train.run(config), own.summary)
-    if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting
-        train.leave(code)
-    return code
+    return train.run(config)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from pipeline.progress import Progress
-
-METRICS = "metrics.jsonl"
+from pipeline.training.output import METRICS
 
 
 class RunLog(TrainerCallback):

@@ -1,9 +1,5 @@
 """The student: loaded from a model directory, and saved as one."""
 
-import os
-import shutil
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
@@ -12,6 +8,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
+from pipeline.training.output import DRAFT, FINAL
 from pipeline.training.trainer import DistillTrainer
 
 
@@ -49,10 +46,10 @@ def save_final(
     trainer: DistillTrainer,
     base: ModelFolder,
     dtype: torch.dtype,
-    folder: Path,
 ) -> None:
-    """Save a plain Hugging Face directory: LoRA merged, in the dtype of the model's own weights.
+    """Save OUTPUT/model, a plain Hugging Face directory, in the dtype of the model's own weights.
 
+    LoRA is merged.
     `base` is the model that the student started from. All ranks must call this.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -64,9 +61,9 @@ def save_final(
         model.load_state_dict(state)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    output = trainer.output
+    output.remove(output.folder / DRAFT)
+    draft = output.make(DRAFT)
     model.to(dtype).save_pretrained(draft)
     trainer.processing_class.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    output.replace(draft, output.folder / FINAL)

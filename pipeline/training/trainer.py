@@ -4,9 +4,7 @@ Both losses are sums over the tokens of the whole optimizer step, across micro-b
 each divided by its own count: alpha means the same whatever the batches are made of.
 """
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import LossConfig
 from pipeline.corpus import TokenSequences
@@ -34,15 +31,15 @@ from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets,
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
+from pipeline.json_files import read_object, write_json
+from pipeline.recorded import refuse_other_settings
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.gradients import gradient_parts
+from pipeline.training.output import COMPLETE, Output
 from pipeline.training.run_log import RunLog
 from pipeline.types import Json
 from storage import LogitDataset
-
-CHECKPOINT_MARKER = "distill.json"
-"""Written last into a checkpoint. One without it was cut short and is not resumed from."""
 
 Batch = dict[str, list[PackedRow]]
 """{"packed": rows}, as `collate` makes it."""
@@ -74,6 +71,9 @@ class DistillTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
+        self.output = Output(Path(args.output_dir), self.identity)
+        # transformers would count and delete whatever is named like a checkpoint.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
         self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
@@ -301,40 +301,41 @@ class DistillTrainer(Trainer):
             yield from packed_rows([], records, self.row_tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (self.output.make(name) / COMPLETE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()  # its marker is there before anything else
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # the marker stands for the files of all ranks
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
-            (folder / CHECKPOINT_MARKER).write_text(json.dumps(marker, indent=1) + "\n")
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            write_json(self.output.folder / name / COMPLETE, marker)
+            self.rotate()
+
+    def rotate(self, keep_last: bool = True) -> None:
+        """training.save_total_limit, for checkpoints of this run alone."""
+        if self.save_total_limit and self.args.should_save:
+            best = self.state.best_model_checkpoint
+            self.output.rotate(self.save_total_limit, best, keep_last)
 
     def resume_point(self) -> Path | None:
-        """The last whole checkpoint of the output directory, after removing what was cut short."""
-        whole = []
-        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
-            if (folder / CHECKPOINT_MARKER).exists():
-                whole.append(folder)
-            elif self.args.should_save:
-                shutil.rmtree(folder)
-        last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-        if last is not None:
-            marker = json.loads((last / CHECKPOINT_MARKER).read_text())
-            self.totals = {name: marker[name] for name in self.totals}
-        return last
+        """The last whole checkpoint of this run, after removing those of it that were cut short.
 
-    def checkpoint_identity(self, checkpoint: Path) -> Json:
-        """The identity of the run that saved a checkpoint."""
-        identity: Json = json.loads((checkpoint / CHECKPOINT_MARKER).read_text())["identity"]
-        return identity
+        Raises RefusedError for a checkpoint that another run made.
+        """
+        whole = []
+        for folder in self.output.checkpoints():
+            marker = read_object(folder / COMPLETE)
+            if marker is not None:
+                refuse_other_settings(self.output.folder, marker["identity"], self.identity)
+                whole.append((folder, marker))
+            elif self.args.should_save:
+                self.output.remove(folder)
+        if not whole:
+            return None
+        last, marker = whole[-1]
+        self.totals = {name: marker[name] for name in self.totals}
+        return last
 
 
 class Hooks(TrainerCallback):
@@ -354,6 +355,10 @@ class Hooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sampler = self.trainer.epoch_sampler
         sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.save_total_limit == 1 and state.best_model_checkpoint is not None:
+            self.trainer.rotate(keep_last=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stopping:
