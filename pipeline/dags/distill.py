@@ -10,6 +10,7 @@ needs the standard library and airflow.sdk only. One setting is mandatory, the A
 """
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,20 @@ def evaluate_script(students: dict[str, str], results: str) -> dict[str, Json]:
 
 
 def faults(student: Json, base: Json, params: Json) -> list[str]:
-    """Why a student is not accepted: one line for each bound that it breaks."""
+    """Why a student is not accepted: one line for each number that is not finite (a text in JSON),
+    and for each bound that it breaks."""
     bounds = {
         "general perplexity, times the base's": (params["max_general_ratio"], "general_perplexity"),
         "KL to the base on general text in nats": (params["max_kl"], "kl_to_base"),
     }
-    lines = []
+    lines = [
+        f"{who}'s {name}: {model[name]}, the model diverged"
+        for who, model in (("student", student), ("base", base))
+        for name in ("domain_perplexity", "general_perplexity", "kl_to_base")
+        if not math.isfinite(float(model.get(name, 0)))
+    ]
+    if lines:
+        return lines
     for name, (bound, key) in bounds.items():
         if bound is None:
             continue
@@ -119,7 +128,7 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
                 f"the gate bounds {name}, but nothing was measured on general text: give "
                 "general.path in the evaluation's config, or empty the bound"
             )
-        value = student[key] / (base[key] if key == "general_perplexity" else 1)
+        value = float(student[key]) / (float(base[key]) if key == "general_perplexity" else 1)
         if not value <= bound:  # not a number is a fault, too
             lines.append(f"{name}: {value:.4g}, at most {bound:g} is accepted")
     return lines

@@ -17,7 +17,7 @@ from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Inter
 from pipeline.evaluation.evaluate import Comparison
 from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder
-from pipeline.progress import say
+from pipeline.progress import say, show
 from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
@@ -68,7 +68,7 @@ def run(config: StudyConfig) -> Json:
             say(f"\n=== run {number} of {len(todo)}: {one.name}")
             study.do(one)
             results = gather(config, runs, study.base())
-    print(table(results))
+    show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
     return results
 
@@ -95,7 +95,7 @@ def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
     }
     results = collect(config, finished, base)
     write_json(output / RESULTS, results)
-    (output / TABLE).write_text(table(results) + "\n")
+    (output / TABLE).write_text(table(results) + "\n", encoding="utf-8")
     return results
 
 

@@ -114,6 +114,7 @@ def train(
             trainer.run_log.close()
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"stopped by a signal after step {trainer.state.global_step}")
+        trainer.check_finite()
     summary = {
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,

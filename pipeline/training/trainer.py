@@ -80,6 +80,8 @@ class DistillTrainer(Trainer):
         self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
         self.sums = torch.zeros(3, device=args.device)  # CE, KL, teacher's tail since the last log
+        self.first_bad = torch.full((), math.inf, device=args.device)  # step of a loss not finite
+        self.last_row: PackedRow | None = None
         self.gradient_parts: dict[str, float] = {}  # of the last step that measured them
         self.waited = 0.0
         self.stop_asked = False  # by a signal to this rank
@@ -157,7 +159,11 @@ class DistillTrainer(Trainer):
         for row in first:
             with self.synchronised(model, False):
                 total += super().training_step(model, row, num_items_in_batch)
-        return total + super().training_step(model, last, num_items_in_batch)
+        total = total + super().training_step(model, last, num_items_in_batch)
+        # Looked at in `check_finite`: a look at each step would wait for the device.
+        bad = torch.where(total.isfinite(), math.inf, float(self.state.global_step + 1))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        return total
 
     def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
         """Forward and backward of one row outside a training step; gradients add up in `.grad`."""
@@ -210,7 +216,22 @@ class DistillTrainer(Trainer):
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
         outputs: dict[str, Tensor] = model(**with_targets(inputs, row_weights=weights))
+        self.last_row = inputs
         return outputs
+
+    def check_finite(self) -> None:
+        """ConfigError where a step's loss was not finite, or would not be with the weights as they
+        are after the last step. All ranks must call this; it costs a forward of one row."""
+        first = self.first_bad
+        if self.last_row is not None:
+            step = float(self.state.global_step + 1)
+            if not self.losses_of(self.last_row).isfinite().all():
+                first = first.clamp(max=step)
+            fsdp.reshard(self.model)
+        if self.args.world_size > 1:
+            first = self.accelerator.gather(first[None]).min()
+        if math.isfinite(found := first.item()):
+            raise diverged(int(found), "not finite")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a step's log: CE, KL and the teacher's mean tail (means over the steps since the
@@ -225,11 +246,7 @@ class DistillTrainer(Trainer):
             elapsed = now - self.logged_at
             ce, kl, tail = (sums / steps).tolist()
             if not math.isfinite(logs["loss"]):
-                raise ConfigError(
-                    f"step {self.state.global_step}: the loss is {logs['loss']} (CE {ce}, KL {kl})"
-                    ". Lower training.learning_rate or set training.max_grad_norm; checkpoints "
-                    "from before are kept"
-                )
+                raise diverged(self.state.global_step, f"{logs['loss']} (CE {ce}, KL {kl})")
             logs |= {"ce": ce, "kl": kl, "teacher_tail": tail, **self.totals}
             logs |= self.gradient_parts
             self.gradient_parts = {}
@@ -301,6 +318,7 @@ class DistillTrainer(Trainer):
             yield from packed_rows([], records, self.row_tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (self.output.make(name) / COMPLETE).unlink(missing_ok=True)
@@ -336,6 +354,13 @@ class DistillTrainer(Trainer):
         last, marker = whole[-1]
         self.totals = {name: marker[name] for name in self.totals}
         return last
+
+
+def diverged(step: int, loss: str) -> ConfigError:
+    return ConfigError(
+        f"step {step}: the loss is {loss}. Lower training.learning_rate or set "
+        "training.max_grad_norm; checkpoints from before are kept"
+    )
 
 
 class Hooks(TrainerCallback):
