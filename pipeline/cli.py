@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pipeline.errors import (
     Interrupted,
     RefusedError,
 )
+from pipeline.json_files import write_json
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 Config = TypeVar("Config")
@@ -163,5 +163,5 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         return code
     if summary_file:
-        Path(summary_file).write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(Path(summary_file).expanduser(), summary)
     return DONE

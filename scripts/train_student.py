@@ -11,27 +11,37 @@ AutoModelForCausalLM load. `training` goes to transformers.TrainingArguments unc
 
 An interruption saves a checkpoint; run the same command again to resume from it.
 
-Exit codes: 0 done, 1 failed (such as a store that does not answer; run it again), 2 bad input,
-3 refused (the student does not belong to the dump, or the directory holds another run), 4 damaged
-dump, 75 interrupted.
+Exit codes: 0 done, 1 failed (another run is at work in OUTPUT, or a store does not answer; run it
+again), 2 bad input, 3 refused (the student does not belong to the dump, or the directory holds
+another run), 4 damaged dump, 75 interrupted.
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from pipeline import cli
 from pipeline.config import TrainConfig
 from pipeline.errors import DONE, INTERRUPTED
+from pipeline.training.lock import turn_away
 
 
 def main() -> int:
     config, own = cli.parse(cli.script_parser(TrainConfig, __doc__ or ""), TrainConfig)
-    # Imported after the settings are checked, because torch takes seconds to load.
-    from pipeline.training import train
-
-    code = cli.main(lambda: train.run(config), own.summary)
+    code = cli.main(lambda: work(config), own.summary)
     if code in (DONE, INTERRUPTED):  # all ranks get here; after an error some may still wait
+        from pipeline.training import train
+
         train.leave(code)
     return code
+
+
+def work(config: TrainConfig) -> dict[str, Any]:
+    turn_away(Path(config.output).expanduser())
+    # After the settings are known to be good: torch takes seconds.
+    from pipeline.training import train
+
+    return train.run(config)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ needs only the standard library and airflow.sdk. One setting is mandatory, the A
 """
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def evaluate_script(students: dict[str, str], results: str) -> dict[str, Json]:
 
 
 def faults(student: Json, base: Json, params: Json) -> list[str]:
-    """One line for each bound that the student breaks; none if it is accepted.
+    """One line for each number that is not finite (a text in JSON), and for each bound that the
+    student breaks; none if it is accepted.
 
     Raises AirflowFailException if there is no measurement for a bound.
     """
@@ -116,7 +118,14 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
         "general perplexity, times the base's": (params["max_general_ratio"], "general_perplexity"),
         "KL to the base on general text in nats": (params["max_kl"], "kl_to_base"),
     }
-    lines = []
+    lines = [
+        f"{who}'s {name}: {model[name]}, the model diverged"
+        for who, model in (("student", student), ("base", base))
+        for name in ("domain_perplexity", "general_perplexity", "kl_to_base")
+        if not math.isfinite(float(model.get(name, 0)))
+    ]
+    if lines:
+        return lines
     for name, (bound, key) in bounds.items():
         if bound is None:
             continue
@@ -125,7 +134,7 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
                 f"the gate bounds {name}, but nothing was measured on general text: set "
                 "general.path in the evaluation's config, or clear the bound"
             )
-        value = student[key] / (base[key] if key == "general_perplexity" else 1)
+        value = float(student[key]) / (float(base[key]) if key == "general_perplexity" else 1)
         if not value <= bound:  # NaN breaks the bound, too
             lines.append(f"{name}: {value:.4g}, the bound is {bound:g}")
     return lines

@@ -4,7 +4,6 @@ All measures are means over predicted tokens, so long documents weigh more than 
 Documents become token sequences exactly as in training.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from pipeline.corpus import Corpus, TokenSequences, read_tokens
 from pipeline.errors import RefusedError
 from pipeline.evaluation.compare import compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
+from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
-from pipeline.progress import Progress, say
+from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each
@@ -26,7 +26,7 @@ SHORTEST = 16  # predicted tokens that a shown document has at least
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    """Evaluate every model, print the table, write and return the results.
+    """Evaluate every model, write the results, print the table, return the results.
 
     Returns {"models": {name: {"domain_perplexity", "general_perplexity", "kl_to_base", "domain":
     {...}, "general": {...}}}, "base": name}; kl_to_base is KL(base ‖ model) on the general text.
@@ -43,13 +43,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
     comparison = Comparison(config, folders[config.base])
     results = {name: comparison.measure(name, folder) for name, folder in folders.items()}
     report = {"base": config.base, "models": results}
-    print(table(report))
-    print(more(report))
-    if config.output:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    if config.output:  # before anything that may fail
+        path = Path(config.output).expanduser()
+        write_json(path, report)
         say(f"written to {path}")
+    show(table(report))
+    show(more(report))
     return report
 
 
@@ -113,7 +112,7 @@ def by_documents(sums: list[Sums], against: list[Sums], text: TokenSequences) ->
     rise = model[:, 1] / model[:, 0] - base[:, 1] / base[:, 0]
     return {
         "documents": len(model),
-        "documents_worse": int((rise > 0).sum()),
+        "documents_worse": int((~(rise <= 0)).sum()),  # NaN is worse
         "intervals": intervals(model, base),
     }
 
@@ -129,7 +128,8 @@ def worst(
     model, base = (by_document(of, text.documents) for of in (sums, against))
     names = np.unique(text.documents)
     rise = (model[:, 1] - base[:, 1]) / model[:, 0]
-    order = [at for at in np.argsort(-rise, kind="stable") if model[at, 0] >= SHORTEST]
+    worst_first = np.argsort(-np.where(np.isnan(rise), np.inf, rise), kind="stable")
+    order = [at for at in worst_first if model[at, 0] >= SHORTEST]
     found = []
     for at in order[:WORST]:
         own = np.flatnonzero(text.documents == names[at])

@@ -5,7 +5,6 @@ base's k best ids, and a and b the mass of base and model outside K, KL(base ‖
 divergence on {K, tail} plus a · KL of the two distributions *within* the tail (the chain rule).
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +36,8 @@ def measure(
 ) -> Float64s:
     """float64 [N, COLUMNS] of logits [N, V], labels [N] and the base's logits [N, V].
 
-    Without a base, the divergences and the tail measures are 0, and the agreement is 1.
+    Without a base, the divergences and the tail measures are 0, and the agreement is 1. Where the
+    model's logits are NaN, so is every column about the model.
     """
     rows = ROWS.get(logits.device.type, 64)
     parts = [
@@ -58,11 +58,12 @@ def measure_rows(
     log_q = logits.float().log_softmax(-1)
     confidence, best = log_q.max(1)
     zero = torch.zeros_like(confidence)
+    unknown = 0 * confidence  # NaN has no most likely token
     found = dict.fromkeys(COLUMNS, zero) | {
         "nll": -log_q.gather(1, labels[:, None])[:, 0],
-        "agreement": zero + 1,
+        "agreement": unknown + 1,
         "confidence": confidence.exp(),
-        "correct": best == labels,
+        "correct": (best == labels) + unknown,
     }
     if base_logits is not None:
         log_p = base_logits.float().log_softmax(-1)
@@ -80,7 +81,7 @@ def measure_rows(
         found |= {
             "forward_kl": forward,
             "reverse_kl": -torch.linalg.vecdot(log_q.exp_(), gap),
-            "agreement": best == base_best,
+            "agreement": (best == base_best) + unknown,
             "tail_mass": a,
             "tail_kl": torch.where(a > 1e-6, within, 0),
         }
@@ -100,7 +101,7 @@ class Sums:
     def of(cls, rows: Float64s) -> "Sums":
         """Sum rows [N, COLUMNS]."""
         confidence, correct = (rows[:, COLUMNS.index(name)] for name in ("confidence", "correct"))
-        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        bins = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)
         weights = [None, confidence, correct]
         counts = [np.bincount(bins, weight, BINS) for weight in weights]
         return cls(np.array([len(rows), *rows.sum(0)]), np.array(counts, np.float64))
@@ -118,7 +119,9 @@ class Sums:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
+        """Infinity where it is too large for float64."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll / self.tokens))
 
     def report(self) -> dict[str, float]:
         """Means per token, for JSON; tail_kl is the KL within the tail, weighted by tail mass."""
@@ -161,17 +164,21 @@ def intervals(documents: Float64s, base: Float64s, seed: int = 0) -> dict[str, A
     draws = np.random.default_rng(seed).multinomial(
         number, np.full(number, 1 / number), size=RESAMPLES
     )
-    drawn, drawn_base = draws @ documents, draws @ base
+    with np.errstate(invalid="ignore"):
+        drawn, drawn_base = draws @ documents, draws @ base
 
     def mean(name: str, of: Float64s) -> Float64s:
         return np.asarray(of[:, 1 + COLUMNS.index(name)] / of[:, 0])
 
     def interval(values: Float64s) -> list[float]:
-        return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+        # There is nothing between two infinities.
+        method: Any = "linear" if np.isfinite(values).all() else "nearest"
+        return [float(value) for value in np.percentile(values, [2.5, 97.5], method=method)]
 
-    return {
-        "perplexity": interval(np.exp(mean("nll", drawn))),
-        "forward_kl": interval(mean("forward_kl", drawn)),
-        "reverse_kl": interval(mean("reverse_kl", drawn)),
-        "nats_change": interval(mean("nll", drawn) - mean("nll", drawn_base)),
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # a model that diverged
+        return {
+            "perplexity": interval(np.exp(mean("nll", drawn))),
+            "forward_kl": interval(mean("forward_kl", drawn)),
+            "reverse_kl": interval(mean("reverse_kl", drawn)),
+            "nats_change": interval(mean("nll", drawn) - mean("nll", drawn_base)),
+        }

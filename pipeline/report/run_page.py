@@ -45,7 +45,7 @@ def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:
     figures, drawn = axes(len(there))
     for axis, (title, names) in zip(drawn, there.items(), strict=True):
         for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
+            points = [(line["step"], float(line[name])) for line in lines if name in line]
             axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         axis.set(title=title, xlabel="optimizer step")
     return picture(figures, ", ".join(there))

@@ -1,6 +1,7 @@
 """The page about a study: the domain gain of each run against its loss on general text."""
 
 import json
+import math
 from itertools import cycle
 from math import ceil
 from pathlib import Path
@@ -56,9 +57,11 @@ def frontier(results: Json) -> str:
     for (label, of), colour, marker in zip(
         by_arm(results).items(), colours(len(results["arms"])), cycle(MARKERS), strict=False
     ):
-        loss, gain = ([one[name] for one in of] for name in ("general_loss", "domain_gain"))
+        loss, gain = ([float(one[name]) for one in of] for name in ("general_loss", "domain_gain"))
         plot.scatter(loss, gain, color=colour, marker=marker, label=label, s=30, zorder=3)
-    points = [(one["general_loss"], one["domain_gain"]) for one in results["runs"].values()]
+    runs = results["runs"].values()
+    points = [(float(one["general_loss"]), float(one["domain_gain"])) for one in runs]
+    points = [point for point in points if all(map(math.isfinite, point))]  # not diverged
     front = pareto([(0.0, 0.0), *points])
     plot.step(*zip(*front, strict=True), where="post", color="0.5", linewidth=1, zorder=1)
     plot.scatter([0], [0], color="k", marker="+", label="base", zorder=2)
@@ -113,7 +116,7 @@ def forgetting(results: Json) -> list[str]:
     figures, plots = axes(len(kinds), height=3.0 + 0.2 * ceil(len(drawn) / 2))
     for (label, curves), colour in zip(drawn.items(), colours(len(drawn)), strict=True):
         for plot, kind in zip(plots, kinds, strict=True):
-            values = zip(*(curve[kind] for curve in curves), strict=False)
+            values = zip(*(map(float, curve[kind]) for curve in curves), strict=False)
             mean = [sum(value) / len(value) for value in values]
             plot.plot(curves[0]["step"][: len(mean)], mean, color=colour, label=label)
             plot.set(title=kind, xlabel="optimizer step", ylabel="held-out perplexity")
@@ -134,16 +137,21 @@ def runs(results: Json) -> str:
         for kind in KINDS:
             if kind in one:
                 of = one[kind]
-                row = [name, kind, f"{of['perplexity']:.2f}", span(of, "perplexity", 2)]
-                row += [f"{of['forward_kl']:.4f}", span(of, "forward_kl", 4)]
-                row += [f"{of['reverse_kl']:.4f}", f"{of['tail_kl']:.3f}", f"{of['ece']:.3f}"]
+                row = [name, kind, digits(of["perplexity"], 2), span(of, "perplexity", 2)]
+                row += [digits(of["forward_kl"], 4), span(of, "forward_kl", 4)]
+                row += [digits(of["reverse_kl"], 4), digits(of["tail_kl"], 3), digits(of["ece"], 3)]
                 rows.append([*row, f"{of['documents_worse']} of {of['documents']}"])
     return table(head, rows)
 
 
-def span(of: Json, name: str, digits: int) -> str:
+def span(of: Json, name: str, number: int) -> str:
     low, high = of["intervals"][name]
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{digits(low, number)} to {digits(high, number)}"
+
+
+def digits(value: float | str, number: int) -> str:
+    """JSON holds NaN and infinities as text."""
+    return f"{float(value):.{number}f}"
 
 
 def examples(results: Json, shown: int = 2) -> list[str]:
@@ -152,11 +160,12 @@ def examples(results: Json, shown: int = 2) -> list[str]:
     for label, of in by_arm(results).items():
         parts.append(heading(label, 3))
         for example in of[0]["general"]["worst"][:shown]:
-            before, after = example["base_nats_per_token"], example["nats_per_token"]
+            names = ("base_nats_per_token", "nats_per_token")
+            before, after = (digits(example[name], 2) for name in names)
             parts.append(
                 note(
                     f"document {example['document']}, {example['tokens']:,} tokens: "
-                    f"{before:.2f} → {after:.2f} nats per token"
+                    f"{before} → {after} nats per token"
                 )
             )
             parts.append(quote(example["text"]))

@@ -1,10 +1,10 @@
 """Results of a study: the numbers of each run, means and spread over seeds, the table."""
 
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.config import KINDS
 from pipeline.study.config import StudyConfig
@@ -80,21 +80,29 @@ def against(measures: Json, base: Json) -> Json:
     found = {
         "domain_perplexity": domain["perplexity"],
         "general_perplexity": general["perplexity"],
-        "domain_gain": math.log(base["domain"]["perplexity"] / domain["perplexity"]),
-        "general_loss": math.log(general["perplexity"] / base["general"]["perplexity"]),
+        "domain_gain": -rise(domain, base["domain"]),
+        "general_loss": rise(general, base["general"]),
         **{name: general[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")},
     }
     if "other" in measures:
         other = measures["other"]
-        found["other_loss"] = math.log(other["perplexity"] / base["other"]["perplexity"])
+        found["other_loss"] = rise(other, base["other"])
         found |= {f"other_{name}": other[name] for name in ("forward_kl", "reverse_kl")}
-    return found
+    return {name: float(value) for name, value in found.items()}
+
+
+def rise(measures: Json, base: Json) -> float:
+    """Nats of log-perplexity above the base's; infinite or NaN where one of them is."""
+    with np.errstate(all="ignore"):
+        ours, theirs = np.log([float(of["perplexity"]) for of in (measures, base)])
+        return float(ours - theirs)
 
 
 def spread(values: list[float]) -> Json:
     """Mean and sample standard deviation, which is None for a single value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
+    with np.errstate(all="ignore"):  # a student that diverged
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {"mean": float(np.mean(values)), "sd": deviation, "values": values}
 
 
 def curve(metrics: Path) -> Json:
@@ -107,7 +115,7 @@ def curve(metrics: Path) -> Json:
     steps = [line for line in lines if "ce" in line]
     return {
         "step": [line["step"] for line in held],
-        **{kind: [line[f"eval_{kind}_perplexity"] for line in held] for kind in kinds},
+        **{kind: [float(line[f"eval_{kind}_perplexity"]) for line in held] for kind in kinds},
         "loss_step": [line["step"] for line in steps],
         "ce": [line["ce"] for line in steps],
         "kl": [line["kl"] for line in steps],
@@ -140,5 +148,5 @@ def show(name: str, value: Json) -> str:
     digits = {"domain_perplexity": 2, "general_perplexity": 2}.get(name, 3)
     if name.endswith("_kl"):
         digits = 4
-    shown = f"{value['mean']:.{digits}f}"
-    return shown if value["sd"] is None else f"{shown} ± {value['sd']:.{digits}f}"
+    shown = f"{float(value['mean']):.{digits}f}"
+    return shown if value["sd"] is None else f"{shown} ± {float(value['sd']):.{digits}f}"

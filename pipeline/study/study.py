@@ -5,8 +5,6 @@ is written last. The runs follow one another in this process.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
-from pipeline.config import EvalConfig, TrainConfig
+from pipeline.config import EvalConfig, TrainConfig, held_out_texts
 from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Interrupted
 from pipeline.evaluation.evaluate import Comparison
+from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder
-from pipeline.progress import say
+from pipeline.progress import say, show
 from pipeline.recorded import refuse_other_settings
 from pipeline.script_files import script
 from pipeline.signals import stop_on_signals
@@ -26,6 +25,9 @@ from pipeline.study import arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
+from pipeline.training.lock import hold
+from pipeline.training.output import FINAL, Output
+from pipeline.training.places import refuse_inputs_inside
 from pipeline.types import Json
 
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
@@ -54,7 +56,8 @@ def run(config: StudyConfig) -> Json:
     output = Path(config.output)
     runs = list(plan(config))
     todo = [one for one in runs if config.only is None or one.arm in config.only]
-    with stop_on_signals():
+    check_place(config)
+    with stop_on_signals(), hold(output):
         for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
             parse_training(one)
@@ -65,9 +68,20 @@ def run(config: StudyConfig) -> Json:
             say(f"\n=== run {number} of {len(todo)}: {one.name}")
             study.do(one)
             results = gather(config, runs, study.base())
-    print(table(results))
+    show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
     return results
+
+
+def check_place(config: StudyConfig) -> None:
+    """ConfigError for an output directory that contains an input."""
+    inputs: dict[str, str | Path] = {"model": config.model, "domain.path": config.domain.path}
+    texts = {"general": config.general}
+    texts |= {f"held_out.{kind}": text for kind, text in held_out_texts(config.held_out)}
+    inputs |= {f"{name}.path": text.path for name, text in texts.items() if text is not None}
+    given = {name: dump for name, dump in config.dumps.items() if isinstance(dump, str)}
+    inputs |= {f"dumps.{name}": dump for name, dump in given.items()}
+    refuse_inputs_inside(Path(config.output), inputs)
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
@@ -80,8 +94,8 @@ def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
         if (one.folder / MEASURES).exists()
     }
     results = collect(config, finished, base)
-    write(output / RESULTS, results)
-    (output / TABLE).write_text(table(results) + "\n")
+    write_json(output / RESULTS, results)
+    (output / TABLE).write_text(table(results) + "\n", encoding="utf-8")
     return results
 
 
@@ -163,7 +177,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
     if (folder / "manifest.json").exists():
         return
     say(f"\n=== dump {name}")
-    write(file, settings)
+    write_json(file, settings)
     command = [sys.executable, str(script("dump_logits.py")), "--config", str(file)]
     code = subprocess.run(command).returncode
     if code:
@@ -217,25 +231,27 @@ class Study:
     def do(self, one: Run) -> None:
         """Train and measure a run, unless that is done."""
         arm = self.config.arms[one.arm]
-        student = one.folder / train.FINAL
+        student = one.folder / FINAL
         if not (one.folder / MEASURES).exists():
             if arm.interpolate:
                 between = make_run(self.config, arm.interpolate, one.learning_rate, one.seed)
-                if not (between.folder / train.FINAL).exists():
+                if not (between.folder / FINAL).exists():
                     raise ConfigError(f"{one.name}: {between.name} is not finished; run it first")
-                other = between.folder / train.FINAL
-                arms.interpolate(self.folder, ModelFolder(other), arm.weight, student)
+                other = between.folder / FINAL
+                output = Output(one.folder, json.loads(json.dumps(self.settings(one))))
+                arms.interpolate(self.folder, ModelFolder(other), arm.weight, output)
             else:
-                train.run(parse_training(one), arms.trainer_of(arm, self.folder))
-                for checkpoint in one.folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
+                summary = train.run(parse_training(one), arms.trainer_of(arm, self.folder))
+                output = Output(one.folder, summary["identity"])
+                for checkpoint in filter(output.is_own, output.checkpoints()):
+                    output.remove(checkpoint)
         self.measured(one.folder, one.name, ModelFolder(student))
 
     def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
         """The content of measures.json; measures the model first if the file is missing."""
         file = folder / MEASURES
         if not file.exists():
-            write(file, self.comparison.measure(name, model))
+            write_json(file, self.comparison.measure(name, model))
         found: Json = json.loads(file.read_text())
         return found
 
@@ -245,22 +261,14 @@ def check_same(folder: Path, settings: Json) -> None:
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
         refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
-    write(folder / RUN, plain)
+    write_json(folder / RUN, plain)
 
 
 def parse_training(one: Run) -> TrainConfig:
     """Write the run's settings to a file and parse it as scripts/train_student.py does."""
     file = one.folder / "train.json"
-    write(file, one.settings)
+    write_json(file, one.settings)
     try:
         return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
     except SystemExit:
         raise ConfigError(f"{one.name}: its settings are wrong; see the message above") from None
-
-
-def write(file: Path, content: Json) -> None:
-    """Write JSON atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, file)

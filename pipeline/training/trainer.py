@@ -4,9 +4,7 @@ Both losses are sums over the tokens of the whole optimizer step, across micro-b
 each divided by its own count: alpha means the same whatever the batches are made of.
 """
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import LossConfig
 from pipeline.corpus import TokenSequences
@@ -34,15 +31,15 @@ from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets,
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
+from pipeline.json_files import read_object, write_json
+from pipeline.recorded import refuse_other_settings
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.gradients import gradient_parts
+from pipeline.training.output import COMPLETE, Output
 from pipeline.training.run_log import RunLog
 from pipeline.types import Json
 from storage import LogitDataset
-
-CHECKPOINT_MARKER = "distill.json"
-"""Written last into a checkpoint. A checkpoint without it is incomplete and is never resumed."""
 
 Batch = dict[str, list[PackedRow]]
 """{"packed": rows}, as `collate` makes it."""
@@ -73,12 +70,17 @@ class DistillTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
+        self.output = Output(Path(args.output_dir), self.identity)
+        # transformers would count and delete whatever is named like a checkpoint.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
         self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
         self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
         self.sums = torch.zeros(3, device=args.device)  # CE, KL, teacher's tail since the last log
+        self.first_bad = torch.full((), math.inf, device=args.device)  # step of a loss not finite
+        self.last_row: PackedRow | None = None
         self.gradient_parts: dict[str, float] = {}  # of the last step that measured them
         self.waited = 0.0
         self.stop_asked = False  # a signal has reached this rank
@@ -156,7 +158,11 @@ class DistillTrainer(Trainer):
         for row in first:
             with self.synchronised(model, False):
                 total += super().training_step(model, row, num_items_in_batch)
-        return total + super().training_step(model, last, num_items_in_batch)
+        total = total + super().training_step(model, last, num_items_in_batch)
+        # Looked at in `check_finite`: a look at each step would wait for the device.
+        bad = torch.where(total.isfinite(), math.inf, float(self.state.global_step + 1))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        return total
 
     def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
         """Forward and backward of a row outside a training step; adds the gradients to `.grad`."""
@@ -209,7 +215,22 @@ class DistillTrainer(Trainer):
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
         outputs: dict[str, Tensor] = model(**with_targets(inputs, row_weights=weights))
+        self.last_row = inputs
         return outputs
+
+    def check_finite(self) -> None:
+        """ConfigError where a step's loss was not finite, or would not be with the weights as they
+        are after the last step. All ranks must call this; it costs a forward of one row."""
+        first = self.first_bad
+        if self.last_row is not None:
+            step = float(self.state.global_step + 1)
+            if not self.losses_of(self.last_row).isfinite().all():
+                first = first.clamp(max=step)
+            fsdp.reshard(self.model)
+        if self.args.world_size > 1:
+            first = self.accelerator.gather(first[None]).min()
+        if math.isfinite(found := first.item()):
+            raise diverged(int(found), "not finite")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add CE, KL and the teacher's mean tail, as means over the steps since the last log.
@@ -227,11 +248,7 @@ class DistillTrainer(Trainer):
             elapsed = now - self.logged_at
             ce, kl, tail = (sums / steps).tolist()
             if not math.isfinite(logs["loss"]):
-                raise ConfigError(
-                    f"step {self.state.global_step}: the loss is {logs['loss']} (CE {ce}, KL {kl})"
-                    ". Lower training.learning_rate or set training.max_grad_norm; earlier "
-                    "checkpoints are kept"
-                )
+                raise diverged(self.state.global_step, f"{logs['loss']} (CE {ce}, KL {kl})")
             logs |= {"ce": ce, "kl": kl, "teacher_tail": tail, **self.totals}
             logs |= self.gradient_parts
             self.gradient_parts = {}
@@ -304,43 +321,50 @@ class DistillTrainer(Trainer):
             yield from packed_rows([], records, self.row_tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # the marker follows the files of all ranks
+        self.check_finite()
+        name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (self.output.make(name) / COMPLETE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()  # the owner's marker comes before any other file
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
+        if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
-            (folder / CHECKPOINT_MARKER).write_text(json.dumps(marker, indent=1) + "\n")
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            write_json(self.output.folder / name / COMPLETE, marker)
+            self.rotate()
+
+    def rotate(self, keep_last: bool = True) -> None:
+        """training.save_total_limit, for checkpoints of this run alone."""
+        if self.save_total_limit and self.args.should_save:
+            best = self.state.best_model_checkpoint
+            self.output.rotate(self.save_total_limit, best, keep_last)
 
     def resume_point(self) -> Path | None:
-        """The last complete checkpoint of the output directory; None if there is none.
+        """The last whole checkpoint of this run; None if there is none.
 
-        Removes incomplete checkpoints and restores the token totals.
+        Removes the run's own incomplete checkpoints and restores the token totals.
+        Raises RefusedError for a checkpoint that another run made.
         """
         whole = []
-        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
-            if (folder / CHECKPOINT_MARKER).exists():
-                whole.append(folder)
+        for folder in self.output.checkpoints():
+            marker = read_object(folder / COMPLETE)
+            if marker is not None:
+                refuse_other_settings(self.output.folder, marker["identity"], self.identity)
+                whole.append((folder, marker))
             elif self.args.should_save:
-                shutil.rmtree(folder)
-        last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-        if last is not None:
-            marker = json.loads((last / CHECKPOINT_MARKER).read_text())
-            self.totals = {name: marker[name] for name in self.totals}
+                self.output.remove(folder)
+        if not whole:
+            return None
+        last, marker = whole[-1]
+        self.totals = {name: marker[name] for name in self.totals}
         return last
 
-    def checkpoint_identity(self, checkpoint: Path) -> Json:
-        """The identity of the run that saved a checkpoint."""
-        identity: Json = json.loads((checkpoint / CHECKPOINT_MARKER).read_text())["identity"]
-        return identity
+
+def diverged(step: int, loss: str) -> ConfigError:
+    return ConfigError(
+        f"step {step}: the loss is {loss}. Lower training.learning_rate or set "
+        "training.max_grad_norm; earlier checkpoints are kept"
+    )
 
 
 class Hooks(TrainerCallback):
@@ -360,6 +384,10 @@ class Hooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sampler = self.trainer.epoch_sampler
         sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.save_total_limit == 1 and state.best_model_checkpoint is not None:
+            self.trainer.rotate(keep_last=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stopping:
