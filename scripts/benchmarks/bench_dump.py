@@ -204,13 +204,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.random:
-            import datasets
+            from pipeline.corpus_cache import cached_documents
+            from pipeline.corpus_files import find_files
 
-            from pipeline.config import CorpusConfig
-            from pipeline.corpus import find_files, load
-
-            datasets.disable_progress_bars()
-            documents = load(CorpusConfig(given.corpus), find_files(given.corpus))
+            documents, _ = cached_documents(find_files(given.corpus), "text", chat=False)
             texts = [row["text"] for row in islice(documents, 500)]
             given.model.append(str(random_model(Path(folder) / "random-body-heavy", texts)))
         for model in given.model:
