@@ -33,12 +33,23 @@ def open_source(store: Store, shard: Shard) -> Any:
     the committed one, StoreError if the store cannot be read.
     """
     if store.local:  # memory-mapped: reading a row group copies nothing
-        return pa.memory_map(store / shard.file)
-    path = cached(store, shard.file, shard.marker["sha256"])
-    if path is not None:
-        return pa.memory_map(str(path))
+        path = store.regular(shard.file)
+        check_size(shard, os.path.getsize(path))
+        return pa.memory_map(path)
+    local = cached(store, shard.file, shard.marker["sha256"])
+    if local is not None:
+        return pa.memory_map(str(local))
     size = int(store.attempt("read", shard.file, lambda: store.fs.info(store / shard.file)["size"]))
+    check_size(shard, size)
     return pa.PythonFile(RangeFile(store, shard.file, size), mode="r")
+
+
+def check_size(shard: Shard, size: int) -> None:
+    """Raise CorruptShard unless the file has the bytes that the marker says."""
+    if size != shard.marker["bytes"]:
+        raise CorruptShard(
+            f"{size} bytes, the marker says {shard.marker['bytes']}: this is not the committed file"
+        )
 
 
 class RangeFile(io.RawIOBase):

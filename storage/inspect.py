@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from storage.dataset import LogitDataset
-from storage.manifest import Json, Totals
-from storage.shard import MASS_BINS
+from storage.manifest import Totals
+from storage.parsing import MASS_BINS, Json
 from storage.topk import Record
 
 BAR = 40
