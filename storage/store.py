@@ -8,6 +8,7 @@ fails, or if a local operation fails, a StoreError names the file and says what 
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -37,9 +38,14 @@ ADVICE = {
     errno.EPERM: "permission denied: make it writable for this user",
     errno.ENOENT: "the directory is gone: was it removed or unmounted during the run? Restore it",
     errno.ENOTDIR: "a file exists where a directory is expected: choose another path",
+    errno.EOPNOTSUPP: "the file system has no hard links and cannot rename without replacing; the "
+    "commit protocol needs one of the two: choose a directory on another file system",
     errno.EIO: "the disk or the network file system failed: check it",
     errno.ESTALE: "the network file system is gone: mount it again",
 }
+
+# What os.link raises where the file system has none; a folder that is not writable fails before.
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 Result = TypeVar("Result")
 
@@ -284,7 +290,11 @@ def throw(error: OSError) -> None:
 
 
 def create_local(target: Path, data: bytes) -> bool:
-    """Write a durable file next to the target and link it: a link never replaces a file."""
+    """Write a durable file next to the target and link it: a link never replaces a file.
+
+    Without hard links (exFAT, some network and FUSE file systems) it is renamed, also without
+    replacing a file. Raises OSError with EOPNOTSUPP where the file system can do neither.
+    """
     handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -292,13 +302,31 @@ def create_local(target: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.link(temporary, target)
+        try:
+            os.link(temporary, target)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            rename_new(temporary, target)
     except FileExistsError:
         return False
     finally:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # renamed
+            os.unlink(temporary)
     sync_folder(target.parent)
     return True
+
+
+def rename_new(source: str, target: Path) -> None:
+    """Rename a file; FileExistsError if the target exists (Linux: renameat2, RENAME_NOREPLACE)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, no_replace = -100, 1
+    if rename and not rename(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), no_replace):
+        return
+    number = ctypes.get_errno() if rename else errno.ENOSYS
+    if number in {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}:
+        number = errno.EOPNOTSUPP
+    raise OSError(number, os.strerror(number), str(target))
 
 
 def sync_folder(folder: Path) -> None:
