@@ -36,7 +36,8 @@ FUZZ_SECONDS ?= 60
 	@$(SYSTEM_PYTHON) -m venv .venv-fuzz
 	@.venv-fuzz/bin/pip install -q atheris numpy numba pyarrow zstandard fsspec
 
-fuzz: .venv-fuzz  ## feed broken bytes to the decoders for FUZZ_SECONDS, in an environment of its own
+fuzz: setup .venv-fuzz  ## forged dumps for FUZZ_SECONDS, then as long broken bytes for the decoders
+	PYTHONPATH=. $(PYTHON) tests/fuzz/fuzz_dump.py --seconds $(FUZZ_SECONDS)
 	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
 		-max_total_time=$(FUZZ_SECONDS)
 
