@@ -24,19 +24,20 @@ def main() -> int:
         "--bound", type=float, default=0.02, help="largest mean KL of a row, nats (default 0.02)"
     )
     given = parser.parse_args()
-    code = storage_main(["verify", given.dump])
+    code = storage_main(["verify", "--", given.dump])
     if code or not given.against:
         return code
     from pipeline import cli
     from pipeline.dump import recompute as verify
     from pipeline.errors import DAMAGED
+    from pipeline.foreign import printable
 
     good = [False]
 
     def compare() -> dict[str, object]:
         checks = verify.recompute(given.dump, given.against, given.sample, given.seed)
         lines, good[0] = verify.report(checks, given.bound)
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
         return {}
 
     return cli.main(compare, None) or (0 if good[0] else DAMAGED)
