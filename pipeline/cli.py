@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from pipeline.errors import (
     RefusedError,
 )
 from pipeline.foreign import printable, refuse_secrets
+from pipeline.json_files import write_json
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 Config = TypeVar("Config")
@@ -152,7 +152,8 @@ def prepare(summary: Path) -> None:
         summary.parent.mkdir(parents=True, exist_ok=True)
         if summary.is_dir():
             raise IsADirectoryError(f"{summary} is a directory")
-        if not os.access(summary if summary.exists() else summary.parent, os.W_OK):
+        special = summary.exists() and not summary.is_file()  # a pipe or a terminal
+        if not os.access(summary if special else summary.parent, os.W_OK):
             raise PermissionError(f"{summary} cannot be written by this user")
     except OSError as error:
         raise ConfigError(f"--summary {summary}: cannot be written ({error})") from None
@@ -191,5 +192,5 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         say_error(f"{error}{hint}")
         return code
     if summary_file:
-        Path(summary_file).expanduser().write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(Path(summary_file).expanduser(), summary)
     return DONE

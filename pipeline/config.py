@@ -26,13 +26,18 @@ class CorpusConfig:
     """Where documents come from and how they become token sequences."""
 
     path: str
-    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name."""
+    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name. A
+    directory is read with its subdirectories, in the order of the names. It and a glob leave out
+    names that begin with . or _, README, LICENSE and COPYING; other kinds of files are left out of
+    a directory, too. Columns that are not asked for are not read, and nothing is converted."""
     text_column: str = "text"
-    """Column with the text of each document."""
+    """Column with the text of each document. The column id, if there is one, names it."""
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them."""
     split: str = "train"
-    """Split of a hub dataset; files have only one."""
+    """Split of a hub dataset, or of a directory whose files have train, validation or test as the
+    first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
+    it must be the whole name, or that of their folder."""
     skip: Annotated[int, Range(0, MOST)] = 0
     """Number of documents to skip at the start."""
     limit: Limit = None

@@ -197,8 +197,8 @@ def read_perplexities(metrics: Path) -> dict[str, list[float]]:
     for line in map(json.loads, metrics.read_text().splitlines()):
         if "eval_domain_perplexity" in line:
             found["step"].append(line["step"])
-            found[DOMAIN].append(line["eval_domain_perplexity"])
-            found[GENERAL].append(line["eval_general_perplexity"])
+            found[DOMAIN].append(float(line["eval_domain_perplexity"]))
+            found[GENERAL].append(float(line["eval_general_perplexity"]))
     return found
 
 
@@ -228,13 +228,14 @@ def verdict(results: dict[str, Any]) -> str:
     """The measured changes in words."""
     base, ce, mol = (results["models"][name] for name in ("base", "ce", "mol"))
 
-    def change(model: dict[str, float], kind: str) -> str:
-        ratio = model[f"{kind}_perplexity"] / base[f"{kind}_perplexity"] - 1
+    def change(model: dict[str, Any], kind: str) -> str:
+        ratio = float(model[f"{kind}_perplexity"]) / float(base[f"{kind}_perplexity"]) - 1
         return f"{ratio:+.0%}"
 
+    kl = {name: float(results["models"][name]["kl_to_base"]) for name in ("ce", "mol")}
     return (
         f"Against the base, cross-entropy alone changed the domain perplexity by "
         f"{change(ce, DOMAIN)} and the general one by {change(ce, GENERAL)}; MoL by "
         f"{change(mol, DOMAIN)} and {change(mol, GENERAL)}. KL to the base on general text: "
-        f"{ce['kl_to_base']:.3f} nats after cross-entropy alone, {mol['kl_to_base']:.3f} after MoL."
+        f"{kl['ce']:.3f} nats after cross-entropy alone, {kl['mol']:.3f} after MoL."
     )

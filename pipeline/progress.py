@@ -99,6 +99,12 @@ class Progress:
             self.bar.close()
 
 
+def show(text: str) -> None:
+    """Print a result. Characters that the output's encoding lacks become ?."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(printable(text).encode(encoding, "replace").decode(encoding))
+
+
 def say(text: str) -> None:
     """Print a message for the user on stderr; results go to files and stdout.
 

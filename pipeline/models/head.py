@@ -38,6 +38,16 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own, where it has that of the input embeddings."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if not config.tie_word_embeddings:
+        return
+    weight = head.weight
+    head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    config.tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
 class LogitTransform(NamedTuple):
     """What a model does to the logits of its head."""
 

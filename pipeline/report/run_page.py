@@ -1,4 +1,4 @@
-"""The course of one training run."""
+"""The page about one training run."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def report(folder: Path) -> str:
 
 
 def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:
-    """Pictures side by side of what is in the log, by step; None where nothing of it is."""
+    """Plots of logged values by step, side by side; None if the log has none of them."""
     there = {
         title: names
         for title, names in plots.items()
@@ -45,7 +45,7 @@ def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:
     figures, drawn = axes(len(there))
     for axis, (title, names) in zip(drawn, there.items(), strict=True):
         for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
+            points = [(line["step"], float(line[name])) for line in lines if name in line]
             axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         axis.set(title=title, xlabel="optimizer step")
     return picture(figures, ", ".join(there))

@@ -1,6 +1,7 @@
-"""A study's frontier: what each run gained on the domain against what it lost on general text."""
+"""The page about a study: the domain gain of each run against its loss on general text."""
 
 import json
+import math
 from itertools import cycle
 from math import ceil
 from pathlib import Path
@@ -27,13 +28,13 @@ def report(folder: Path) -> str:
             arms(results),
             note(
                 "Mean ± standard deviation over the seeds. Gain and loss are nats of "
-                "log-perplexity against the base; divergences and top-1 are on the general text, "
-                "those named other's on general text of another source."
+                "log-perplexity against the base. Divergences and top-1 are on the general text; "
+                "columns named other's are on general text of another source."
             ),
             *forgetting(results),
             heading("Runs"),
             runs(results),
-            note("Intervals: 95 % over held-out documents drawn with replacement."),
+            note("Intervals: 95 % bootstrap over held-out documents."),
             *examples(results),
             heading("Made with"),
             pairs(results["machine"] | {"max_length": results["max_length"]}),
@@ -42,7 +43,7 @@ def report(folder: Path) -> str:
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (loss, gain), those that no other beats in both, by loss."""
+    """The points (loss, gain) that no other point beats in both, sorted by loss."""
     front: list[tuple[float, float]] = []
     for loss, gain in sorted(set(points), key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -56,9 +57,11 @@ def frontier(results: Json) -> str:
     for (label, of), colour, marker in zip(
         by_arm(results).items(), colours(len(results["arms"])), cycle(MARKERS), strict=False
     ):
-        loss, gain = ([one[name] for one in of] for name in ("general_loss", "domain_gain"))
+        loss, gain = ([float(one[name]) for one in of] for name in ("general_loss", "domain_gain"))
         plot.scatter(loss, gain, color=colour, marker=marker, label=label, s=30, zorder=3)
-    points = [(one["general_loss"], one["domain_gain"]) for one in results["runs"].values()]
+    runs = results["runs"].values()
+    points = [(float(one["general_loss"]), float(one["domain_gain"])) for one in runs]
+    points = [point for point in points if all(map(math.isfinite, point))]  # not diverged
     front = pareto([(0.0, 0.0), *points])
     plot.step(*zip(*front, strict=True), where="post", color="0.5", linewidth=1, zorder=1)
     plot.scatter([0], [0], color="k", marker="+", label="base", zorder=2)
@@ -67,12 +70,12 @@ def frontier(results: Json) -> str:
         ylabel="gain on the domain, nats",
     )
     figures[0].legend(ncols=3, **BELOW)
-    caption = "One point for each run. Grey: the Pareto front; left and up is better."
+    caption = "One point per run. Grey: the Pareto front. Left and up is better."
     return picture(figures, caption)
 
 
 def by_arm(results: Json) -> dict[str, list[Json]]:
-    """The runs of each arm, in the table's order; at several learning rates each is named."""
+    """The runs by arm, in the table's order; also by learning rate if there are several."""
     rates = len({of["learning_rate"] for of in results["arms"]}) > 1
     found: dict[str, list[Json]] = {}
     for of in results["arms"]:
@@ -93,14 +96,14 @@ def colours(number: int) -> list[Any]:
 
 
 def arms(results: Json) -> str:
-    """The table of table.md."""
+    """The content of table.md as HTML."""
     lines = [line.strip("| ").split(" | ") for line in as_markdown(results).splitlines()]
     rows = [[cell.strip() for cell in line] for line in lines]
     return table(rows[0], rows[2:])
 
 
 def forgetting(results: Json) -> list[str]:
-    """Perplexities over the steps, the mean of each arm's seeds; nothing where none were taken."""
+    """Plots of perplexity by step, averaged over each arm's seeds; empty if none was measured."""
     drawn = {
         label: [one["curve"] for one in of if one["curve"]["step"]]
         for label, of in by_arm(results).items()
@@ -113,7 +116,7 @@ def forgetting(results: Json) -> list[str]:
     figures, plots = axes(len(kinds), height=3.0 + 0.2 * ceil(len(drawn) / 2))
     for (label, curves), colour in zip(drawn.items(), colours(len(drawn)), strict=True):
         for plot, kind in zip(plots, kinds, strict=True):
-            values = zip(*(curve[kind] for curve in curves), strict=False)
+            values = zip(*(map(float, curve[kind]) for curve in curves), strict=False)
             mean = [sum(value) / len(value) for value in values]
             plot.plot(curves[0]["step"][: len(mean)], mean, color=colour, label=label)
             plot.set(title=kind, xlabel="optimizer step", ylabel="held-out perplexity")
@@ -126,7 +129,7 @@ def forgetting(results: Json) -> list[str]:
 
 
 def runs(results: Json) -> str:
-    """A line for each run and kind of text."""
+    """A table with one line per run and kind of text."""
     head = ["run", "text", "perplexity", "95 %", "KL(base‖m)", "95 %", "KL(m‖base)"]
     head += ["tail KL", "ECE", "documents worse"]
     rows = []
@@ -134,29 +137,35 @@ def runs(results: Json) -> str:
         for kind in KINDS:
             if kind in one:
                 of = one[kind]
-                row = [name, kind, f"{of['perplexity']:.2f}", span(of, "perplexity", 2)]
-                row += [f"{of['forward_kl']:.4f}", span(of, "forward_kl", 4)]
-                row += [f"{of['reverse_kl']:.4f}", f"{of['tail_kl']:.3f}", f"{of['ece']:.3f}"]
+                row = [name, kind, digits(of["perplexity"], 2), span(of, "perplexity", 2)]
+                row += [digits(of["forward_kl"], 4), span(of, "forward_kl", 4)]
+                row += [digits(of["reverse_kl"], 4), digits(of["tail_kl"], 3), digits(of["ece"], 3)]
                 rows.append([*row, f"{of['documents_worse']} of {of['documents']}"])
     return table(head, rows)
 
 
-def span(of: Json, name: str, digits: int) -> str:
+def span(of: Json, name: str, number: int) -> str:
     low, high = of["intervals"][name]
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{digits(low, number)} to {digits(high, number)}"
+
+
+def digits(value: float | str, number: int) -> str:
+    """JSON holds NaN and infinities as text."""
+    return f"{float(value):.{number}f}"
 
 
 def examples(results: Json, shown: int = 2) -> list[str]:
-    """General documents that got worst, of the first run of each arm."""
-    parts = [heading("What got worst on general text")]
+    """The general documents with the largest loss in the first run of each arm."""
+    parts = [heading("General documents with the largest loss")]
     for label, of in by_arm(results).items():
         parts.append(heading(label, 3))
         for example in of[0]["general"]["worst"][:shown]:
-            before, after = example["base_nats_per_token"], example["nats_per_token"]
+            names = ("base_nats_per_token", "nats_per_token")
+            before, after = (digits(example[name], 2) for name in names)
             parts.append(
                 note(
                     f"document {example['document']}, {example['tokens']:,} tokens: "
-                    f"{before:.2f} → {after:.2f} nats per token"
+                    f"{before} → {after} nats per token"
                 )
             )
             parts.append(quote(example["text"]))

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from pipeline.models.directory import ModelFolder
+from pipeline.models.head import untie_head
 from pipeline.study.config import ArmConfig
 from pipeline.study.live_teacher import LiveTrainer
 from pipeline.study.targets import ArmTrainer, retargets
+from pipeline.training.output import DRAFT, FINAL, Output
 from pipeline.training.trainer import DistillTrainer
 
 
@@ -21,11 +22,19 @@ def trainer_of(arm: ArmConfig, base: ModelFolder) -> Callable[..., DistillTraine
     return partial(ArmTrainer, retarget=changes) if changes else DistillTrainer
 
 
-def interpolate(base: ModelFolder, student: ModelFolder, weight: float, output: Path) -> None:
-    """Save (1 - weight) · base + weight · student as a student."""
+def interpolate(base: ModelFolder, student: ModelFolder, weight: float, output: Output) -> None:
+    """Save (1 - weight) · base + weight · student as the student of an output directory."""
+    output.check()
     mixed, other = (folder.load("float32") for folder in (base, student))
+    if not other.config.get_text_config().tie_word_embeddings:
+        untie_head(mixed)  # a student with adapted embeddings
+    found = dict(other.named_parameters())
     with torch.no_grad():
-        for ours, theirs in zip(mixed.parameters(), other.parameters(), strict=True):
-            ours.lerp_(theirs, weight)
-    mixed.to(getattr(torch, base.dtype())).save_pretrained(output)
-    base.tokenizer.save_pretrained(output)
+        for name, ours in mixed.named_parameters():
+            ours.lerp_(found.pop(name), weight)
+    assert not found
+    output.remove(output.folder / DRAFT)
+    draft = output.make(DRAFT)
+    mixed.to(getattr(torch, base.dtype())).save_pretrained(draft)
+    base.tokenizer.save_pretrained(draft)
+    output.replace(draft, output.folder / FINAL)

@@ -1,12 +1,10 @@
 """A study: arms × learning rates × seeds, each trained and measured once, collected in a table.
 
-A run is a directory with its settings (run.json), what training left there, and measures.json,
-which is written last. Runs go one after the other in this process.
+A run is a directory with its settings (run.json), the output of training, and measures.json, which
+is written last. The runs follow one another in this process.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
-from pipeline.config import EvalConfig, TrainConfig
+from pipeline.config import EvalConfig, TrainConfig, held_out_texts
 from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Interrupted
 from pipeline.evaluation.evaluate import Comparison
+from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder
-from pipeline.progress import say
+from pipeline.progress import say, show
 from pipeline.recorded import refuse_other_settings
 from pipeline.script_files import script
 from pipeline.signals import stop_on_signals
@@ -26,6 +25,9 @@ from pipeline.study import arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
+from pipeline.training.lock import hold
+from pipeline.training.output import FINAL, Output
+from pipeline.training.places import refuse_inputs_inside
 from pipeline.types import Json
 
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
@@ -45,16 +47,17 @@ class Run:
 
 
 def run(config: StudyConfig) -> Json:
-    """Do the runs that are missing, write results.json and table.md, return the results.
+    """Do the missing runs, write results.json and table.md, and return the results.
 
-    Raises what training and evaluation raise, and RefusedError where a run's directory holds other
+    Raises what training and evaluation raise, and RefusedError if a run's directory holds other
     settings. After an interruption the same command resumes.
     """
     study = Study(config)
     output = Path(config.output)
     runs = list(plan(config))
     todo = [one for one in runs if config.only is None or one.arm in config.only]
-    with stop_on_signals():
+    check_place(config)
+    with stop_on_signals(), hold(output):
         for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
             parse_training(one)
@@ -65,13 +68,24 @@ def run(config: StudyConfig) -> Json:
             say(f"\n=== run {number} of {len(todo)}: {one.name}")
             study.do(one)
             results = gather(config, runs, study.base())
-    print(table(results))
+    show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
     return results
 
 
+def check_place(config: StudyConfig) -> None:
+    """ConfigError for an output directory that contains an input."""
+    inputs: dict[str, str | Path] = {"model": config.model, "domain.path": config.domain.path}
+    texts = {"general": config.general}
+    texts |= {f"held_out.{kind}": text for kind, text in held_out_texts(config.held_out)}
+    inputs |= {f"{name}.path": text.path for name, text in texts.items() if text is not None}
+    given = {name: dump for name, dump in config.dumps.items() if isinstance(dump, str)}
+    inputs |= {f"dumps.{name}": dump for name, dump in given.items()}
+    refuse_inputs_inside(Path(config.output), inputs)
+
+
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """Write results.json and table.md of the runs that are finished."""
+    """Write results.json and table.md of the finished runs."""
     output = Path(config.output)
     finished = {
         one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
@@ -80,13 +94,13 @@ def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
         if (one.folder / MEASURES).exists()
     }
     results = collect(config, finished, base)
-    write(output / RESULTS, results)
-    (output / TABLE).write_text(table(results) + "\n")
+    write_json(output / RESULTS, results)
+    (output / TABLE).write_text(table(results) + "\n", encoding="utf-8")
     return results
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
-    """Every run of the study: seed by seed, so that a study that is cut short has whole seeds."""
+    """Yield every run of the study, seed by seed: an interrupted study has complete seeds."""
     seeds = {seed for arm in config.arms.values() for seed in arm.seeds or config.seeds}
     trained = [name for name, arm in config.arms.items() if not arm.interpolate]
     mixed = [name for name, arm in config.arms.items() if arm.interpolate]
@@ -145,7 +159,7 @@ def dump_path(config: StudyConfig, name: str) -> str:
 
 
 def make_dump(config: StudyConfig, name: str) -> None:
-    """Through the script, so that an engine's memory is free again when students train."""
+    """Run the dump script in its own process, so that the engine's memory is free for training."""
     given = config.dumps[name]
     if isinstance(given, str):
         return
@@ -163,16 +177,16 @@ def make_dump(config: StudyConfig, name: str) -> None:
     if (folder / "manifest.json").exists():
         return
     say(f"\n=== dump {name}")
-    write(file, settings)
+    write_json(file, settings)
     command = [sys.executable, str(script("dump_logits.py")), "--config", str(file)]
     code = subprocess.run(command).returncode
     if code:
         kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)
-        raise kind(f"dump_logits.py ended with {code}; its message is above")
+        raise kind(f"dump_logits.py ended with exit code {code}; see its message above")
 
 
 class Study:
-    """The base and the held-out text, and how a run is trained and measured against them."""
+    """Trains runs and measures them against the base on the held-out text."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.folder = config, ModelFolder.find(config.model)
@@ -180,7 +194,7 @@ class Study:
 
     @property
     def comparison(self) -> Comparison:
-        if self._comparison is None:  # loads the base: not needed where every run is measured
+        if self._comparison is None:  # loads the base, which is not needed if all runs are measured
             config = self.config
             settings = EvalConfig(
                 models={BASE: config.model},
@@ -197,7 +211,7 @@ class Study:
         return self._comparison
 
     def measuring(self) -> Json:
-        """The settings that decide the measures of a student."""
+        """Settings that decide the measures of a student."""
         config = self.config
         kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
         return {"model": config.model, "held_out": asdict(config.held_out), **kept}
@@ -211,56 +225,50 @@ class Study:
         """All settings that decide a run."""
         arm = asdict(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
-            del arm[name]  # they decide which runs there are, not what is in one
+            del arm[name]  # they decide which runs there are, not the content of a run
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}
 
     def do(self, one: Run) -> None:
-        """Train and measure, where that is still missing."""
+        """Train and measure a run, unless that is done."""
         arm = self.config.arms[one.arm]
-        student = one.folder / train.FINAL
+        student = one.folder / FINAL
         if not (one.folder / MEASURES).exists():
             if arm.interpolate:
                 between = make_run(self.config, arm.interpolate, one.learning_rate, one.seed)
-                if not (between.folder / train.FINAL).exists():
+                if not (between.folder / FINAL).exists():
                     raise ConfigError(f"{one.name}: {between.name} is not finished; run it first")
-                other = between.folder / train.FINAL
-                arms.interpolate(self.folder, ModelFolder(other), arm.weight, student)
+                other = between.folder / FINAL
+                output = Output(one.folder, json.loads(json.dumps(self.settings(one))))
+                arms.interpolate(self.folder, ModelFolder(other), arm.weight, output)
             else:
-                train.run(parse_training(one), arms.trainer_of(arm, self.folder))
-                for checkpoint in one.folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
+                summary = train.run(parse_training(one), arms.trainer_of(arm, self.folder))
+                output = Output(one.folder, summary["identity"])
+                for checkpoint in filter(output.is_own, output.checkpoints()):
+                    output.remove(checkpoint)
         self.measured(one.folder, one.name, ModelFolder(student))
 
     def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
-        """The model's measures.json, which is made if it is missing."""
+        """The content of measures.json; measures the model first if the file is missing."""
         file = folder / MEASURES
         if not file.exists():
-            write(file, self.comparison.measure(name, model))
+            write_json(file, self.comparison.measure(name, model))
         found: Json = json.loads(file.read_text())
         return found
 
 
 def check_same(folder: Path, settings: Json) -> None:
-    """Record the settings of a run; RefusedError where the folder holds a run with other ones."""
+    """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
         refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
-    write(folder / RUN, plain)
+    write_json(folder / RUN, plain)
 
 
 def parse_training(one: Run) -> TrainConfig:
-    """The run's settings, from a file as scripts/train_student.py would read it."""
+    """Write the run's settings to a file and parse it as scripts/train_student.py does."""
     file = one.folder / "train.json"
-    write(file, one.settings)
+    write_json(file, one.settings)
     try:
         return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
     except SystemExit:
-        raise ConfigError(f"{one.name}: its settings are wrong, see above") from None
-
-
-def write(file: Path, content: Json) -> None:
-    """Write JSON, all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, file)
+        raise ConfigError(f"{one.name}: its settings are wrong; see the message above") from None

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from pipeline.json_files import strict
 from pipeline.progress import Progress
-
-METRICS = "metrics.jsonl"
+from pipeline.training.output import METRICS
 
 
 class RunLog(TrainerCallback):
@@ -24,7 +24,7 @@ class RunLog(TrainerCallback):
         # A checkpoint carries the log up to it; the steps after it are done again.
         metrics = Path(args.output_dir) / METRICS
         metrics.parent.mkdir(parents=True, exist_ok=True)
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in state.log_history))
+        metrics.write_text("".join(json.dumps(strict(line)) + "\n" for line in state.log_history))
         self.progress = Progress(state.max_steps, "step", state.global_step)
         self.progress.begin()
 
@@ -38,7 +38,7 @@ class RunLog(TrainerCallback):
         if "train_runtime" in logs:  # transformers' own summary of this call alone
             return
         with (Path(args.output_dir) / METRICS).open("a") as file:
-            file.write(json.dumps(state.log_history[-1]) + "\n")
+            file.write(json.dumps(strict(state.log_history[-1])) + "\n")
         names = ["loss", "ce", "kl", "tokens_per_s"]
         shown = [f"{name} {logs[name]:,.4g}" for name in names if name in logs]
         shown += [f"{name} {value:.4g}" for name, value in logs.items() if name.startswith("eval_")]

@@ -1,17 +1,16 @@
 """The student: loaded from a model directory, and saved as one."""
 
-import os
-import shutil
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.head import untie_head
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
+from pipeline.training.output import DRAFT, FINAL
+from pipeline.training.saved import TOKENS, check_reloaded, check_same, predict
 from pipeline.training.trainer import DistillTrainer
 
 
@@ -32,6 +31,11 @@ def load_student(
 
 
 def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """The model with the adapters that the settings name, if any.
+
+    Adapters of the input embeddings leave the head as it is, so a tied head is untied: merging them
+    would change it too.
+    """
     if config.lora is None:
         return model
     import peft
@@ -41,6 +45,8 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         adapted: PreTrainedModel = peft.get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}") from error
+    if type(model.get_input_embeddings()).__module__.startswith("peft"):
+        untie_head(model)
     return adapted
 
 
@@ -49,24 +55,34 @@ def save_final(
     trainer: DistillTrainer,
     base: ModelFolder,
     dtype: torch.dtype,
-    folder: Path,
 ) -> None:
-    """Save a plain Hugging Face directory: LoRA merged, in the dtype of the model's own weights.
+    """Save OUTPUT/model, a plain Hugging Face directory, in the dtype of the model's own weights.
 
+    LoRA is merged. What was saved is loaded again, on the CPU, and must predict what was trained;
+    only then does it become OUTPUT/model.
     `base` is the model that the student started from. All ranks must call this.
+    Raises RefusedError where the saved model is another one.
     """
+    args, output = trainer.args, trainer.output
+    exact = not (args.bf16 or args.fp16 or args.tf32)
+    exact &= {dtype, trainer.model.dtype} == {torch.float32}
+    probe = torch.from_numpy(trainer.train_dataset[0].domain[:TOKENS].astype("int64"))
+    with trainer.accelerator.autocast():
+        trained = predict(trainer.model, probe)
+    fsdp.reshard(trainer.model)
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = fsdp.gathered_state(trainer.accelerator, model) if trainer.is_fsdp_enabled else None
-    if not trainer.args.should_save:
+    if not args.should_save:
         return
     if state is not None:
         model = with_lora(base.load(config.dtype), config)
         model.load_state_dict(state)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.to(dtype).save_pretrained(draft)
+    check_same(trained, predict(model, probe), exact, "the merged student")
+    output.remove(output.folder / DRAFT)
+    draft = output.make(DRAFT)
+    model.to("cpu", dtype).save_pretrained(draft)
     trainer.processing_class.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    check_reloaded(model, draft, probe, exact)
+    output.replace(draft, output.folder / FINAL)

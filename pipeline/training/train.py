@@ -1,11 +1,11 @@
 """Stage two: a domain corpus and a dump on disk -> a student. No teacher is in memory."""
 
 import atexit
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import MixedDataset
 from pipeline.errors import Interrupted
+from pipeline.json_files import read_object, write_json
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
@@ -22,12 +23,13 @@ from pipeline.training import memory
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
+from pipeline.training.lock import hold
 from pipeline.training.null_test import null_test
+from pipeline.training.output import FINAL, SUMMARY, Output
+from pipeline.training.places import check_place
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
-
-FINAL, SUMMARY = "model", "summary.json"
 
 
 def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = DistillTrainer) -> Json:
@@ -37,17 +39,29 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     Raises ConfigError, RefusedError (the student does not belong to the dump, or the directory
     holds another run), StorageError, Interrupted (a checkpoint was saved).
     """
+    config = replace(config, output=str(Path(config.output).expanduser()))
     inputs = Inputs(config)
     check(inputs)
+    check_place(config, inputs.model.path)
     args = training_arguments(config)
-    output = Path(config.output)
-    identity = make_identity(inputs, args)
-    if (output / SUMMARY).exists():
-        summary: Json = json.loads((output / SUMMARY).read_text())
+    with hold(Path(config.output)):
+        identity = make_identity(inputs, args)
+        summary = finished(Path(config.output), identity)
+        return summary or train(inputs, args, identity, trainer_class)
+
+
+def finished(output: Path, identity: Json) -> Json | None:
+    """The summary of a finished run; None where there is something left to do.
+
+    Raises RefusedError where the directory holds something that this run did not make.
+    """
+    summary = read_object(output / SUMMARY)
+    if summary is not None and "identity" in summary:
         refuse_other_settings(output, summary["identity"], identity)
         say(f"{output}: nothing left to do; the student is in {output / FINAL}")
         return summary
-    return train(inputs, args, identity, trainer_class)
+    Output(output, identity).check()
+    return None
 
 
 def train(
@@ -88,7 +102,6 @@ def train(
         )
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
-            refuse_other_settings(output, trainer.checkpoint_identity(checkpoint), identity)
             say(f"{output}: resuming from {checkpoint.name}")
         null_kl: list[float] = []
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
@@ -101,6 +114,7 @@ def train(
             trainer.run_log.close()
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"stopped by a signal after step {trainer.state.global_step}")
+        trainer.check_finite()
     summary = {
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
@@ -109,9 +123,9 @@ def train(
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
-    save_final(config, trainer, inputs.model, dtype, output / FINAL)
+    save_final(config, trainer, inputs.model, dtype)
     if trainer.args.should_save:
-        (output / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(output / SUMMARY, summary)
         best = summary["best"]
         which = f", that of {best['checkpoint']}" if best else ""
         say(f"{output}: the student is in {output / FINAL}{which}")

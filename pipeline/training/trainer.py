@@ -4,9 +4,7 @@ Both losses are sums over the tokens of the whole optimizer step, across micro-b
 each divided by its own count: alpha means the same whatever the batches are made of.
 """
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import LossConfig
 from pipeline.corpus import TokenSequences
@@ -34,15 +31,15 @@ from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets,
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
+from pipeline.json_files import read_object, write_json
+from pipeline.recorded import refuse_other_settings
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.gradients import gradient_parts
+from pipeline.training.output import COMPLETE, Output
 from pipeline.training.run_log import RunLog
 from pipeline.types import Json
 from storage import LogitDataset
-
-CHECKPOINT_MARKER = "distill.json"
-"""Written last into a checkpoint. One without it was cut short and is not resumed from."""
 
 Batch = dict[str, list[PackedRow]]
 """{"packed": rows}, as `collate` makes it."""
@@ -52,10 +49,9 @@ class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
     A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint
-    stores `identity`.
-    Evaluation reports the perplexity of each text in `held_out`, and the KL to the first
-    `held_out_rows` rows of `held_out_dump` (all by default). Every `gradient_cosine_steps` steps
-    the gradients of CE and KL are compared (gradients.py).
+    stores `identity`. Evaluation reports the perplexity of each text in `held_out`, and the KL to
+    the first `held_out_rows` rows of `held_out_dump` (all by default). Every
+    `gradient_cosine_steps` steps it compares the gradients of CE and KL (gradients.py).
     """
 
     def __init__(
@@ -74,17 +70,22 @@ class DistillTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.loss, self.held_out, self.identity = loss, held_out or {}, identity or {}
+        self.output = Output(Path(args.output_dir), self.identity)
+        # transformers would count and delete whatever is named like a checkpoint.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
         self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
         self.items_per_step = items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
         self.sums = torch.zeros(3, device=args.device)  # CE, KL, teacher's tail since the last log
+        self.first_bad = torch.full((), math.inf, device=args.device)  # step of a loss not finite
+        self.last_row: PackedRow | None = None
         self.gradient_parts: dict[str, float] = {}  # of the last step that measured them
         self.waited = 0.0
-        self.stop_asked = False  # by a signal to this rank
-        self.stopping = False  # what all ranks know at the same step
-        self.before_training: Callable[[], None] | None = None  # on the model as it is trained
+        self.stop_asked = False  # a signal has reached this rank
+        self.stopping = False  # the same on all ranks at each step
+        self.before_training: Callable[[], None] | None = None  # runs once the model is prepared
         super().__init__(
             model,
             args,
@@ -127,7 +128,7 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             every = self.accelerator.gather(counts.to(device)[None]).cpu()
             counts = every.sum(0)
-            # All ranks meet in each forward and backward, so each needs as many rows as the others.
+            # Each forward and backward needs all ranks, so all ranks need the same number of rows.
             for batch, rows in zip(batches, every[:, 3:].amax(0).tolist(), strict=True):
                 idle = without_targets(batch["packed"][-1])
                 batch["packed"] += [idle] * (rows - len(batch["packed"]))
@@ -145,7 +146,7 @@ class DistillTrainer(Trainer):
                 partial(self.backward, totals),
                 self.args.device,
             )
-            self.logged_at += time.perf_counter() - began  # not training's time
+            self.logged_at += time.perf_counter() - began  # not training time
         return batches, totals
 
     def training_step(
@@ -157,10 +158,14 @@ class DistillTrainer(Trainer):
         for row in first:
             with self.synchronised(model, False):
                 total += super().training_step(model, row, num_items_in_batch)
-        return total + super().training_step(model, last, num_items_in_batch)
+        total = total + super().training_step(model, last, num_items_in_batch)
+        # Looked at in `check_finite`: a look at each step would wait for the device.
+        bad = torch.where(total.isfinite(), math.inf, float(self.state.global_step + 1))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        return total
 
     def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
-        """Forward and backward of one row outside a training step; gradients add up in `.grad`."""
+        """Forward and backward of a row outside a training step; adds the gradients to `.grad`."""
         with self.synchronised(self.model_wrapped, last):
             inputs = self._prepare_inputs(row)
             with self.compute_loss_context_manager():
@@ -194,27 +199,45 @@ class DistillTrainer(Trainer):
         self.sums[0] += losses[:labels].sum() / max(domain, 1)
         self.sums[1] += losses[labels:].sum() / max(general, 1)
         self.sums[2] += inputs["targets"]["tail_logprob"].exp().sum() / max(general, 1)
-        # DDP and FSDP take the mean of the ranks' gradients, and the counts are of all ranks.
+        # DDP and FSDP average the ranks' gradients, but the counts already include all ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def row_losses(self, model: nn.Module, inputs: PackedRow, counts: Tensor) -> dict[str, Tensor]:
-        """{"loss": a packed row's part of CE + alpha · KL, "losses": of each of its positions}.
+        """{"loss": a packed row's part of CE + alpha · KL, "losses": loss of each target}.
 
         `counts` are the step's (domain, general) tokens over all micro-batches and ranks.
         """
-        domain, general = counts.tolist()  # on the CPU: no wait for the device
+        domain, general = counts.tolist()  # on the CPU, so this does not wait for the device
         targets = inputs["targets"]
         labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
         weights = targets["tail_logprob"].new_empty(labels + tails)
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
         outputs: dict[str, Tensor] = model(**with_targets(inputs, row_weights=weights))
+        self.last_row = inputs
         return outputs
 
+    def check_finite(self) -> None:
+        """ConfigError where a step's loss was not finite, or would not be with the weights as they
+        are after the last step. All ranks must call this; it costs a forward of one row."""
+        first = self.first_bad
+        if self.last_row is not None:
+            step = float(self.state.global_step + 1)
+            if not self.losses_of(self.last_row).isfinite().all():
+                first = first.clamp(max=step)
+            fsdp.reshard(self.model)
+        if self.args.world_size > 1:
+            first = self.accelerator.gather(first[None]).min()
+        if math.isfinite(found := first.item()):
+            raise diverged(int(found), "not finite")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a step's log: CE, KL and the teacher's mean tail (means over the steps since the
-        last log), tokens seen and the gradients' parts where they were measured."""
+        """Add CE, KL and the teacher's mean tail, as means over the steps since the last log.
+
+        Also adds the tokens seen, the epochs, the speed, and the gradient measures if there are
+        any. Raises ConfigError if the loss is not finite.
+        """
         if "loss" in logs:
             sums = self.sums
             if self.args.world_size > 1:
@@ -225,11 +248,7 @@ class DistillTrainer(Trainer):
             elapsed = now - self.logged_at
             ce, kl, tail = (sums / steps).tolist()
             if not math.isfinite(logs["loss"]):
-                raise ConfigError(
-                    f"step {self.state.global_step}: the loss is {logs['loss']} (CE {ce}, KL {kl})"
-                    ". Lower training.learning_rate or set training.max_grad_norm; checkpoints "
-                    "from before are kept"
-                )
+                raise diverged(self.state.global_step, f"{logs['loss']} (CE {ce}, KL {kl})")
             logs |= {"ce": ce, "kl": kl, "teacher_tail": tail, **self.totals}
             logs |= self.gradient_parts
             self.gradient_parts = {}
@@ -252,7 +271,8 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """{"eval_domain_perplexity": of each held-out corpus, "eval_general_kl": to the dump}."""
+        """{"eval_domain_perplexity": and so on for each held-out text, "eval_general_kl": KL to the
+        held-out dump, in nats per token}."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metrics = {}
@@ -270,12 +290,12 @@ class DistillTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self.begin_log_interval()  # its time is not training's
+        self.begin_log_interval()  # evaluation is not training time
         return metrics
 
     @torch.no_grad()
     def mean_kl(self, rows: Iterable[PackedRow]) -> float:
-        """Mean KL in nats per token to the targets of packed rows; every rank goes through all."""
+        """Mean KL in nats per token to the targets of packed rows; every rank takes all rows."""
         self.model.eval()
         total, tokens = 0.0, 0
         for row in rows:
@@ -301,44 +321,54 @@ class DistillTrainer(Trainer):
             yield from packed_rows([], records, self.row_tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # the marker stands for the files of all ranks
+        self.check_finite()
+        name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (self.output.make(name) / COMPLETE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()  # the owner's marker comes before any other file
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
+        if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
-            (folder / CHECKPOINT_MARKER).write_text(json.dumps(marker, indent=1) + "\n")
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            write_json(self.output.folder / name / COMPLETE, marker)
+            self.rotate()
+
+    def rotate(self, keep_last: bool = True) -> None:
+        """training.save_total_limit, for checkpoints of this run alone."""
+        if self.save_total_limit and self.args.should_save:
+            best = self.state.best_model_checkpoint
+            self.output.rotate(self.save_total_limit, best, keep_last)
 
     def resume_point(self) -> Path | None:
-        """The last whole checkpoint of the output directory, after removing what was cut short."""
+        """The last whole checkpoint of this run; None if there is none.
+
+        Removes the run's own incomplete checkpoints and restores the token totals.
+        Raises RefusedError for a checkpoint that another run made.
+        """
         whole = []
-        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
-            if (folder / CHECKPOINT_MARKER).exists():
-                whole.append(folder)
+        for folder in self.output.checkpoints():
+            marker = read_object(folder / COMPLETE)
+            if marker is not None:
+                refuse_other_settings(self.output.folder, marker["identity"], self.identity)
+                whole.append((folder, marker))
             elif self.args.should_save:
-                shutil.rmtree(folder)
-        last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-        if last is not None:
-            marker = json.loads((last / CHECKPOINT_MARKER).read_text())
-            self.totals = {name: marker[name] for name in self.totals}
+                self.output.remove(folder)
+        if not whole:
+            return None
+        last, marker = whole[-1]
+        self.totals = {name: marker[name] for name in self.totals}
         return last
 
-    def checkpoint_identity(self, checkpoint: Path) -> Json:
-        """The identity of the run that saved a checkpoint."""
-        identity: Json = json.loads((checkpoint / CHECKPOINT_MARKER).read_text())["identity"]
-        return identity
+
+def diverged(step: int, loss: str) -> ConfigError:
+    return ConfigError(
+        f"step {step}: the loss is {loss}. Lower training.learning_rate or set "
+        "training.max_grad_norm; earlier checkpoints are kept"
+    )
 
 
 class Hooks(TrainerCallback):
-    """What the trainer does at points where transformers only calls callbacks."""
+    """Work of the trainer at points where transformers only calls callbacks."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self.trainer = trainer
@@ -354,6 +384,10 @@ class Hooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sampler = self.trainer.epoch_sampler
         sampler.epoch = state.global_step // (len(sampler) // self.trainer.items_per_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.save_total_limit == 1 and state.best_model_checkpoint is not None:
+            self.trainer.rotate(keep_last=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stopping:

@@ -19,7 +19,7 @@ def dags() -> dict[str, Any]:
     return bag.dags
 
 
-def test_there_are_two(dags: dict[str, Any]) -> None:
+def test_there_are_two_dags(dags: dict[str, Any]) -> None:
     assert set(dags) == {"distill", "retrain"}
 
 
@@ -135,7 +135,7 @@ def test_default_params_are_valid_and_their_configs_exist(dags: dict[str, Any]) 
                 assert (ROOT / value).is_file()
 
 
-def test_standard_library_and_airflow_sdk_only() -> None:
+def test_dags_import_only_the_standard_library_and_airflows_sdk() -> None:
     own = {file.stem for file in DAGS.glob("*.py")}
     for file in DAGS.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -166,16 +166,26 @@ BOUNDS = {"max_general_ratio": 1.2, "max_kl": 0.1}
         (9.0, 0.11, ["KL"]),
         (13.0, 0.2, ["perplexity", "KL"]),
         (float("nan"), 0.0, ["perplexity"]),
+        ("NaN", 0.0, ["perplexity"]),  # as JSON has it
+        (11.0, "Infinity", ["kl_to_base"]),
     ],
 )
-def test_gate(perplexity: float, kl: float, broken: list[str]) -> None:
+def test_gate(perplexity: Any, kl: Any, broken: list[str]) -> None:
     from distill import faults
 
     student = {"general_perplexity": perplexity, "kl_to_base": kl}
     lines = faults(student, BASE, BOUNDS)
     assert len(lines) == len(broken)
     assert all(word in line for word, line in zip(broken, lines, strict=True))
-    assert faults(student, BASE, {"max_general_ratio": None, "max_kl": None}) == []
+    unbounded = faults(student, BASE, {"max_general_ratio": None, "max_kl": None})
+    assert unbounded == [line for line in lines if "diverged" in line]
+
+
+def test_gate_of_a_base_that_diverged() -> None:
+    from distill import faults
+
+    student = {"general_perplexity": 9.0, "kl_to_base": 0.0}
+    assert faults(student, BASE | {"general_perplexity": "Infinity"}, BOUNDS)
 
 
 def test_gate_without_general_text_says_so() -> None:

@@ -1,5 +1,6 @@
 """Perplexities and distances against a naive computation in float64."""
 
+import io
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, EvalConfig
@@ -105,7 +107,7 @@ def test_measures_equal_the_naive_ones(
             measured = {key: report["models"][name][kind][key] for key in expected}
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)
     found = report["models"]["student"]
-    assert found["general"]["tail_mass"] > 0.1, "the tail is worth looking at"
+    assert found["general"]["tail_mass"] > 0.1, "the tail is too small for this test"
     assert found["kl_to_base"] == found["general"]["forward_kl"] > 0.1
     assert found["domain_perplexity"] == found["domain"]["perplexity"]
     assert report["models"]["base"]["kl_to_base"] == 0
@@ -132,7 +134,47 @@ def test_script_prints_a_table_and_writes_json(
     assert f"{results['models']['student']['general_perplexity']:.3f}" in line
 
 
-def test_worst_documents_and_changes(
+@pytest.mark.parametrize(("factor", "shown"), [(math.nan, "NaN"), (3000.0, "Infinity")])
+def test_a_model_that_diverged_is_measured_as_one(
+    tmp_path: Path,
+    model_path: Path,
+    student: Path,
+    general: Path,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
+    shown: str,
+) -> None:
+    weights = load_file(student / "model.safetensors")
+    weights["model.norm.weight"] *= factor
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    models = {"base": str(model_path), "student": str(student)}
+    output = tmp_path / "results.json"
+    evaluate.run(EvalConfig(models, general=CorpusConfig(str(general)), output=str(output)))
+    found = json.loads(output.read_text(), parse_constant=pytest.fail)["models"]
+    assert found["student"]["general_perplexity"] == shown
+    assert math.isfinite(found["base"]["general_perplexity"])
+    general_text = found["student"]["general"]
+    assert general_text["documents_worse"] == general_text["documents"] == 9
+    assert not math.isfinite(float(general_text["intervals"]["perplexity"][1]))
+    assert ("nan" if factor != factor else "inf") in capsys.readouterr().out
+
+
+def test_results_are_there_whatever_the_encoding(
+    tmp_path: Path, model_path: Path, general: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has characters that ASCII lacks."""
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    output = tmp_path / "results.json"
+    config = EvalConfig({"base": str(model_path)}, general=CorpusConfig(str(general)))
+    config.output = str(output)
+    evaluate.run(config)
+    assert output.exists()
+    printed.seek(0)
+    assert "KL(base?m)" in printed.read()
+
+
+def test_worst_documents_are_those_whose_loss_rises_most(
     tmp_path: Path, model_path: Path, student: Path, general: Path
 ) -> None:
     report = evaluate.run(
@@ -186,7 +228,7 @@ def test_other_tokenizer_is_refused(
         evaluate.run(EvalConfig(models, general=CorpusConfig(str(general))))
 
 
-def test_nothing_to_evaluate(tmp_path: Path, model_path: Path) -> None:
+def test_nothing_to_evaluate_is_an_error(tmp_path: Path, model_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"give domain\.path"):
         EvalConfig({"base": str(model_path)})
     with pytest.raises(ConfigError, match="must be one of the models"):

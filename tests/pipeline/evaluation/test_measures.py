@@ -70,3 +70,21 @@ def test_change_is_taken_on_the_same_documents() -> None:
     low, high = np.log(found["perplexity"])
     assert low < 10.75 < high
     assert high - low > 1
+
+
+def test_a_model_of_nan_measures_nan() -> None:
+    """And not the number of a token that NaN happens to choose."""
+    base = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    found = Sums.of(measure(base * math.nan, base.argmax(1), base, tail_k=5)).report()
+    assert found.pop("tokens") == 8
+    assert 0 < found.pop("tail_mass") < 1  # the base's own
+    assert all(math.isnan(value) for value in found.values()), found
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    sums = Sums.of(rows(4, nll=800.0))
+    assert sums.perplexity == math.inf
+    documents = by_document([sums, Sums.of(rows(4, nll=1.0))], np.array([0, 1]))
+    low, high = intervals(documents, documents)["perplexity"]
+    assert low == pytest.approx(math.e)
+    assert high == math.inf

@@ -1,4 +1,4 @@
-"""What a model directory says of itself."""
+"""What a model directory tells about the model."""
 
 import contextlib
 import json

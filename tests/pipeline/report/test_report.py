@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.json_files import strict
 from pipeline.report import dump_page, report, study_page
 from pipeline.report.html import page, pairs, quote
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
@@ -150,6 +151,26 @@ def test_pages_say_what_was_measured(
         assert text.count("<svg") >= 1
         assert fetched(text) == []
         assert text == report.make(str(path))[0], "the same numbers, the same page"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_pages_of_what_diverged(
+    tmp_path: Path, training_run: Path, study_folder: Path, number: float
+) -> None:
+    """In the files such numbers are texts."""
+    results = json.loads((study_folder / "results.json").read_text())
+    ce = results["runs"]["ce-0"]
+    ce["general_loss"] = ce["general"]["perplexity"] = number
+    results["arms"][0]["general_loss"]["mean"] = number
+    (tmp_path / "results.json").write_text(json.dumps(strict(results)))
+    assert f"<td>{number:.2f}</td>" in report.make(str(tmp_path))[0]
+
+    run = tmp_path / "run"
+    shutil.copytree(training_run, run)
+    line = {"step": 9, "ce": number, "kl": 0.1, "grad_norm": number}
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(strict(line)) + "\n")
+    assert strict(number) not in report.make(str(run))[0]  # no axis of texts
 
 
 def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A vLLM with other interfaces is refused, with everything that is missing."""
+"""The check of vLLM's interfaces."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.helpers.models import tiny_model
 pytest.importorskip("vllm")
 
 
-def test_another_vllm_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_with_other_interfaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_engine.check_interface()
     other = [
         ("vllm", "LLMEngine.add_request", "request_id colour"),
