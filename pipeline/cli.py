@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pipeline.errors import (
     Interrupted,
     RefusedError,
 )
+from pipeline.foreign import printable, refuse_secrets
 from pipeline.json_files import write_json
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
@@ -69,8 +71,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hint = self.hint(message) if UNKNOWN.search(message) else ""
-        print(f"error: {message}{hint}\n{self.prog} --help lists the settings", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        give_up(f"{message}{hint}\n{self.prog} --help lists the settings")
 
     def hint(self, message: str) -> str:
         """What was perhaps meant by an unknown setting."""
@@ -126,18 +127,46 @@ def help_groups(
 def parse(
     parser: jsonargparse.ArgumentParser, config: type[Config], arguments: list[str] | None = None
 ) -> tuple[Config, argparse.Namespace]:
-    """(the settings, the script's own options). Exits with 2 and a message for what is wrong."""
+    """(the settings, the script's own options). Exits with 2 and a message for what is wrong.
+
+    Makes the folder of --summary, so that what was done can be written down in the end.
+    """
     found = parser.parse_args(arguments)
     own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     made = parser.instantiate(found)
     try:
         settings = config(**{name: made[name] for name in own})
+        refuse_secrets(settings)
+        if made.summary is not None:
+            prepare(Path(made.summary).expanduser())
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        give_up(str(error))
     return settings, argparse.Namespace(
         **{name: value for name, value in vars(made).items() if name not in own}
     )
+
+
+def prepare(summary: Path) -> None:
+    """Make the folder of a file; ConfigError where the file could not be written in the end."""
+    try:
+        summary.parent.mkdir(parents=True, exist_ok=True)
+        if summary.is_dir():
+            raise IsADirectoryError(f"{summary} is a directory")
+        special = summary.exists() and not summary.is_file()  # a pipe or a terminal
+        if not os.access(summary if special else summary.parent, os.W_OK):
+            raise PermissionError(f"{summary} cannot be written by this user")
+    except OSError as error:
+        raise ConfigError(f"--summary {summary}: cannot be written ({error})") from None
+
+
+def say_error(message: str) -> None:
+    """On stderr; what a file or a name brings into the message cannot command the terminal."""
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def give_up(message: str) -> NoReturn:
+    say_error(message)
+    sys.exit(BAD_INPUT)
 
 
 CODES: list[tuple[type[Exception], int]] = [
@@ -160,7 +189,7 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         code = next(code for kind, code in CODES if isinstance(error, kind))
         again = code in (INTERRUPTED, FAILED)
         hint = "; run the same command again to resume" if again else ""
-        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
+        say_error(f"{error}{hint}")
         return code
     if summary_file:
         write_json(Path(summary_file).expanduser(), summary)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from pipeline.foreign import printable
+
 SECONDS = 5.0
 REPORT_SECONDS = 0.5
 REPORT_TO = "MOL_PROGRESS_FD"  # set by a parent that shows the progress of several processes
@@ -49,7 +51,7 @@ class Progress:
             now = time.monotonic()
             if now - self.shown > 0.5:
                 self.shown = now
-                self.bar.set_postfix_str(status())
+                self.bar.set_postfix_str(printable(status()))
         self.done = done
 
     def begin(self, total: int | None = None, done: int | None = None) -> None:
@@ -77,7 +79,7 @@ class Progress:
 
     def _print_lines(self) -> None:
         while not self.stopped.wait(SECONDS):
-            print(self.line(), file=sys.stderr, flush=True)
+            say(self.line())
 
     def _report(self, handle: int) -> None:
         """Write one JSON object per line to the parent process."""
@@ -100,9 +102,12 @@ class Progress:
 def show(text: str) -> None:
     """Print a result. Characters that the output's encoding lacks become ?."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print(printable(text).encode(encoding, "replace").decode(encoding))
 
 
 def say(text: str) -> None:
-    """Print a message for the user on stderr; results go to files and stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a message for the user on stderr; results go to files and stdout.
+
+    Foreign text in it, such as a document's id, cannot command the terminal.
+    """
+    print(printable(text), file=sys.stderr, flush=True)

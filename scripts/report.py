@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from pipeline import cli
+from pipeline.foreign import refuse_secrets
 
 
 def main() -> int:
@@ -23,7 +24,11 @@ def main() -> int:
     given = parser.parse_args()
     from pipeline.report import report
 
-    return cli.main(lambda: report.run(given.path, given.output), None)
+    def work() -> dict[str, object]:
+        refuse_secrets(vars(given))
+        return report.run(given.path, given.output)
+
+    return cli.main(work, None)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PAGES = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "deploy/README.md",
     "pipeline/INTEGRATIONS.md",
     "pipeline/README.md",
