@@ -1,10 +1,11 @@
-# `make demo` and `make test` do everything from a fresh clone; both make .venv first, once.
-# ENGINE=gpu takes the CUDA build of vLLM; the default is what this machine has.
+# `make demo` and `make test` work in a fresh clone: both make .venv first, if it is missing.
+# ENGINE=gpu installs the CUDA build of vLLM, ENGINE=cpu the CPU build. The default is gpu where
+# nvidia-smi is installed.
 ENGINE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 SYSTEM_PYTHON ?= python3
 PYTHON := .venv/bin/python
 AIRFLOW_PYTHON := .venv-airflow/bin/python
-# vLLM on two cores: a small KV cache, no telemetry, no model hub.
+# vLLM: a KV cache of 1 GiB on a CPU, and no telemetry.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
@@ -12,23 +13,23 @@ export VLLM_NO_USAGE_STATS ?= 1
 .PHONY: help setup demo test test-fast test-kill test-airflow fuzz lint types types-airflow lock clean \
 	airflow airflow-setup
 
-help:  ## show what there is
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup:  ## make .venv, or repair it
 	@$(SYSTEM_PYTHON) scripts/setup_venv.py .venv requirements/$(ENGINE).lock --editable
 
-demo: setup  ## the whole job in minutes: train a base, dump it with vLLM, train two students, compare
+demo: setup  ## the whole pipeline in minutes: train a base, dump it with vLLM, train two students, compare
 	$(PYTHON) scripts/quickstart.py --output runs/demo
 
-test: setup  ## every test but Airflow's and the long ones
+test: setup  ## all tests except Airflow's and the long ones
 	$(PYTHON) -m pytest -m "not long"
 
-test-kill: setup  ## kill one dump 200 times, also with a second writer alive, and compare every row
+test-kill: setup  ## kill a dump 200 times, also with a second live writer, and compare all rows; then the long tests
 	$(PYTHON) -m tests.helpers.kills --kills 200
 	$(PYTHON) -m pytest -m long
 
-test-fast: setup  ## the tests that start no engine and take no time
+test-fast: setup  ## only the fast tests, which do not start vLLM
 	$(PYTHON) -m pytest -m "not slow and not vllm and not long"
 
 FUZZ_SECONDS ?= 60
@@ -36,34 +37,34 @@ FUZZ_SECONDS ?= 60
 	@$(SYSTEM_PYTHON) -m venv .venv-fuzz
 	@.venv-fuzz/bin/pip install -q atheris numpy numba pyarrow zstandard fsspec
 
-fuzz: .venv-fuzz  ## feed broken bytes to the decoders for FUZZ_SECONDS, in an environment of its own
+fuzz: .venv-fuzz  ## feed damaged bytes to the decoders for FUZZ_SECONDS, in an environment of its own
 	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
 		-max_total_time=$(FUZZ_SECONDS)
 
-lint: setup  ## ruff: rules and format
+lint: setup  ## check rules and format with ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-types: setup  ## mypy
+types: setup  ## check types with mypy
 	$(PYTHON) -m mypy
 
-# Airflow has an environment of its own; the tasks start .venv's interpreter.
+# Airflow has an environment of its own; its tasks start the interpreter of .venv.
 airflow-setup:  ## make Airflow's environment, .venv-airflow, or repair it
 	@$(SYSTEM_PYTHON) scripts/setup_venv.py .venv-airflow requirements/airflow.lock
 
-airflow: setup airflow-setup  ## Airflow on this machine: http://127.0.0.1:8080 (see deploy/README.md)
+airflow: setup airflow-setup  ## run Airflow on this machine: http://127.0.0.1:8080 (see deploy/README.md)
 	@deploy/local.sh
 
-test-airflow: setup airflow-setup  ## Airflow's tests, real scheduler and kills included
+test-airflow: setup airflow-setup  ## Airflow's tests, with a real scheduler and kills
 	MOL_DISTILL_PYTHON=$(abspath $(PYTHON)) $(AIRFLOW_PYTHON) -m pytest \
 		--confcutdir tests/airflow -o norecursedirs=".*" tests/airflow
 
-types-airflow: airflow-setup  ## mypy for the DAGs, in Airflow's environment
+types-airflow: airflow-setup  ## check the types of the DAGs with mypy, in Airflow's environment
 	MYPYPATH=pipeline/dags $(AIRFLOW_PYTHON) -m mypy --config-file= --python-version 3.11 \
 		--explicit-package-bases pipeline/dags/distill.py
 
-# torchvision, torchaudio and torchcodec exist for CUDA only and break a CPU vLLM when present.
-# The CPU build of torch comes from where TORCH_LINKS says (a folder or an index page).
+# torchvision, torchaudio and torchcodec exist for CUDA only, and break a CPU vLLM when present.
+# TORCH_LINKS, a folder or an index page, has the CPU build of torch.
 TORCH_LINKS ?= $(PIP_FIND_LINKS)
 COMPILE := uv pip compile pyproject.toml --python-version 3.11 --no-header --no-annotate \
 	--extra train --extra s3
@@ -76,5 +77,5 @@ lock:  ## resolve requirements/*.lock again (needs uv)
 	uv pip compile requirements/airflow.in --python-version 3.11 --no-header --no-annotate \
 		--output-file requirements/airflow.lock
 
-clean:  ## remove what was built, .venv and runs/ included
+clean:  ## remove everything that was made here, with .venv and runs/
 	rm -rf .venv .venv-* build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

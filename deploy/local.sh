@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Airflow on this machine for one person: web page, scheduler and tasks. `make airflow` calls this.
-# What is set in the environment wins: AIRFLOW_HOME, AIRFLOW__API__PORT, AIRFLOW_VAR_MOL_DISTILL_…
-# and every other setting of Airflow's.
+# Run Airflow on this machine for one user: web page, scheduler and tasks. `make airflow` calls this.
+# Variables that are already set are kept: AIRFLOW_HOME, AIRFLOW__API__PORT, AIRFLOW_VAR_MOL_DISTILL_…
+# and every other setting of Airflow, except AIRFLOW__CORE__DAGS_FOLDER.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PATH=$root/.venv-airflow/bin:$PATH
@@ -14,7 +14,7 @@ secret=$AIRFLOW_HOME/jwt-secret # signs the tokens between Airflow's own process
   [ -s "$secret" ] || head -c 64 /dev/urandom | base64 -w 0 >"$secret"
 )
 
-export AIRFLOW__API__HOST=${AIRFLOW__API__HOST:-127.0.0.1} # to this machine alone
+export AIRFLOW__API__HOST=${AIRFLOW__API__HOST:-127.0.0.1} # only this machine can connect
 export AIRFLOW__API__PORT=${AIRFLOW__API__PORT:-8080}
 url=http://127.0.0.1:$AIRFLOW__API__PORT
 export AIRFLOW__API__BASE_URL=${AIRFLOW__API__BASE_URL:-$url}
@@ -30,19 +30,19 @@ gpus=${AIRFLOW_VAR_MOL_DISTILL_GPUS:-$gpus}
 [ -z "$gpus" ] || export AIRFLOW_VAR_MOL_DISTILL_GPUS=$gpus
 
 airflow db migrate
-if [ ! -e "$AIRFLOW_HOME/pool-made" ]; then # once: who changes it in the web page keeps that
+if [ ! -e "$AIRFLOW_HOME/pool-made" ]; then # once, so that a change in the web page stays
   slots=$(wc -w <<<"$gpus")
   airflow pools set gpu "$((slots > 0 ? slots : 1))" "a slot for each GPU"
   touch "$AIRFLOW_HOME/pool-made"
 fi
 
-# What `airflow standalone` starts, without its log servers, which would listen to the network, and
-# without the triggerer, which has nothing to do here. When one ends, all do.
+# Like `airflow standalone`, but without its log servers, which would listen on the network, and
+# without the triggerer, which these DAGs do not use. When one process ends, all are stopped.
 trap 'trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 130' INT TERM
 airflow dag-processor &
 airflow scheduler --skip-serve-logs &
 airflow api-server &
-echo "Airflow will be at $AIRFLOW__API__BASE_URL in a minute; Ctrl-C ends it. User and password:"
+echo "Airflow will be at $AIRFLOW__API__BASE_URL in a minute; Ctrl-C stops it. User and password are in"
 echo "$AIRFLOW_HOME/simple_auth_manager_passwords.json.generated"
 wait -n

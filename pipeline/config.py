@@ -5,11 +5,18 @@ before the expert ones; those without a default come first anyway.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.agreement import BOUND
+from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
+from pipeline.ranges import Range, check, check_ranges
 
+MOST = (1 << 31) - 1  # tokens, documents, steps
+Count = Annotated[int, Range(1, MOST)]
+Limit = Annotated[int | None, Range(1, MOST)]
+Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
+Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -19,16 +26,21 @@ class CorpusConfig:
     """Where documents come from and how they become token sequences."""
 
     path: str
-    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name."""
+    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name. A
+    directory is read with its subdirectories, in the order of the names. It and a glob leave out
+    names that begin with . or _, README, LICENSE and COPYING; other kinds of files are left out of
+    a directory, too. Columns that are not asked for are not read, and nothing is converted."""
     text_column: str = "text"
-    """Column with the text of each document."""
+    """Column with the text of each document. The column id, if there is one, names it."""
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them."""
     split: str = "train"
-    """Split of a hub dataset; files have only one."""
-    skip: int = 0
+    """Split of a hub dataset, or of a directory whose files have train, validation or test as the
+    first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
+    it must be the whole name, or that of their folder."""
+    skip: Annotated[int, Range(0, MOST)] = 0
     """Number of documents to skip at the start."""
-    limit: int | None = None
+    limit: Limit = None
     """Use at most this many documents."""
 
 
@@ -49,32 +61,32 @@ class DumpConfig:
     """Directory of the dump, local or s3://… An unfinished dump there is resumed."""
     revision: str | None = None
     """Hub revision of the model."""
-    k: int = 64
+    k: Annotated[int, Range(0, 65535)] = 64
     """Entries kept at each position. 0 together with samples stores samples alone."""
-    samples: int = 0
+    samples: Annotated[int, Range(0, 65535)] = 0
     """Ids drawn at each position from the tail, which is what the k entries leave. The student then
     learns from the teacher's whole distribution: without bias, but with the noise of the draws.
     Usual are 50 alone, or 32 beside k."""
-    sample_seed: int = 0
+    sample_seed: Seed = 0
     """Seed of the draws."""
-    min_prob: float = 0.0
+    min_prob: Annotated[float, Range(0, below=1)] = 0.0
     """Keep only entries of at least this probability, and the best one. The mass of the others goes
     to the tail. 0 keeps all k."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Keep only as many entries as hold this mass. The mass of the others goes to the tail."""
-    step: float = 1 / 16
+    step: Annotated[float, Range(above=0, below=8)] = 1 / 16
     """Grid of the stored log-probabilities in nats. 1/16 costs about 7e-5 nats of KL."""
     codec: Literal["v1", "v2"] = "v1"
     """v2 codes ids from their context: 0.64 of the bytes of v1. But it holds a shard in memory,
     takes some 30 microseconds of CPU per token in a thread of its own, and decodes several times
     more slowly."""
-    max_length: int = 2048
+    max_length: Length = 2048
     """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
     """End each document with the tokenizer's end-of-text token, where it has one."""
-    partitions: int = 1
+    partitions: Annotated[int, Range(1, 100_000)] = 1
     """Number of parts that can be dumped and retried separately, also on different machines."""
-    shard_tokens: int = 1_000_000
+    shard_tokens: Count = 1_000_000
     """A shard is committed at the first document end after this many tokens."""
     dtype: str = "auto"
     """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
@@ -82,21 +94,15 @@ class DumpConfig:
     """transformers is a slow reference."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Passed to vLLM's engine unchanged, e.g. {tensor_parallel_size: 2}."""
-    in_flight: int = 256
+    in_flight: Count = 256
     """Number of sequences that the engine works on at a time."""
-    workers: int = 1
+    workers: Annotated[int, Range(1, 1024)] = 1
     """Number of engines that run at a time, each a process with its own GPUs and partition."""
 
     def __post_init__(self) -> None:
-        require(0 < self.step < 8, f"step: a grid in nats between 0 and 8, found {self.step}")
-        for name in ("partitions", "shard_tokens", "in_flight", "workers"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name}: at least 1, found {value}")
-        require(self.samples >= 0, f"samples: at least 0, found {self.samples}")
+        check_ranges(self)
         least = 0 if self.samples else 1
         require(self.k >= least, f"k: at least {least}, found {self.k}; 0 needs samples above 0")
-        require(0 <= self.min_prob < 1, f"min_prob: from 0 to under 1, found {self.min_prob}")
-        require(0 < self.top_p <= 1, f"top_p: above 0, at most 1, found {self.top_p}")
         entries = self.k + self.samples
         require(entries <= 65535, f"k and samples: together at most 65535, found {entries}")
         require(
@@ -104,7 +110,7 @@ class DumpConfig:
             "samples: they are drawn from what the k entries leave, so min_prob and top_p cannot "
             "take entries away afterwards. Leave those out, and set a smaller k",
         )
-        require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+        check_engine_args(self.engine_args)
 
 
 @dataclass
@@ -117,28 +123,28 @@ class GenerateConfig:
     """The base model: a Hugging Face directory or hub name."""
     output: str
     """Directory of JSONL files, local or s3://… An unfinished corpus there is resumed."""
-    tokens: int
+    tokens: Annotated[int, Range(1, 1 << 53)]
     """Write at least this many tokens."""
     revision: str | None = None
     """Hub revision of the model."""
     prompts: CorpusConfig | None = None
     """Texts whose beginnings start the documents, in turn. Without them each document starts with
     the end-of-text token."""
-    prompt_tokens: int = 16
+    prompt_tokens: Count = 16
     """Tokens taken from each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every sampled token. The engine's rounding has an influence too."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(above=0, most=100)] = 1.0
     """Temperature of the sampling. 1 is the model's own distribution."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Sample from the most probable tokens that hold this mass."""
-    max_length: int = 1024
+    max_length: Length = 1024
     """Longest document in tokens, its prompt included."""
-    min_length: int = 16
+    min_length: Annotated[int, Range(0, MOST)] = 16
     """Drop documents with fewer tokens."""
-    max_repetition: float = 0.5
+    max_repetition: Annotated[float, Range(0, 1)] = 0.5
     """Drop documents in which more than this share of the 8-token windows repeat earlier ones."""
-    batch: int = 256
+    batch: Count = 256
     """Documents written at a time. Each batch is one file."""
     dtype: str = "auto"
     """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
@@ -146,15 +152,12 @@ class GenerateConfig:
     """Passed to vLLM's engine unchanged."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "prompt_tokens"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name}: at least 1, found {value}")
-        require(self.temperature > 0, f"temperature: above 0, found {self.temperature}")
-        require(0 < self.top_p <= 1, f"top_p: above 0 and up to 1, found {self.top_p}")
+        check_ranges(self)
         require(
             self.max_length > self.prompt_tokens,
             f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
         )
+        check_engine_args(self.engine_args)
 
 
 @dataclass
@@ -164,7 +167,7 @@ class LossConfig:
 
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
-    alpha: float = 1.0
+    alpha: Annotated[float, Range(0)] = 1.0
     """Weight of the KL."""
     targets: Literal["auto", "topk"] = "auto"
     """auto: everything that the dump holds, samples of the tail included. topk: without samples."""
@@ -175,9 +178,9 @@ class NullTestConfig:
     """The null test: before the first step, a student with the teacher's weights must have a KL
     near zero."""
 
-    batches: int = 2
+    batches: Annotated[int, Range(0, MOST)] = 2
     """Number of general batches to measure. 0 skips the test."""
-    bound: float = BOUND
+    bound: Annotated[float, Range(above=0)] = BOUND
     """Largest mean KL in nats. Two engines differ by up to 1e-4; the codec adds 6e-5."""
 
 
@@ -194,12 +197,12 @@ class HeldOutConfig:
     other: CorpusConfig | None = None
     """General text from another source than the dump's; reported as eval_other_perplexity. Shows
     whether the student also keeps text it was never trained to keep."""
-    sequences: int | None = None
+    sequences: Limit = None
     """Use at most this many sequences of each text, evenly spread over it."""
     dump: str | None = None
     """A dump of held-out general text by the same base model. The mean KL to it, in loss.direction
     and nats per token, is reported as eval_general_kl."""
-    dump_limit: int | None = None
+    dump_limit: Limit = None
     """Use only the first rows of it, at most this many."""
 
 
@@ -219,7 +222,7 @@ class TrainConfig:
     output: str
     """Directory for checkpoints, metrics.jsonl and the final model (in model/). An unfinished run
     there is resumed."""
-    dump: str | dict[str, float] | None = None
+    dump: Annotated[str | dict[str, float] | None, Range(above=0)] = None
     """The dump of stage one, local or s3://…, or several with their weights, e.g. {one: 3, two: 1}.
     Needed unless mix is 0."""
     revision: str | None = None
@@ -228,19 +231,19 @@ class TrainConfig:
     """Dtype of the trained weights. float32 with training.bf16 is the usual choice. The final model
     is saved in the dtype of the model that the run started from."""
     loss: LossConfig = field(default_factory=LossConfig)
-    mix: float = 1.0
+    mix: Annotated[float, Range(0, MOST)] = 1.0
     """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
     """What mix counts. With tokens, mix is general tokens per domain token."""
-    row_tokens: int | None = None
+    row_tokens: Limit = None
     """Largest number of tokens that go through the model at a time: a larger batch is cut into
     packed rows. By default a row holds the whole batch. Limits memory and does not change what is
     learnt."""
-    max_length: int | None = None
+    max_length: Annotated[int | None, Range(2, MOST)] = None
     """Longest domain sequence in tokens. By default the max_length of the dump."""
     lora: dict[str, Any] | None = None
     """Passed to peft.LoraConfig unchanged, e.g. {r: 64, target_modules: all-linear}."""
-    gradient_cosine_steps: int = 0
+    gradient_cosine_steps: Annotated[int, Range(0, MOST)] = 0
     """Every so many steps, log the norms of the gradients of CE and of alpha · KL, and the cosine
     between them. Costs one more forward and backward, and memory for one more set of gradients.
     0 turns it off."""
@@ -253,25 +256,12 @@ class TrainConfig:
     counts domain sequences; their general ones are added to it."""
 
     def __post_init__(self) -> None:
-        require(self.loss.alpha >= 0, f"loss.alpha: at least 0, found {self.loss.alpha}")
-        require(self.mix >= 0, f"mix: at least 0, found {self.mix}")
-        if isinstance(self.dump, dict):
-            require(
-                bool(self.dump) and all(weight > 0 for weight in self.dump.values()),
-                f"dump: each of several dumps needs a weight above 0, found {self.dump}",
-            )
-        require(
-            self.row_tokens is None or self.row_tokens > 0,
-            f"row_tokens: at least 1, found {self.row_tokens}",
-        )
-        require(
-            self.held_out.dump_limit is None or self.held_out.dump_limit > 0,
-            f"held_out.dump_limit: at least 1, found {self.held_out.dump_limit}",
-        )
-        require(
-            self.gradient_cosine_steps >= 0,
-            f"gradient_cosine_steps: at least 0, found {self.gradient_cosine_steps}",
-        )
+        check_ranges(self)
+        require(self.dump != {}, "dump: expected dumps with their weights, found none")
+        for name, bounds in TRAINING.items():
+            value = as_number(self.training.get(name))
+            if value is not None:
+                check(f"training.{name}", value, bounds)
         require(
             self.dump is not None or self.mix == 0,
             "dump: the directory that stage one wrote is needed; only mix: 0 trains without one",
@@ -304,20 +294,21 @@ class EvalConfig:
     """Name of the model that the others are compared with."""
     output: str | None = None
     """JSON file for the results."""
-    max_length: int = 2048
+    max_length: Length = 2048
     """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
     """End each document with the tokenizer's end-of-text token, where it has one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights; auto is each model's own. Softmax is always float32."""
-    batch_tokens: int = 2048
+    batch_tokens: Count = 2048
     """Tokens that go through a model at a time."""
-    sequences: int | None = None
+    sequences: Limit = None
     """Use at most this many sequences of each text, evenly spread over it."""
-    tail_k: int = 64
+    tail_k: Count = 64
     """The tail measures look outside this many most probable tokens of the base."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require(
             self.base in self.models,
             f"base {self.base!r}: must be one of the models ({', '.join(self.models)})",
@@ -326,7 +317,40 @@ class EvalConfig:
             any(corpus is not None for corpus in (self.domain, self.general, self.other)),
             "nothing to evaluate on: give domain.path, general.path or other.path",
         )
-        require(self.max_length >= 2, f"max_length: at least 2 tokens, found {self.max_length}")
+
+
+SEED = Range(0, (1 << 32) - 1)  # what numpy takes
+# Numbers of transformers.TrainingArguments, which checks few of them itself.
+TRAINING = {
+    "per_device_train_batch_size": Range(1, MOST),
+    "per_device_eval_batch_size": Range(1, MOST),
+    "gradient_accumulation_steps": Range(1, MOST),
+    "learning_rate": Range(0),
+    "weight_decay": Range(0),
+    "adam_beta1": Range(0, below=1),
+    "adam_beta2": Range(0, below=1),
+    "adam_epsilon": Range(0),
+    "max_grad_norm": Range(0),
+    "num_train_epochs": Range(above=0),
+    "max_steps": Range(-1, MOST),
+    "warmup_steps": Range(0, MOST),
+    "logging_steps": Range(above=0),
+    "eval_steps": Range(above=0),
+    "eval_delay": Range(0),
+    "save_steps": Range(above=0),
+    "save_total_limit": Range(1, MOST),
+    "dataloader_num_workers": Range(0, 4096),
+    "seed": SEED,
+    "data_seed": SEED,
+}
+
+
+def as_number(value: Any) -> float | None:
+    """A number, also one that YAML reads as text (1e-5); None for what transformers judges."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def held_out_texts(config: HeldOutConfig | EvalConfig) -> list[tuple[str, CorpusConfig]]:

@@ -1,39 +1,29 @@
-"""Documents -> token sequences. All corpora are read here, through `datasets`.
+"""Documents -> token sequences.
+
+Files are read by corpus_files.py, corpus_readers.py and corpus_cache.py; hub names by `datasets`.
 
 One sequence is one document, or one chunk of a long one; no sequence holds two documents.
 """
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import CorpusConfig
+from pipeline.corpus_cache import cached_documents
+from pipeline.corpus_files import find_files, relative
 from pipeline.errors import ConfigError
 from pipeline.types import Int32s, Int64s
 
-COMPRESSED = (".gz", ".zst")
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-DOCUMENTS_AT_ONCE = 64  # for the tokenizer, which uses all cores
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,21 @@ class Corpus:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.add_eos = max_length, add_eos
-        self.files = find_files(config.path)
-        documents = load(config, self.files)
+        self.column = config.messages_column or config.text_column
+        self.files = find_files(config.path, config.split)
+        if self.files:
+            chat = config.messages_column is not None
+            documents, self.digests = cached_documents(self.files, self.column, chat)
+        else:
+            documents = hub_documents(config)
         stop = len(documents) if config.limit is None else config.skip + config.limit
         self.documents = documents.select(range(config.skip, min(stop, len(documents))))
+        self.arrow = self.documents.with_format("arrow")
         if not len(self.documents):
             raise ConfigError(
                 f"corpus {config.path}: no documents"
                 + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
             )
-        self.column = config.messages_column or config.text_column
         if self.column not in self.documents.column_names:
             option = "messages_column" if config.messages_column else "text_column"
             raise ConfigError(
@@ -92,13 +87,12 @@ class Corpus:
     def fingerprint(self) -> str:
         """sha256 over the content of every file (or the hub's own fingerprint) and the selection.
 
-        Reads all files once. Raises ConfigError, with file and line, for text that is not UTF-8.
+        The bytes were read when the corpus was opened.
         """
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
         if self.files:
-            root = os.path.commonpath([os.path.dirname(file) for file in self.files])
-            found += [[os.path.relpath(file, root), scan(file)] for file in self.files]
+            found += map(list, zip(relative(self.files), self.digests, strict=True))
         else:
             found += [config.path, config.split, self.documents._fingerprint]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
@@ -109,26 +103,59 @@ class Corpus:
         A document of fewer than two tokens predicts nothing and is skipped.
         """
         stop = len(self) if stop is None else stop
-        for first in range(start, stop, DOCUMENTS_AT_ONCE):
-            batch = self.documents[first : min(first + DOCUMENTS_AT_ONCE, stop)]
-            texts = [self.render(value, first + i) for i, value in enumerate(batch[self.column])]
-            ids = batch.get("id") or [None] * len(texts)
-            for offset, tokens in enumerate(self.tokenize(texts)):
+        for batch in self.batches(start, stop):
+            documents, doc_ids, texts = zip(*batch, strict=True)
+            tokenized = self.tokenize(list(texts))
+            for document, doc_id, tokens in zip(documents, doc_ids, tokenized, strict=True):
                 if len(tokens) < 2:
                     continue
-                document = first + offset
-                doc_id = str(document if ids[offset] is None else ids[offset])
                 chunks = self.split(tokens)
                 for number, chunk in enumerate(chunks):
                     ends = number == len(chunks) - 1
                     yield Sequence(doc_id, document, number, chunk, ends)
+
+    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, str]]]:
+        """(document, its id, its text) in groups of bounded number and size."""
+        batch: list[tuple[int, str, str]] = []
+        size = 0
+        for first in range(start, stop, DOCUMENTS_AT_ONCE):
+            last = min(first + DOCUMENTS_AT_ONCE, stop)
+            rows = zip(self.ids(first, last), self.values(first, last), strict=True)
+            for document, (doc_id, value) in enumerate(rows, first):
+                text = self.render(value, document)
+                if batch and size + len(text) > CHARACTERS_AT_ONCE:
+                    yield batch
+                    batch, size = [], 0
+                batch.append((document, doc_id, text))
+                size += len(text)
+            yield batch
+            batch, size = [], 0
+
+    def values(self, start: int, stop: int) -> Iterator[Any]:
+        """The column's values, one at a time: 64 documents together may be gigabytes."""
+        if not self.files:
+            return iter(self.documents.select_columns(self.column)[start:stop][self.column])
+        return (value.as_py() for value in self.arrow[start:stop][self.column])
+
+    def text(self, document: int) -> str:
+        """One document, as the tokenizer reads it."""
+        (value,) = self.values(document, document + 1)
+        return self.render(value, document)
+
+    def ids(self, start: int, stop: int) -> list[str]:
+        """The id of each document; its number where it has none."""
+        own = [None] * (stop - start)
+        if self.column != "id" and "id" in self.documents.column_names:
+            own = self.arrow[start:stop]["id"].to_pylist()
+        return [str(at if value is None else value) for at, value in enumerate(own, start)]
 
     def render(self, value: Any, document: int) -> str:
         """A document's text; empty for null."""
         if value is None:
             return ""
         if self.config.messages_column:
-            text = self.tokenizer.apply_chat_template(value, tokenize=False)
+            messages = json.loads(value) if self.files else value
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             return str(text)
         if not isinstance(value, str):
             raise ConfigError(
@@ -157,113 +184,17 @@ class Corpus:
         return chunks if len(chunks[-1]) > 1 else chunks[:-1]
 
 
-def find_files(path: str) -> list[str]:
-    """Sorted files of a path, directory or glob, local or remote (s3://…); empty for a hub name.
-
-    Raises ConfigError for a path without files, and for an unknown or mixed file format.
-    """
-    path = os.path.expanduser(path)
-    remote = "://" in path
-    try:
-        fs, root = fsspec.core.url_to_fs(path)
-        if fs.isdir(root):
-            files = [file for file in sorted(fs.find(root)) if format_of(file)]
-            if not files:
-                raise ConfigError(
-                    f"corpus {path}: no JSONL, Parquet or text file in this directory"
-                )
-        elif fs.isfile(root):
-            files = [root]
-        else:
-            files = sorted(file for file in fs.glob(root) if fs.isfile(file))
-    except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(f"corpus {path}: cannot be read: {error}") from error
-    if remote:
-        files = [fs.unstrip_protocol(file) for file in files]
-    looks_local = path.startswith((".", "/")) or path.count("/") > 1 or format_of(path)
-    if not files and (remote or looks_local or fsspec.core.has_magic(path)):
-        raise ConfigError(f"corpus {path}: no such file or directory, and no match for a glob")
-    formats = {format_of(file) for file in files}
-    if None in formats:
-        wrong = next(file for file in files if not format_of(file))
-        raise ConfigError(
-            f"corpus {wrong}: unknown kind of file; expected {', '.join(FORMATS)}, also with "
-            f"{' or '.join(COMPRESSED)}"
-        )
-    if len(formats) > 1:
-        raise ConfigError(
-            f"corpus {path}: expected files of one format, found {sorted(map(str, formats))}"
-        )
-    return files
-
-
-def format_of(file: str) -> str | None:
-    stem = file
-    for suffix in COMPRESSED:
-        stem = stem.removesuffix(suffix)
-    return FORMATS.get(os.path.splitext(stem)[1].lower())
-
-
-def load(config: CorpusConfig, files: list[str]) -> datasets.Dataset:
-    """All documents, memory-mapped from the Arrow cache that `datasets` keeps."""
+def hub_documents(config: CorpusConfig) -> datasets.Dataset:
+    """All documents of a hub dataset, memory-mapped from the cache that `datasets` keeps."""
     datasets.disable_progress_bars()
     try:
-        if not files:
-            return datasets.load_dataset(config.path, split=config.split)
-        copies = [local_copy(file) for file in files]
-        if all(os.path.getsize(copy) == 0 for copy in copies):
-            raise ConfigError(f"corpus {config.path}: empty")
-        kind = format_of(files[0])
-        options = {"sample_by": "document"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=copies, split="train", **options)
-    except ConfigError:
-        raise
+        return datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # `datasets` raises whatever its readers raise
-        for file in files:
-            scan(file)  # raises with the line number if the reason is text that is not UTF-8
         reason = error.__cause__ or error
         raise ConfigError(
-            f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason}"
-            + ("" if files else " (not a local path, so it was read as a hub name)")
+            f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason} (not a local "
+            "path, so it was read as a hub name)"
         ) from error
-
-
-def scan(file: str) -> str:
-    """sha256 of the file's bytes; ConfigError, with the line, for a text file that is not UTF-8."""
-    copy = local_copy(file)
-    with open(copy, "rb") as raw:
-        digest = hashlib.file_digest(raw, "sha256").hexdigest()
-    if format_of(file) != "parquet":
-        opened = fsspec.open(copy, "rb", compression="infer")
-        with opened as plain, io.BufferedReader(plain) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise ConfigError(
-                        f"corpus {file}, line {number}: not UTF-8 (byte {line[error.start]:#x} at "
-                        f"{error.start}). Convert the file, e.g. with iconv, or remove the line"
-                    ) from None
-    return digest
-
-
-def local_copy(file: str) -> str:
-    """Path of a local file, or of a remote file's copy beside the Arrow cache.
-
-    The copy is made once per version of the content. `datasets` itself reads no remote file if
-    HF_HUB_OFFLINE is set.
-    """
-    if "://" not in file:
-        return file
-    fs, root = fsspec.core.url_to_fs(file)
-    version = hashlib.sha256(f"{file} {fs.ukey(root)}".encode()).hexdigest()[:20]
-    copy = Path(datasets.config.HF_DATASETS_CACHE) / "remote" / version / os.path.basename(root)
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        own = copy.with_name(f".{os.getpid()}-{copy.name}")
-        fs.get_file(root, str(own))
-        os.replace(own, copy)
-    return str(copy)
 
 
 class TokenSequences:

@@ -20,12 +20,12 @@ from typing import Any
 
 import yaml
 
+from pipeline import script_files
 from pipeline.errors import ConfigError
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-CONFIGS = SCRIPTS / "configs" / "demo"
+CONFIGS = "configs/demo"
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "turtledemo", "site-packages"}
 GENERAL, DOMAIN = "general", "domain"
 SHORTEST = 200  # characters; shorter docstrings are left out
@@ -71,7 +71,7 @@ def check_same(folder: Path, overrides: dict[str, list[str]]) -> None:
 
     Earlier releases left no record. The stages themselves refuse other settings too.
     """
-    files = sorted(CONFIGS.glob("*.yaml"))
+    files = sorted(script_files.script(CONFIGS).glob("*.yaml"))
     settings = {
         "overrides": overrides,
         "configs": {file.stem: yaml.safe_load(file.read_text()) for file in files},
@@ -89,8 +89,9 @@ def step(title: str) -> None:
 
 def run_script(folder: Path, script: str, stage: str, options: list[str]) -> None:
     """A script of the project, with paths relative to the demo's folder."""
-    config = CONFIGS / f"{stage}.yaml"
-    command = [sys.executable, str(SCRIPTS / script), "--config", str(config), *options]
+    config = script_files.script(f"{CONFIGS}/{stage}.yaml")
+    file = script_files.script(script)
+    command = [sys.executable, str(file), "--config", str(config), *options]
     code = subprocess.run(command, cwd=folder).returncode
     if code:
         raise ConfigError(f"{script} ended with {code}; its message is above. Run the demo again")

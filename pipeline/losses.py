@@ -110,7 +110,7 @@ def linear_sparse_divergence(
     if hidden.shape[0] != rows or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} for {len(labels)} "
-            f"labels and {len(ids)} distributions: hidden must be [{rows}, {weight.shape[1]}]"
+            f"labels and {len(ids)} distributions: expected hidden [{rows}, {weight.shape[1]}]"
         )
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -194,8 +194,7 @@ class _FusedLinear(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError(
-                "linear_sparse_divergence: backward ran a second time, but the gradients are kept "
-                "for one backward only; compute the loss again"
+                "linear_sparse_divergence: backward can run only once; compute the loss again"
             )
         for grad in grads:
             if grad is not None:  # in place: a second [V, D] would set the step's peak memory

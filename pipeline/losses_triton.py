@@ -3,6 +3,8 @@
 One program per row reads the logits twice, first for the logsumexp outside the kept ids, then for
 the gradient, and writes the gradient once. Plain torch makes about ten such passes. The formulas
 are those of `losses._divergence_`, term by term.
+
+An id outside the vocabulary is never used as an address: its row's loss is NaN, which stops a run.
 """
 
 import torch
@@ -47,7 +49,8 @@ def _rows(
     there = entry < K
     ids = tl.load(ids_ptr + row * K + entry, mask=there, other=0)
     logprobs = tl.load(logprobs_ptr + row * K + entry, mask=there, other=float("-inf"))
-    valid = logprobs > float("-inf")
+    outside_vocab = (logprobs > float("-inf")) & ((ids < 0) | (ids >= V))
+    valid = (logprobs > float("-inf")) & (ids >= 0) & (ids < V)
     tail = tl.load(tail_ptr + row)
     weight = tl.load(weights_ptr + row)
     z_kept = _cap(tl.load(z_row + ids, mask=valid, other=0.0).to(tl.float32), CAP)
@@ -94,7 +97,8 @@ def _rows(
         loss = tl.sum(p * (logprobs_safe - log_q_safe), axis=0)
         loss += tl.where(a > 0, a * (tail_safe - log_b), 0.0)
         entries, outside = q - p, b - a
-    tl.store(losses_ptr + row, loss)
+    wrong = tl.sum(outside_vocab.to(tl.int32), axis=0)
+    tl.store(losses_ptr + row, tl.where(wrong > 0, float("nan"), loss))
 
     if GRADIENT:
         scale = tl.where(tail_sum > 0, weight * outside / tail_sum, 0.0)

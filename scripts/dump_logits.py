@@ -1,14 +1,15 @@
 """Stage one: run the base model once over a general corpus and store its top-k on disk.
 
-    python scripts/dump_logits.py --config scripts/configs/dump.yaml
-    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 --k 32
-    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --estimate
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 \\
+        --corpus.limit 100000 --engine_args.tensor_parallel_size 2
 
-Interrupt it, run the same command again: it goes on from the last committed shard. It ends with
-the process that started it, except under nohup. Exit codes: 0 done, 1 failed (such as a full disk;
-run it again), 2 bad input, 3 refused (the directory holds another plan), 4 damaged data,
-75 interrupted.
+After an interruption, run the same command again to resume from the last committed shard. The dump
+stops when the process that started it ends, except under nohup.
+
+Exit codes: 0 done, 1 failed (such as a full disk; run it again), 2 bad input, 3 refused (the
+directory holds a dump with another plan), 4 damaged data, 75 interrupted.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from pipeline.signals import die_with_parent
 def partition_number(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"I/N with 0 <= I < N expected, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, found {text!r}")
     return int(match[1]), int(match[2])
 
 
 def main() -> int:
     die_with_parent()
-    for known in (signal.SIGINT, signal.SIGTERM):  # until the dump takes over
+    for known in (signal.SIGINT, signal.SIGTERM):  # until the dump handles them itself
         signal.signal(known, lambda *_: sys.exit(INTERRUPTED))
     parser = cli.script_parser(DumpConfig, __doc__ or "")
     parser.add_argument(
@@ -43,7 +44,8 @@ def main() -> int:
     parser.add_argument(
         "--only",
         choices=["plan", "finalize"],
-        help="plan: write plan.json and stop; finalize: write manifest.json when all is there",
+        help="plan: write plan.json and stop; finalize: write manifest.json once all partitions "
+        "are finished",
     )
     parser.add_argument(
         "--estimate",
@@ -51,7 +53,8 @@ def main() -> int:
         nargs="?",
         const=48,
         metavar="DOCUMENTS",
-        help="write nothing; say what all of it will cost, from so many documents (48)",
+        help="print what the whole dump will cost, measured on this many documents (default: 48); "
+        "write nothing",
     )
     parser.add_argument(
         "--run_tokens",

@@ -1,10 +1,14 @@
 """Compare models with the base they came from, on held-out domain and general text.
 
     python scripts/evaluate.py --config scripts/configs/evaluate.yaml
+    python scripts/evaluate.py --config scripts/configs/evaluate.yaml \\
+        --models.student runs/student/model --domain.path notes-test.jsonl --general.limit 200
 
 Prints a table: perplexities, KL to the base over the full vocabulary in both directions, and how
-often the most likely token is the same. Writes the numbers as JSON. Exit codes: 0 done, 2 bad
-input, 3 refused (the models have different tokenizers).
+often the most likely token is the same. Writes the numbers as JSON to `output`. The results are
+written at the end: after an interruption the same command starts from the beginning.
+
+Exit codes: 0 done, 2 bad input, 3 refused (the models have different tokenizers).
 """
 
 import sys
@@ -15,7 +19,7 @@ from pipeline.config import EvalConfig
 
 def main() -> int:
     config, own = cli.parse(cli.script_parser(EvalConfig, __doc__ or ""), EvalConfig)
-    # After the settings are known to be good: torch takes seconds.
+    # Imported after the settings are checked, because torch takes seconds to load.
     from pipeline.evaluation import evaluate
 
     return cli.main(lambda: evaluate.run(config), own.summary)

@@ -1,9 +1,9 @@
-"""A page about a dump, a training run or a study, in one HTML file that needs nothing else.
+"""Write a page about a dump, a training run or a study, as one self-contained HTML file.
 
     python scripts/report.py runs/demo/dump --output dump.html
     python scripts/report.py runs/study --output study.html
 
-Exit codes: 0 done, 2 the directory holds none of them, 4 damaged dump.
+Exit codes: 0 done, 2 the directory holds no dump, run or study, 4 damaged dump.
 """
 
 import argparse
@@ -16,8 +16,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", help="the directory of a dump, a training run or a study")
-    parser.add_argument("--output", default="report.html", help="default: %(default)s")
+    parser.add_argument("path", help="directory of a dump, a training run or a study")
+    parser.add_argument(
+        "--output", default="report.html", help="HTML file to write (default: %(default)s)"
+    )
     given = parser.parse_args()
     from pipeline.report import report
 

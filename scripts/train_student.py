@@ -1,14 +1,19 @@
 """Stage two: train a student with CE on a domain and KL to the base model, read from a dump.
 
     python scripts/train_student.py --config scripts/configs/train.yaml
-    python scripts/train_student.py --config scripts/configs/train.yaml --loss.alpha 0.5
+    python scripts/train_student.py --config scripts/configs/train.yaml \\
+        --domain.path notes.jsonl --loss.alpha 0.5 --training.learning_rate 1e-5
 
-Starts with a null test (a student that still is the teacher must be at KL 0), writes
+Starts with a null test: a student that still equals the teacher must have a KL near 0. Writes
 metrics.jsonl, checkpoints, and the final model to OUTPUT/model, which vLLM and
-AutoModelForCausalLM load. Interrupt it (a checkpoint is saved), run the same command again: it
-goes on from there. `training:` is transformers.TrainingArguments, unchanged. Exit codes: 0 done,
-1 failed (another run is at work in OUTPUT), 2 bad input, 3 refused (the student does not belong to
-the dump, the directory holds another run), 4 damaged dump, 75 interrupted.
+AutoModelForCausalLM load. `training` goes to transformers.TrainingArguments unchanged;
+--training.learning_rate changes one argument of the config's.
+
+An interruption saves a checkpoint; run the same command again to resume from it.
+
+Exit codes: 0 done, 1 failed (another run is at work in OUTPUT, or a store does not answer; run it
+again), 2 bad input, 3 refused (the student does not belong to the dump, or the directory holds
+another run), 4 damaged dump, 75 interrupted.
 """
 
 import sys
@@ -24,7 +29,7 @@ from pipeline.training.lock import turn_away
 def main() -> int:
     config, own = cli.parse(cli.script_parser(TrainConfig, __doc__ or ""), TrainConfig)
     code = cli.main(lambda: work(config), own.summary)
-    if code in (DONE, INTERRUPTED):  # all ranks are here; after an error others may be waiting
+    if code in (DONE, INTERRUPTED):  # all ranks get here; after an error some may still wait
         from pipeline.training import train
 
         train.leave(code)

@@ -1,14 +1,16 @@
-"""Re-read a dump and check everything; with --against, recompute rows with transformers too.
+"""Read a whole dump and check every byte; with --against, also recompute rows with transformers.
 
     python scripts/verify_dump.py runs/dump
     python scripts/verify_dump.py s3://bucket/dump --against Qwen/Qwen3-8B-Base --sample 20
 
-Exit codes: 0 good, 1 the store does not answer, 2 no dump or not finished, 4 faults.
+Exit codes: 0 good, 1 the store does not answer, 2 no dump, an unfinished dump or a model with
+another vocabulary, 4 damage or a KL above --bound.
 """
 
 import argparse
 import sys
 
+from pipeline.agreement import BOUND
 from storage.__main__ import main as storage_main
 
 
@@ -16,26 +18,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dump", help="the dump's directory, local or s3://…")
-    parser.add_argument("--against", metavar="MODEL", help="the model the dump was made with")
-    parser.add_argument("--sample", type=int, default=10, help="rows recomputed (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="which rows (default 0)")
+    parser.add_argument("dump", help="directory of the dump, local or s3://…")
     parser.add_argument(
-        "--bound", type=float, default=0.02, help="largest mean KL of a row, nats (default 0.02)"
+        "--against", metavar="MODEL", help="recompute rows with this model, which made the dump"
+    )
+    parser.add_argument("--sample", type=int, default=10, help="rows to recompute (default: 10)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of rows (default: 0)"
+    )
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=BOUND,
+        help=f"largest mean KL of a row, in nats (default: {BOUND})",
     )
     given = parser.parse_args()
     code = storage_main(["verify", given.dump])
     if code or not given.against:
         return code
     from pipeline import cli
-    from pipeline.dump import recompute as verify
+    from pipeline.dump import recompute
     from pipeline.errors import DAMAGED
 
     good = [False]
 
     def compare() -> dict[str, object]:
-        checks = verify.recompute(given.dump, given.against, given.sample, given.seed)
-        lines, good[0] = verify.report(checks, given.bound)
+        checks = recompute.recompute(given.dump, given.against, given.sample, given.seed)
+        lines, good[0] = recompute.report(checks, given.bound)
         print("\n".join(lines))
         return {}
 

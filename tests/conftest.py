@@ -1,4 +1,4 @@
-"""Shared set-up: nothing leaves this machine, and no test takes all cores for itself."""
+"""Shared set-up: the tests work offline, and tokenizers do not use all cores."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """`datasets` keeps its Arrow files in a folder of this run, not in the user's home."""
+    """Keep the Arrow files of `datasets` in a folder of this run, not in the user's home."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
     import datasets
 

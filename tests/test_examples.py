@@ -1,4 +1,4 @@
-"""The example runs, and learns."""
+"""The example script runs, and its student learns."""
 
 import re
 import subprocess
@@ -23,6 +23,6 @@ def test_plain_torch(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
         (float(ce), float(kl)) for ce, kl in re.findall(r"CE ([\d.]+), KL ([\d.]+)", done.stdout)
     ]
     assert len(found) == 12
-    assert found[0][1] < 1e-3  # the student still is the teacher
+    assert found[0][1] < 1e-3  # the student still equals the teacher
     assert found[-1][0] < found[0][0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0

@@ -1,4 +1,4 @@
-"""The demo, cut short: the whole path through the real scripts, vLLM included."""
+"""The demo with few steps: all stages through the real scripts, with vLLM."""
 
 import json
 import shutil
@@ -59,8 +59,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-def test_texts_are_apart(tmp_path: Path) -> None:
-    """No document stands in two files, and the code carries no docstring of the prose."""
+def test_no_document_is_in_two_files(tmp_path: Path) -> None:
     demo.make_texts(tmp_path)
     seen: set[str] = set()
     for kind in ("general", "domain"):
@@ -79,7 +78,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         demo.check_same(tmp_path, {"dump": ["--k=8"]})
 
 
-def test_comments_are_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_in_configs_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = tmp_path / "configs"
     shutil.copytree(demo.CONFIGS, configs)
     monkeypatch.setattr(demo, "CONFIGS", configs)

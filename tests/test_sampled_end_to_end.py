@@ -29,7 +29,7 @@ MakeDump = Callable[[int, int], Path]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> MakeDump:
-    """A finished dump of `model_path` with this k and so many samples; each is made once."""
+    """A function (k, samples) -> a finished dump of `model_path`, which is made once."""
     folder = tmp_path_factory.mktemp("sampled")
     corpus = write_texts(folder / "corpus.jsonl", some_texts(30))
 
@@ -64,7 +64,7 @@ def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("k", "samples"), [(8, 16), (0, 24)])
-def test_dumped_checked_and_trained_on_through_the_scripts(
+def test_the_scripts_dump_verify_and_train_with_samples(
     tmp_path: Path, model_path: Path, domain: Path, k: int, samples: int
 ) -> None:
     corpus = write_texts(tmp_path / "corpus.jsonl", some_texts(12))
@@ -86,7 +86,7 @@ def test_dumped_checked_and_trained_on_through_the_scripts(
     assert summary["kl"] > 0
 
 
-def test_a_dump_with_samples_holds_the_exact_part_of_one_without(make: MakeDump) -> None:
+def test_samples_do_not_change_the_stored_top_k(make: MakeDump) -> None:
     for one, other in zip(LogitDataset(make(8, 16)), LogitDataset(make(8, 0)), strict=True):
         for name in ("counts", "ids", "logprobs", "tail_logprob"):
             np.testing.assert_array_equal(getattr(one.topk, name), getattr(other.topk, name))
@@ -127,7 +127,7 @@ def config_of(tmp_path: Path, model: Path, dumps: Any, domain: Path, **loss: Any
         ((0, 24), {"targets": "topk"}, "holds samples alone"),
     ],
 )
-def test_what_samples_cannot_do_is_refused(
+def test_settings_that_samples_do_not_allow_are_refused(
     tmp_path: Path,
     model_path: Path,
     domain: Path,
@@ -140,7 +140,7 @@ def test_what_samples_cannot_do_is_refused(
         train.run(config_of(tmp_path, model_path, make(*shape), domain, **loss))
 
 
-def test_targets_topk_is_training_on_a_dump_without_samples(
+def test_targets_topk_equals_a_dump_without_samples(
     tmp_path: Path, model_path: Path, domain: Path, make: MakeDump
 ) -> None:
     other = tiny_model(tmp_path / "other", seed=9)
@@ -155,7 +155,7 @@ def test_targets_topk_is_training_on_a_dump_without_samples(
         config.output = str(tmp_path / name)
         kls[name] = train.run(config)["kl"]
     assert kls["topk"] == kls["bare"]
-    assert kls["auto"] > kls["bare"]  # the tail is seen, id by id
+    assert kls["auto"] > kls["bare"]  # samples show single ids of the tail
 
 
 def test_mixed_dumps_must_hold_the_same_kind(
@@ -168,7 +168,7 @@ def test_mixed_dumps_must_hold_the_same_kind(
 
 
 def shifted(record: Record) -> Record:
-    """The samples of each position at the next one."""
+    """Move the samples of each position to the next one."""
     samples = record.topk.samples
     assert samples is not None
     parts = list(zip(*(np.split(part, np.cumsum(samples.counts)[:-1])
@@ -181,10 +181,11 @@ def shifted(record: Record) -> Record:
 
 
 @pytest.mark.parametrize("k", [0, 8])
-def test_null_test_finds_shifted_samples_and_another_model(
+def test_null_test_finds_shifted_samples(
     tmp_path: Path, model_path: Path, domain: Path, make: MakeDump, k: int
 ) -> None:
-    """Of samples alone. Those of a hybrid go where its exact part goes."""
+    """Samples are shifted with k = 0. In a hybrid dump they share the positions of the top-k,
+    whose shift another test finds."""
     path = make(k, 24)
     config = config_of(tmp_path, model_path, path, domain)
     kl = train.run(config)["null_test_kl"]

@@ -1,12 +1,12 @@
-"""The batch in Airflow 3: dump a base model, train a student, evaluate it, accept it or not.
+"""The pipeline in Airflow 3: dump a base model, train a student, evaluate it, accept or reject it.
 
-Two DAGs. `distill`: plan → dump (one task for each partition) → finalize → verify → train →
-evaluate → gate. `retrain`: students over a grid of settings from a dump that exists, started by
-hand or by a new dump; this is what an offline dump is for.
+There are two DAGs. `distill`: plan → dump (one task per partition) → finalize → verify → train →
+evaluate → gate. `retrain`: trains a grid of students from an existing dump, which is the purpose of
+an offline dump. You start it by hand, or a new dump starts it.
 
 Every task starts one of the project's scripts with the project's own interpreter, so this folder
-needs the standard library and airflow.sdk only. One setting is mandatory, the Airflow Variable
-`mol_distill_python`; deploy/README.md says how to set up one machine and many.
+needs only the standard library and airflow.sdk. One setting is mandatory, the Airflow Variable
+`mol_distill_python`; deploy/README.md describes the setup of one machine and of many.
 """
 
 import json
@@ -25,7 +25,7 @@ DUMP, STUDENT = Asset("mol_distill_dump"), Asset("mol_distill_student")
 
 
 def options(stage: str, given: Json) -> list[str]:
-    """--name=value for what is not empty, and the overrides of a stage after them."""
+    """--name=value for each value that is not None, then the overrides of the stage."""
     named = [f"--{name}={as_text(value)}" for name, value in given.items() if value is not None]
     more = [
         line.split(".", 1)[1]
@@ -40,7 +40,7 @@ def as_text(value: Any) -> str:
 
 
 def settings() -> Json:
-    """The run's params. A run that a new dump started takes that dump's places, not the form's."""
+    """The run's params. A run that a new dump started uses that dump's paths, not the form's."""
     context = get_current_context()
     found = dict(context["params"])
     triggers: Any = context.get("triggering_asset_events") or {}
@@ -50,7 +50,7 @@ def settings() -> Json:
 
 
 def scalars(summary: Json) -> Json:
-    """What is worth showing of a summary: numbers, texts, flags."""
+    """The numbers, texts and flags of a summary, without the identity."""
     return {
         name: value
         for name, value in summary.items()
@@ -59,7 +59,7 @@ def scalars(summary: Json) -> Json:
 
 
 def dump_script(*more: str, gpu: bool = False) -> Json:
-    """scripts/dump_logits.py with the run's settings."""
+    """Run scripts/dump_logits.py with the run's settings; returns its summary."""
     params = settings()
     given = {
         "model": params["model"],
@@ -75,7 +75,7 @@ def dump_script(*more: str, gpu: bool = False) -> Json:
 
 
 def train_script(student: str, alpha: float | None, learning_rate: float | None) -> Json:
-    """scripts/train_student.py; returns its summary without the run's identity."""
+    """Run scripts/train_student.py; returns its summary without the run's identity."""
     params = settings()
     given = {
         "model": params["model"],
@@ -92,7 +92,10 @@ def train_script(student: str, alpha: float | None, learning_rate: float | None)
 
 
 def evaluate_script(students: dict[str, str], results: str) -> dict[str, Json]:
-    """scripts/evaluate.py; {model: {domain_perplexity, general_perplexity, kl_to_base}}."""
+    """Run scripts/evaluate.py.
+
+    Returns {model: {domain_perplexity, general_perplexity, kl_to_base}}.
+    """
     params = settings()
     given = {
         "models": {"base": params["model"], **students},
@@ -106,8 +109,11 @@ def evaluate_script(students: dict[str, str], results: str) -> dict[str, Json]:
 
 
 def faults(student: Json, base: Json, params: Json) -> list[str]:
-    """Why a student is not accepted: one line for each number that is not finite (a text in JSON),
-    and for each bound that it breaks."""
+    """One line for each number that is not finite (a text in JSON), and for each bound that the
+    student breaks; none if it is accepted.
+
+    Raises AirflowFailException if there is no measurement for a bound.
+    """
     bounds = {
         "general perplexity, times the base's": (params["max_general_ratio"], "general_perplexity"),
         "KL to the base on general text in nats": (params["max_kl"], "kl_to_base"),
@@ -125,17 +131,17 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
             continue
         if key not in student:
             raise AirflowFailException(
-                f"the gate bounds {name}, but nothing was measured on general text: give "
-                "general.path in the evaluation's config, or empty the bound"
+                f"the gate bounds {name}, but nothing was measured on general text: set "
+                "general.path in the evaluation's config, or clear the bound"
             )
         value = float(student[key]) / (float(base[key]) if key == "general_perplexity" else 1)
-        if not value <= bound:  # not a number is a fault, too
-            lines.append(f"{name}: {value:.4g}, at most {bound:g} is accepted")
+        if not value <= bound:  # NaN breaks the bound, too
+            lines.append(f"{name}: {value:.4g}, the bound is {bound:g}")
     return lines
 
 
-# Each of these holds a GPU: a slot of the pool `gpu`, a worker of Celery's queue `gpu`, a pod with
-# one under Kubernetes. What an executor does not know, it ignores.
+# Each of these tasks holds a GPU: a slot of the pool `gpu`, a worker of the Celery queue `gpu`, or
+# a Kubernetes pod with a GPU. An executor ignores the settings that it does not know.
 ON_GPU: Json = {
     "pool": "gpu",
     "queue": "gpu",
@@ -149,7 +155,7 @@ DEFAULTS: Json = {
     "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(hours=12),
 }
-# Both go on where the last try stopped, so a try may be long and there may be many.
+# Dump and train resume where the last try stopped, so they may take long and have many tries.
 LONG: Json = {"retries": 5, "execution_timeout": timedelta(days=3)}
 
 
@@ -167,7 +173,7 @@ LONG: Json = {"retries": 5, "execution_timeout": timedelta(days=3)}
 def distill() -> None:
     @task(**ON_CPU)
     def plan() -> list[str]:
-        """plan.json, or the proof that the one that is there is the same; I/N of each partition."""
+        """Write plan.json, or check that the existing one is equal; returns I/N per partition."""
         params = settings()
         check = "import storage, pipeline.config"
         try:
@@ -177,7 +183,7 @@ def distill() -> None:
         except AirflowException as error:
             raise AirflowFailException(
                 f"mol_distill_python: {interpreter()} is not the project's environment ({error}); "
-                "`make setup` makes it"
+                "`make setup` creates it"
             ) from error
         summary = dump_script("--only=plan")
         get_current_context()["ti"].xcom_push("summary", summary)
@@ -185,26 +191,26 @@ def distill() -> None:
 
     @task(**ON_GPU, **LONG, map_index_template="partition {{ task.op_kwargs['partition'] }}")
     def dump(partition: str) -> Json:
-        """The base model's top-k over one partition."""
+        """Dump the base model's top-k over one partition."""
         return scalars(dump_script(f"--partition={partition}", gpu=True))
 
     @task(**ON_CPU)
     def finalize() -> Json:
-        """manifest.json, once every partition is complete."""
+        """Write manifest.json after every partition is complete."""
         return scalars(dump_script("--only=finalize"))
 
     @task(**ON_CPU, outlets=[DUMP])
     def verify(summary: Json) -> Json:
-        """Every byte read again, every row decoded; only then is there a new dump."""
+        """Read every byte again and decode every row; only then announce the new dump."""
         params = settings()
-        start(["-m", "storage", "verify", params["dump"]], params["folder"])
+        start(["-m", "storage", "verify", "--", params["dump"]], params["folder"])
         places = {name: params[name] for name in [*PLACES, *OVERRIDES]}
         get_current_context()["outlet_events"][DUMP].extra = {**summary, "settings": places}
         return summary
 
     @task(**ON_GPU, **LONG, outlets=[STUDENT])
     def train() -> Json:
-        """Cross-entropy on the domain, KL to the dump on the general corpus."""
+        """Train with cross-entropy on the domain and KL to the dump on the general corpus."""
         params = settings()
         summary = train_script(params["student"], params["alpha"], params["learning_rate"])
         get_current_context()["outlet_events"][STUDENT].extra = summary
@@ -212,22 +218,22 @@ def distill() -> None:
 
     @task(**ON_GPU)
     def evaluate(trained: Json) -> dict[str, Json]:
-        """Perplexities of base and student on held-out text, and the KL between them."""
+        """Measure perplexities of base and student on held-out text, and the KL between them."""
         results = f"{settings()['student']}/evaluation.json"
         return evaluate_script({"student": trained["student"]}, results)
 
     @task(**ON_CPU)
     def gate(models: dict[str, Json]) -> Json:
-        """Fails the run when the student lost more than the bounds allow."""
+        """Fail the run if the student lost more than the bounds allow."""
         broken = faults(models["student"], models["base"], settings())
         if broken:
             raise AirflowFailException(
-                f"the student is not accepted. {'; '.join(broken)}. A higher alpha, a lower "
+                f"the student is rejected. {'; '.join(broken)}. A higher alpha, a lower "
                 "learning rate or fewer steps forget less; the DAG `retrain` tries several."
             )
         return models["student"]
 
-    # Calls of tasks give references to their results, which only Airflow resolves: hence Any.
+    # A call of a task returns a reference to its result, which only Airflow resolves: hence Any.
     dumped = dump.expand(partition=plan())
     finished: Any = finalize()
     verified: Any = verify(finished)
@@ -267,7 +273,7 @@ def retrain() -> None:
 
     @task(**ON_GPU, **LONG, map_index_template="{{ task.op_kwargs['point']['name'] }}")
     def train(point: Json) -> Json:
-        """One student. No teacher runs: the dump is read again."""
+        """Train one student from the dump; no teacher runs."""
         return {
             "name": point["name"],
             **train_script(point["student"], point["alpha"], point["learning_rate"]),
@@ -275,14 +281,14 @@ def retrain() -> None:
 
     @task(**ON_GPU)
     def evaluate(trained: list[Json]) -> dict[str, Json]:
-        """All students against the base, in one table."""
+        """Evaluate all students against the base, in one table."""
         students = {point["name"]: point["student"] for point in trained}
         results = f"{Path(next(iter(students.values()))).parents[1]}/evaluation.json"
         return evaluate_script(students, results)
 
     @task(**ON_CPU, outlets=[STUDENT])
     def choose(trained: list[Json], models: dict[str, Json]) -> Json:
-        """Of the students within the bounds, the one that knows the domain best."""
+        """Choose the student with the lowest domain perplexity within the bounds."""
         params = settings()
         accepted = []
         for point in trained:
@@ -293,7 +299,7 @@ def retrain() -> None:
                 accepted.append({**point, **found})
         if not accepted:
             raise AirflowFailException(
-                f"none of {len(trained)} students is within the bounds (each line above says why); "
+                f"none of {len(trained)} students is within the bounds (see the lines above); "
                 "try higher alphas, lower learning rates or wider bounds"
             )
         best = min(accepted, key=lambda point: point.get("domain_perplexity", 0.0))

@@ -1,11 +1,13 @@
-"""How a task starts one of the project's scripts, and what becomes of its end."""
+"""Run one of the project's scripts in a task, and turn its exit code into Airflow's outcome."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -21,15 +23,16 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 ROOT = Path(__file__).resolve().parents[2]
 Json = dict[str, Any]
 
-# Exit codes of the scripts (pipeline/config.py). A retry cannot mend the first three; it goes on
-# after the last one, and after anything else, such as a crash or a kill.
+# Exit codes of the scripts (pipeline/errors.py). A retry cannot fix the first three. It resumes
+# after the last one, and after any other failure, such as a crash or a kill.
 NO_RETRY = {2: "bad input", 3: "refused", 4: "damaged data"}
 INTERRUPTED = 75
-GRACE = 60  # seconds that a script has to commit what it can once its time is over
+AIRFLOWS = ("AIRFLOW_", "_AIRFLOW_")
+GRACE = 60  # seconds that a script has, after SIGTERM, to commit what it can
 
 
 def interpreter() -> str:
-    """The project's Python, from the Variable that is mandatory."""
+    """The project's Python, from the mandatory Variable `mol_distill_python`."""
     path = Variable.get("mol_distill_python", default=None)
     how = (
         "It names the Python of the project's environment on the machine that runs the task, such "
@@ -39,20 +42,41 @@ def interpreter() -> str:
     if not path:
         raise AirflowFailException(f"the Airflow Variable mol_distill_python is not set. {how}")
     if not os.access(path, os.X_OK) or os.path.isdir(path):
-        raise AirflowFailException(f"mol_distill_python: {path!r} is no program here. {how}")
+        raise AirflowFailException(
+            f"mol_distill_python: {path!r} is not an executable file on this machine. {how}"
+        )
     return str(path)
+
+
+def lock_folder() -> Path:
+    """This user's own folder of locks on this machine: another user's are not in the way.
+
+    Raises AirflowFailException where something else has its name.
+    """
+    folder = Path(tempfile.gettempdir(), f"mol-distill-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise AirflowFailException(
+            f"{folder}: expected this user's own directory for locks, found another user's file, "
+            "directory or link. Remove it"
+        )
+    return folder
 
 
 @contextlib.contextmanager
 def hold(names: list[str]) -> Iterator[str]:
-    """The name of the first lock of this machine that is free; waits for one.
+    """Hold the first free lock of `names` on this machine, and yield its name; wait for a free one.
 
-    The task's process holds it, so an orphan of an earlier try keeps what its script still uses.
+    The task's process holds the lock. So an orphan of an earlier try keeps what its script still
+    uses.
     """
+    folder = lock_folder()
     while True:
         for name in names:
-            path = Path(tempfile.gettempdir(), f"mol-distill-{name}.lock")
-            file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(folder / f"{name}.lock", flags, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -68,18 +92,23 @@ def hold(names: list[str]) -> Iterator[str]:
 
 
 def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | None = None) -> Json:
-    """Run `python ARGUMENTS` in `folder` to its end, its output in the task's log.
+    """Run `python ARGUMENTS` in `folder`, with its output in the task's log.
 
-    Returns the JSON that it wrote to the `--summary` file that `{summary}` among the arguments
-    stands for. With `gpu` it gets one of the GPUs that the Variable `mol_distill_gpus` lists.
-    `alone` names a path on this machine that no other task may write meanwhile.
-    Raises AirflowFailException where a retry would end the same, AirflowException elsewhere.
+    The folder holds what a user put there, so no module is imported from it (-P), and the script
+    does not see Airflow's own settings, which hold its keys and the password of its database.
+
+    `{summary}` in the arguments becomes the path of a temporary file; returns the JSON that the
+    script wrote there. With `gpu` the script gets one of the GPUs that the Variable
+    `mol_distill_gpus` lists. `alone` is a path on this machine that no other task may write at the
+    same time. Raises AirflowFailException if a retry would fail in the same way, otherwise
+    AirflowException.
     """
     where = ROOT / folder
     if not where.is_dir():
         raise AirflowFailException(f"folder {where}: no such directory on this machine")
     python = interpreter()
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(AIRFLOWS)}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     last: deque[str] = deque(maxlen=20)
     with (
         contextlib.ExitStack() as held,
@@ -94,11 +123,11 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
             env["CUDA_VISIBLE_DEVICES"] = name.removeprefix("gpu-")
         summary = Path(scratch, "summary.json")
         shown = [argument.replace("{summary}", str(summary)) for argument in arguments]
-        print(f"in {where}: {python} {' '.join(shown)}", flush=True)
-        # However this task ends, the script goes with it: asked first where there is time, by the
-        # kernel where there is none.
+        print(f"in {where}: {python} {without_secrets(' '.join(shown))}", flush=True)
+        # The script always ends with this task: by SIGTERM if there is time, otherwise the kernel
+        # kills it.
         script = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", python, *shown],
+            ["setpriv", "--pdeathsig", "KILL", "--", python, "-P", *shown],
             cwd=where,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -125,34 +154,44 @@ def start(arguments: list[str], folder: str, gpu: bool = False, alone: str | Non
     raise failure(code, last)
 
 
+def without_secrets(command: str) -> str:
+    """A command as the log may show it. The form takes no secrets, but not all come through it."""
+    command = re.sub(r"(?<=://)[^/\s@'\"]*@", "***@", command)
+    names = r"[\w.-]*(?:token|key|secret|password|signature|credential)"
+    return re.sub(rf"({names}=)[^\s&]+", r"\1***", command, flags=re.IGNORECASE)
+
+
 def clear_up(pid: int) -> None:
-    """Once the script has ended, end what it left: an engine that lost its script would keep the
-    GPU and the open log. The script is not reaped here, so its number is still its own."""
+    """After the script has ended, kill its remaining processes.
+
+    An engine without its script would keep the GPU and the open log. The script is not reaped here,
+    so no other process can have its id.
+    """
     with contextlib.suppress(ChildProcessError, ProcessLookupError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         os.killpg(pid, signal.SIGKILL)
 
 
 def end(script: "subprocess.Popen[str]") -> None:
-    """Stop a script that still runs, and whatever it started."""
+    """Stop a script that still runs, and all processes that it started."""
     if script.poll() is None:
         script.terminate()
         try:
             script.wait(GRACE)
         except subprocess.TimeoutExpired:
             print(f"the script did not stop within {GRACE} s; killing it", flush=True)
-    with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
+    with contextlib.suppress(ProcessLookupError):  # no process of its session is left
         os.killpg(script.pid, signal.SIGKILL)
     script.wait()
 
 
 def failure(code: int, last: deque[str]) -> AirflowException:
-    """The exception that has Airflow retry, or not, with the script's own message."""
+    """The exception with the script's own message; its type decides whether Airflow retries."""
     said = [line for line in last if line.startswith(("error:", "FAULT"))] or list(last)[-1:]
     message = "; ".join(said)
     if code in NO_RETRY:
         return AirflowFailException(f"{NO_RETRY[code]} (exit code {code}): {message}")
     if code == INTERRUPTED:
-        return AirflowException(f"interrupted (exit code {code}), a retry goes on: {message}")
+        return AirflowException(f"interrupted (exit code {code}), a retry resumes: {message}")
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return AirflowException(f"the script failed ({how}): {message}")

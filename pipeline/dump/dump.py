@@ -88,13 +88,13 @@ def run_with(
     partition: int | None,
     only: Literal["plan", "finalize"] | None,
 ) -> Json:
+    if partition is not None and not 0 <= partition < config.partitions:
+        raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
     model = ModelFolder.find(config.model, config.revision)
     corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
     plan = make_plan(config, corpus, model)
-    if partition is not None and not 0 <= partition < config.partitions:
-        raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
     dump = create_dump(config.output, plan, model.tokenizer_files())
     if only == "plan":
         say(f"{config.output}: plan for {len(corpus)} documents, {config.partitions} partitions")

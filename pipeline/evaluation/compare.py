@@ -1,4 +1,4 @@
-"""A model beside its base on the same sequences, one packed row at a time."""
+"""Compare a model with its base on the same sequences, one packed row at a time."""
 
 from collections.abc import Iterable, Iterator
 
@@ -14,7 +14,7 @@ from pipeline.models.directory import ModelFolder
 from pipeline.types import Int32s
 
 
-@torch.no_grad()  # not inference_mode: FSDP trains on with the weights that it gathers here
+@torch.no_grad()  # not inference_mode: FSDP later trains with the weights gathered here
 def compare(
     model: PreTrainedModel,
     base: PreTrainedModel | None,
@@ -22,7 +22,7 @@ def compare(
     batch_tokens: int = 2048,
     tail_k: int = 64,
 ) -> Iterator[Sums]:
-    """The sums of each sequence, in order. Distances to the base are 0 without a base.
+    """Yield the sums of each sequence, in order. Without a base, distances to it are 0.
 
     Holds the logits of `batch_tokens` positions, or of one longer sequence, in the models' own
     dtypes, and a few rows of them in float32.
@@ -48,14 +48,14 @@ def compare(
 def predict(
     model: PreTrainedModel, inputs: dict[str, Tensor], lengths: list[int], rows: Tensor
 ) -> Tensor:
-    """Logits [N, V] at these positions of one packed row."""
+    """Logits [N, V] at the positions `rows` [N] of one packed row."""
     packing = packing_arguments(model, lengths)
     logits: Tensor = model(**inputs, **packing, use_cache=False).logits[0, rows]
     return logits
 
 
 def batches(sequences: Iterable[Int32s], tokens: int) -> Iterator[list[Int32s]]:
-    """Neighbouring sequences of up to `tokens` tokens together."""
+    """Yield consecutive sequences with at most `tokens` tokens in total, or one longer sequence."""
     batch: list[Int32s] = []
     size = 0
     for sequence in sequences:
@@ -69,7 +69,10 @@ def batches(sequences: Iterable[Int32s], tokens: int) -> Iterator[list[Int32s]]:
 
 
 def load(folder: ModelFolder, dtype: str) -> PreTrainedModel:
-    """The model, ready to predict packed rows on this machine's device."""
+    """Load a model for packed rows, on the GPU if there is one.
+
+    Raises ConfigError if the model cannot keep packed sequences apart.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: PreTrainedModel = folder.load(dtype).to(device).eval()
     enable_packing(model)

@@ -1,7 +1,7 @@
-"""What a student gained and lost: perplexities, and its distance to the base model.
+"""Evaluate students: perplexities on held-out text, and the distance to the base model.
 
-Everything is a mean over the predicted tokens of held-out text, so long documents count for more
-than short ones. Documents become token sequences exactly as in training.
+All measures are means over predicted tokens, so long documents weigh more than short ones.
+Documents become token sequences exactly as in training.
 """
 
 from functools import partial
@@ -22,14 +22,15 @@ from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each
-SHORTEST = 16  # predicted tokens of a document that can be among them
+SHORTEST = 16  # predicted tokens that a shown document has at least
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
     """Evaluate every model, write the results, print the table, return the results.
 
-    {"models": {name: {"domain_perplexity", "general_perplexity", "kl_to_base", "domain": {...},
-    "general": {...}}}, "base": name}; kl_to_base is KL(base ‖ model) on the general text.
+    Returns {"models": {name: {"domain_perplexity", "general_perplexity", "kl_to_base", "domain":
+    {...}, "general": {...}}}, "base": name}; kl_to_base is KL(base ‖ model) on the general text.
+    Raises RefusedError if a model's tokenizer differs from the base's.
     """
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
     expected = tokenizer_fingerprint(folders[config.base].tokenizer)
@@ -52,7 +53,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
 
 class Comparison:
-    """Measures models one after the other, against one base on the same held-out texts."""
+    """Measures models, one at a time, against one base on the same held-out texts."""
 
     def __init__(self, config: EvalConfig, base: ModelFolder) -> None:
         self.config, self.base_folder = config, base
@@ -83,7 +84,7 @@ class Comparison:
         return flat(measured) | measured
 
     def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
-        """The sums of each sequence, by kind of text."""
+        """Sums of each sequence, by kind of text."""
         found: dict[str, list[Sums]] = {}
         work = Progress(sum(len(text.ids) for text in self.texts.values()), "token")
         try:
@@ -106,7 +107,7 @@ def status_line(name: str, kind: str, total: Sums) -> str:
 
 
 def by_documents(sums: list[Sums], against: list[Sums], text: TokenSequences) -> dict[str, Any]:
-    """How a text's measures vary between documents: counts and bootstrap intervals."""
+    """How a text's measures vary between its documents: counts and bootstrap intervals."""
     model, base = (by_document(of, text.documents) for of in (sums, against))
     rise = model[:, 1] / model[:, 0] - base[:, 1] / base[:, 0]
     return {
@@ -119,8 +120,10 @@ def by_documents(sums: list[Sums], against: list[Sums], text: TokenSequences) ->
 def worst(
     sums: list[Sums], against: list[Sums], text: TokenSequences, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """The documents whose nats per token rose most over the base's, each with the beginning of its
-    worst sequence."""
+    """The WORST documents by rise of nats per token over the base's, with an excerpt of each.
+
+    The excerpt is the start of the document's worst sequence.
+    """
     changes = np.array([a.nll - b.nll for a, b in zip(sums, against, strict=True)])
     model, base = (by_document(of, text.documents) for of in (sums, against))
     names = np.unique(text.documents)
@@ -152,7 +155,7 @@ def flat(found: dict[str, Any]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results as text, one line for each model and text."""
+    """The results as text, one line per model and kind of text."""
     head = f"{'model':<12} {'held-out text':<14} {'tokens':>9} {'perplexity':>11} "
     head += f"{'KL(base‖m)':>11} {'KL(m‖base)':>11} {'same top-1':>11}"
     lines = [head, "-" * len(head)]
@@ -169,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def more(report: dict[str, Any]) -> str:
-    """A second table: intervals, the tail, calibration."""
+    """A second table as text: intervals, tail measures, calibration."""
     head = f"{'':<12} {'':<14} {'perplexity, 95 % of resampled documents':>40} "
     head += f"{'tail mass':>10} {'tail KL':>8} {'ECE':>7} {'documents worse':>16}"
     lines = ["", head]

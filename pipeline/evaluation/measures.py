@@ -1,8 +1,8 @@
-"""Per-position measures of a model beside its base, their sums, bootstrap intervals.
+"""Per-position measures of a model against its base, their sums, and bootstrap intervals.
 
-All in nats. The tail measures look where a top-k target does not: with K the base's k best ids, a
-and b the mass of base and model outside K, KL(base ‖ model) is the divergence on {K, tail} plus
-a · KL of the two distributions *within* the tail (the chain rule).
+All divergences are in nats. The tail measures cover what a top-k target leaves out: with K the
+base's k best ids, and a and b the mass of base and model outside K, KL(base ‖ model) is the
+divergence on {K, tail} plus a · KL of the two distributions *within* the tail (the chain rule).
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Positions whose distributions are held in float32 at a time; few stay in the caches of a CPU.
+# Positions whose distributions are held in float32 at a time; a few fit the caches of a CPU.
 ROWS = {"cpu": 16, "cuda": 256}
-BINS = 15  # of the calibration, equally wide
+BINS = 15  # calibration bins of equal width
 RESAMPLES = 1000
 Float64s = npt.NDArray[np.float64]
 
@@ -23,11 +23,11 @@ COLUMNS = (
     "nll",  # -log q(next token)
     "forward_kl",  # KL(base ‖ model), full vocabulary
     "reverse_kl",  # KL(model ‖ base), full vocabulary
-    "agreement",  # 1 where the model's most likely token is the base's
+    "agreement",  # 1 if the model's most likely token is the base's
     "tail_mass",  # a, the base's mass outside its tail_k best ids
     "tail_kl",  # a · KL(base ‖ model) within that tail
     "confidence",  # the model's largest probability
-    "correct",  # 1 where that was the next token
+    "correct",  # 1 if the most likely token of the model is the next token
 )
 
 
@@ -36,8 +36,8 @@ def measure(
 ) -> Float64s:
     """float64 [N, COLUMNS] of logits [N, V], labels [N] and the base's logits [N, V].
 
-    Without a base there are no distances, and the tail is not looked at. Where the model's logits
-    are NaN, every column that is about the model is.
+    Without a base, the divergences and the tail measures are 0, and the agreement is 1. Where the
+    model's logits are NaN, so is every column about the model.
     """
     rows = ROWS.get(logits.device.type, 64)
     parts = [
@@ -68,10 +68,10 @@ def measure_rows(
     if base_logits is not None:
         log_p = base_logits.float().log_softmax(-1)
         gap = log_p - log_q
-        base_best = log_p.max(1).indices  # as `best`, so that ties fall the same way
+        base_best = log_p.max(1).indices  # computed as `best` is, so that ties agree
         p = log_p.exp_()
         kept_p, kept = p.topk(min(tail_k, p.shape[1]))
-        # float64: the tails are what the kept mass leaves of one
+        # float64, because a tail is one minus the kept mass
         kept_gap, kept_p = gap.gather(1, kept).double(), kept_p.double()
         a = (1 - kept_p.sum(1)).clamp(min=0)
         b = 1 - (kept_p * (-kept_gap).exp()).sum(1)
@@ -90,16 +90,16 @@ def measure_rows(
 
 @dataclass
 class Sums:
-    """Over predicted tokens; `a + b` adds two."""
+    """Sums over predicted tokens; `a + b` adds two of them."""
 
     values: Float64s = field(default_factory=lambda: np.zeros(1 + len(COLUMNS)))
     """[1 + COLUMNS]: tokens, then the sum of each column"""
     bins: Float64s = field(default_factory=lambda: np.zeros((3, BINS)))
-    """tokens, confidence and correct tokens of each bin of confidence"""
+    """[3, BINS]: tokens, sum of confidence, and correct tokens of each bin of confidence"""
 
     @classmethod
     def of(cls, rows: Float64s) -> "Sums":
-        """The sums of rows [N, COLUMNS]."""
+        """Sum rows [N, COLUMNS]."""
         confidence, correct = (rows[:, COLUMNS.index(name)] for name in ("confidence", "correct"))
         bins = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)
         weights = [None, confidence, correct]
@@ -124,7 +124,7 @@ class Sums:
             return float(np.exp(self.nll / self.tokens))
 
     def report(self) -> dict[str, float]:
-        """Means per token, for JSON; tail_kl is the mean where the base's tail has its mass."""
+        """Means per token, for JSON; tail_kl is the KL within the tail, weighted by tail mass."""
         mean = dict(zip(COLUMNS, (self.values[1:] / self.tokens).tolist(), strict=True))
         _, confidence, correct = self.bins
         return {
@@ -142,7 +142,10 @@ class Sums:
 
 
 def by_document(sums: list[Sums], documents: npt.NDArray[np.int64]) -> Float64s:
-    """[D, 1 + COLUMNS] of the sums of each sequence and the document it is of."""
+    """[D, 1 + COLUMNS]: the sums of each document, from its sequences' sums.
+
+    `documents` [len(sums)] has the document number of each sequence.
+    """
     names, index = np.unique(documents, return_inverse=True)
     total = np.zeros((len(names), 1 + len(COLUMNS)))
     np.add.at(total, index, np.array([of.values for of in sums]))
@@ -150,11 +153,12 @@ def by_document(sums: list[Sums], documents: npt.NDArray[np.int64]) -> Float64s:
 
 
 def intervals(documents: Float64s, base: Float64s, seed: int = 0) -> dict[str, Any]:
-    """95 % bootstrap intervals, each [low, high]: documents are drawn, not tokens, which depend on
-    their neighbours.
+    """95 % bootstrap intervals, each [low, high].
 
-    documents, base  [D, 1 + COLUMNS] of the model and of its base on the same text. nats_change is
-    the model's nats per token less its base's; both are taken on the same drawn documents.
+    documents, base  [D, 1 + COLUMNS] of the model and of its base on the same text
+
+    It resamples documents, not tokens, because tokens depend on their neighbours. nats_change is
+    the model's nats per token minus the base's on the same resampled documents.
     """
     number = len(documents)
     draws = np.random.default_rng(seed).multinomial(

@@ -1,9 +1,9 @@
-"""Attention within the sequences of a packed row: no mask of all pairs, no padding, no leaks.
+"""Attention within the sequences of a packed row: no T × T mask, no padding, no leaks.
 
-transformers keeps packed sequences apart by a mask of T × T, which costs the attention of one
-sequence as long as the row. Here each sequence is attended by itself, so a row costs the sum of its
-sequences. Models whose attention is not plain (a soft cap, sinks, linear attention) keep their own,
-and what leaks between packed sequences either way is refused.
+transformers separates packed sequences with a T × T mask, so a row costs as much attention as one
+sequence of its length. Here each sequence is attended separately, so a row costs the sum of its
+sequences. Models whose attention is not plain (a soft cap, sinks, linear attention) keep their own.
+A model that leaks between packed sequences either way is refused.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.errors import ConfigError
 
-PACKED = "packed_sequences"  # has no mask function on purpose: transformers then makes no masks
+PACKED = "packed_sequences"  # deliberately without a mask function: transformers makes no masks
 
 
-@torch.compiler.disable  # torch.compile would make another kernel for each list of lengths
+@torch.compiler.disable  # torch.compile would compile again for each list of lengths
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -31,7 +31,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention of query [B, H, T, D] to key, value [B, H_kv, T, D] -> [B, T, H, D].
 
-    With sequence_lengths, T is their sum and no sequence sees another; without, a row is one.
+    With sequence_lengths, T is their sum and no sequence sees another. Without them, each row is
+    one sequence.
     """
     lengths = [query.shape[2]] if sequence_lengths is None else sequence_lengths
     parts = []
@@ -51,7 +52,7 @@ AttentionInterface.register(PACKED, packed_attention)
 def enable_packing(model: PreTrainedModel) -> None:
     """Make `model` keep the sequences of a row apart, given `packing_arguments`.
 
-    Raises ConfigError for a model that does not either way.
+    Raises ConfigError if neither PACKED nor the model's own attention keeps them apart.
     """
     own = model.config._attn_implementation
     if own == PACKED:
@@ -75,13 +76,13 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 
 def packing_arguments(model: PreTrainedModel, lengths: list[int]) -> dict[str, Any]:
-    """What the forward needs beside position_ids that start anew with each sequence."""
+    """Arguments of the forward, besides position_ids that restart with each sequence."""
     packed = model.config._attn_implementation == PACKED
     return {"sequence_lengths": lengths} if packed else {}
 
 
-PROBE = [11, 5, 8]  # lengths of the sequences that are compared
-TOLERANCE = 0.05  # of the largest logit: bfloat16 and other kernels are well below, a leak above
+PROBE = [11, 5, 8]  # lengths of the sequences to compare
+TOLERANCE = 0.05  # share of the largest logit: bfloat16 and other kernels stay well below it
 
 
 def probes(model: PreTrainedModel) -> list[Tensor]:
@@ -92,14 +93,14 @@ def probes(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def alone(model: PreTrainedModel) -> Tensor:
-    """Logits [T, V] of the probes, one call each."""
+    """Logits [T, V] of the probes, each in its own forward."""
     outputs = [model(input_ids=probe[None], use_cache=False) for probe in probes(model)]
     return torch.cat([output.logits[0].float() for output in outputs])
 
 
 @torch.no_grad()
 def leak(model: PreTrainedModel, expected: Tensor) -> float:
-    """Largest difference of the packed probes' logits, relative to the largest logit."""
+    """Largest difference of the packed probes' logits, as a share of the largest expected one."""
     parts = probes(model)
     found = model(
         input_ids=torch.cat(parts)[None],

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +21,8 @@ from transformers import (
 )
 
 from pipeline.errors import ConfigError
+from pipeline.models import weights
+from pipeline.models.files import read_json, refuse_links_out
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
@@ -33,13 +34,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+MOST_LAYERS = 10_000
 # Its encoding differs between tokenizers that share a vocabulary and differ in their rules.
 PROBE = "The 12 cafés' naïve  test:\n\tdef f(x): return x**2  # 测试 🙂\r\n\n<s>[INST]<|im_end|>"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local model directory. What it says of itself is read once, without its weights."""
+    """A local model directory. What it says of itself is read once, without its weights.
+
+    Code in the directory is never run: trust_remote_code is False wherever transformers takes it.
+    """
 
     path: Path
 
@@ -47,7 +52,8 @@ class ModelFolder:
     def find(cls, model: str, revision: str | None = None) -> "ModelFolder":
         """The directory `model`, or the hub's model of that name, which is downloaded.
 
-        Raises ConfigError where there is none, and for a directory without config.json.
+        Raises ConfigError where there is none, for a config.json that cannot be used, and for links
+        to files outside of the directory.
         """
         folder = Path(model).expanduser()
         if not folder.is_dir():
@@ -56,14 +62,38 @@ class ModelFolder:
             folder = download(model, revision)
         if not (folder / "config.json").exists():
             raise ConfigError(f"model {model}: {folder} has no config.json, so it is not a model")
-        return cls(folder)
+        refuse_links_out(folder)
+        if (folder / "adapter_config.json").exists():
+            raise ConfigError(
+                f"model {model}: adapter_config.json makes it an adapter of another model. Merge "
+                "it (peft's merge_and_unload), and name the directory of the result"
+            )
+        found = cls(folder)
+        _ = found.config  # a broken one is named before anything else is read
+        return found
 
     def __str__(self) -> str:
         return str(self.path)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.path)
+        """config.json, as transformers reads it; ConfigError for one that cannot be used."""
+        file = self.path / "config.json"
+        given = read_json(file)
+        kind = given.get("model_type")
+        if "auto_map" in given and kind not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"{file}: model_type {kind!r} needs code of its own (auto_map), which is never "
+                "run. Use a model that transformers knows"
+            )
+        try:
+            check_values(given)
+            found = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever the values make it do
+            raise ConfigError(
+                f"{file}: cannot be used (model_type {kind!r}): {short(error)}"
+            ) from error
+        return found
 
     @property
     def architectures(self) -> list[str]:
@@ -82,22 +112,32 @@ class ModelFolder:
 
     def dtype(self, name: str = "auto") -> str:
         """`name`, or for "auto" the dtype that config.json names: float32 where it names none."""
-        if name != "auto":
-            return name
         own = self.config.get_text_config().dtype or self.config.dtype or "float32"
-        return str(own).removeprefix("torch.")
+        found = name if name != "auto" else str(own).removeprefix("torch.")
+        if not isinstance(getattr(torch, found, None), torch.dtype):
+            where = "dtype" if name != "auto" else f"{self.path / 'config.json'}: dtype"
+            raise ConfigError(f"{where}: expected bfloat16, float16 or float32, found {found!r}")
+        return found
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; ConfigError where it has none."""
+        """The model's tokenizer; ConfigError where it has none, and for a broken file of it."""
+        there = [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        for file in there:
+            if file.suffix == ".json":
+                read_json(file)
         try:
-            if not any((self.path / name).exists() for name in TOKENIZER_FILES):
+            if not there:
                 raise ValueError("none of its files is there")
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, TypeError) as error:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=False
+            )
+        except Exception as error:  # the tokenizers library raises Exception itself
+            files = ", ".join(file.name for file in there)
             raise ConfigError(
-                f"model {self}: no tokenizer ({str(error).splitlines()[0]}). Put the base model's "
-                "tokenizer.json and tokenizer_config.json into the directory"
+                f"model {self}: no tokenizer ({short(error)}). "
+                + (f"Found {files}. " if files else "")
+                + "Put the base model's tokenizer.json and tokenizer_config.json into the directory"
             ) from None
         return tokenizer
 
@@ -119,21 +159,46 @@ class ModelFolder:
             digest.update(f"{path.name} {content}\n".encode())
         return digest.hexdigest()
 
-    def load(self, dtype: str) -> PreTrainedModel:
-        """The causal language model, on the CPU; ConfigError where its files do not make one."""
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
+    def check_weights(self, strict: bool = True) -> None:
+        """ConfigError where the weights lack a tensor, or have one of another shape.
+
+        Reads headers alone. `strict` is False for an engine that may know more layouts.
+        """
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
-        except (OSError, ValueError) as error:
+            kind = type(self.empty())
+        except Exception as error:  # whatever the values of config.json make transformers do
+            if strict:
+                raise ConfigError(
+                    f"{self.path / 'config.json'}: cannot be made a model: {short(error)}"
+                ) from error
+            return  # an engine's own architecture
+        weights.check(self.path, kind, copy.deepcopy(self.config), strict)
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """The causal language model, on the CPU; ConfigError where its files do not make one.
+
+        Every weight is one of the files': transformers itself would make up what is missing.
+        """
+        self.check_weights()
+        generation = self.path / "generation_config.json"
+        if generation.exists():
+            read_json(generation)
+        try:
+            with weights.quiet():
+                model: PreTrainedModel
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
+        weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model on the meta device: shapes without storage."""
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=dtype
+                copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
             )
         return model
 
@@ -150,6 +215,24 @@ def download(model: str, revision: str | None) -> Path:
             f"model {model}: not a directory, and the hub does not have it either "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+
+
+def check_values(given: dict[str, Any]) -> None:
+    """ValueError for a config.json that would start endless work, or load code from the hub."""
+    for section in [given, *(value for value in given.values() if isinstance(value, dict))]:
+        for name, value in section.items():
+            most = {"vocab_size": 1 << 31, "n_layer": MOST_LAYERS}.get(name)
+            if name.endswith("_layers"):
+                most = MOST_LAYERS
+            if most and isinstance(value, int) and not 0 <= value <= most:
+                raise ValueError(f"{name}: expected at most {most}, found {value}")
+            if "attn_implementation" in name and "/" in str(value):
+                raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
+
+
+def short(error: Exception) -> str:
+    """The message in one line of bounded length."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained page: plain HTML, its style and its pictures inside, nothing is fetched."""
+"""One self-contained HTML page: styles and pictures are inline, and nothing is fetched."""
 
 import html
 import io
@@ -34,7 +34,7 @@ pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; white-space: pre-wr
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole document; `parts` is HTML."""
+    """A complete HTML document; `parts` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -65,7 +65,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def pairs(values: dict[str, Any]) -> str:
-    """Names and values, one to a line; nested ones with dotted names."""
+    """A table with one name and value per line; nested values have dotted names."""
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(say(value))}</td></tr>"
         for name, value in flatten(values)
@@ -88,7 +88,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def picture(figures: Sequence[Any], caption: str) -> str:
-    """matplotlib figures as inline SVG, side by side where there is room, and what they show."""
+    """matplotlib figures as inline SVG, side by side if there is room, with a caption."""
     shown = "".join(svg(figure, caption) for figure in figures)
     return f"<figure><div>{shown}</div><figcaption>{html.escape(caption)}</figcaption></figure>"
 
@@ -108,7 +108,7 @@ def axes(number: int = 1, width: float = 4.4, height: float = 3.2) -> tuple[list
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Text stays text; the same numbers give the same bytes.
+    # Text stays text, and the same numbers give the same bytes.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report"})
     figures = [Figure(figsize=(width, height), layout="constrained") for _ in range(number)]
     plots = [figure.subplots() for figure in figures]

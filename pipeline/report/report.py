@@ -1,4 +1,4 @@
-"""A page about a dump, a training run or a study: whichever a directory holds."""
+"""Write a page about a dump, a training run or a study, whichever a directory holds."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from pipeline.progress import say
 
 
 def run(path: str, output: str) -> dict[str, Any]:
-    """Write the page; ConfigError where the directory holds none of the three."""
+    """Write the page. Raises ConfigError if the directory holds none of the three."""
     text, kind = make(path)
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -18,7 +18,7 @@ def run(path: str, output: str) -> dict[str, Any]:
 
 
 def make(path: str) -> tuple[str, str]:
-    """(the page, what it is about)"""
+    """(the page, its subject: dump, training run or study)."""
     folder = Path(path)
     if (folder / "results.json").exists():
         from pipeline.report import study_page

@@ -1,4 +1,4 @@
-"""The course of one training run."""
+"""The page about one training run."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def report(folder: Path) -> str:
 
 
 def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:
-    """Pictures side by side of what is in the log, by step; None where nothing of it is."""
+    """Plots of logged values by step, side by side; None if the log has none of them."""
     there = {
         title: names
         for title, names in plots.items()

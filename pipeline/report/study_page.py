@@ -1,4 +1,4 @@
-"""A study's frontier: what each run gained on the domain against what it lost on general text."""
+"""The page about a study: the domain gain of each run against its loss on general text."""
 
 import json
 import math
@@ -28,13 +28,13 @@ def report(folder: Path) -> str:
             arms(results),
             note(
                 "Mean ± standard deviation over the seeds. Gain and loss are nats of "
-                "log-perplexity against the base; divergences and top-1 are on the general text, "
-                "those named other's on general text of another source."
+                "log-perplexity against the base. Divergences and top-1 are on the general text; "
+                "columns named other's are on general text of another source."
             ),
             *forgetting(results),
             heading("Runs"),
             runs(results),
-            note("Intervals: 95 % over held-out documents drawn with replacement."),
+            note("Intervals: 95 % bootstrap over held-out documents."),
             *examples(results),
             heading("Made with"),
             pairs(results["machine"] | {"max_length": results["max_length"]}),
@@ -43,7 +43,7 @@ def report(folder: Path) -> str:
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (loss, gain), those that no other beats in both, by loss."""
+    """The points (loss, gain) that no other point beats in both, sorted by loss."""
     front: list[tuple[float, float]] = []
     for loss, gain in sorted(set(points), key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -70,12 +70,12 @@ def frontier(results: Json) -> str:
         ylabel="gain on the domain, nats",
     )
     figures[0].legend(ncols=3, **BELOW)
-    caption = "One point for each run. Grey: the Pareto front; left and up is better."
+    caption = "One point per run. Grey: the Pareto front. Left and up is better."
     return picture(figures, caption)
 
 
 def by_arm(results: Json) -> dict[str, list[Json]]:
-    """The runs of each arm, in the table's order; at several learning rates each is named."""
+    """The runs by arm, in the table's order; also by learning rate if there are several."""
     rates = len({of["learning_rate"] for of in results["arms"]}) > 1
     found: dict[str, list[Json]] = {}
     for of in results["arms"]:
@@ -96,14 +96,14 @@ def colours(number: int) -> list[Any]:
 
 
 def arms(results: Json) -> str:
-    """The table of table.md."""
+    """The content of table.md as HTML."""
     lines = [line.strip("| ").split(" | ") for line in as_markdown(results).splitlines()]
     rows = [[cell.strip() for cell in line] for line in lines]
     return table(rows[0], rows[2:])
 
 
 def forgetting(results: Json) -> list[str]:
-    """Perplexities over the steps, the mean of each arm's seeds; nothing where none were taken."""
+    """Plots of perplexity by step, averaged over each arm's seeds; empty if none was measured."""
     drawn = {
         label: [one["curve"] for one in of if one["curve"]["step"]]
         for label, of in by_arm(results).items()
@@ -129,7 +129,7 @@ def forgetting(results: Json) -> list[str]:
 
 
 def runs(results: Json) -> str:
-    """A line for each run and kind of text."""
+    """A table with one line per run and kind of text."""
     head = ["run", "text", "perplexity", "95 %", "KL(base‖m)", "95 %", "KL(m‖base)"]
     head += ["tail KL", "ECE", "documents worse"]
     rows = []
@@ -155,8 +155,8 @@ def digits(value: float | str, number: int) -> str:
 
 
 def examples(results: Json, shown: int = 2) -> list[str]:
-    """General documents that got worst, of the first run of each arm."""
-    parts = [heading("What got worst on general text")]
+    """The general documents with the largest loss in the first run of each arm."""
+    parts = [heading("General documents with the largest loss")]
     for label, of in by_arm(results).items():
         parts.append(heading(label, 3))
         for example in of[0]["general"]["worst"][:shown]:

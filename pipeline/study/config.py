@@ -1,9 +1,24 @@
 """The settings of a study: arms × learning rates × seeds."""
 
+import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pipeline.config import CorpusConfig, HeldOutConfig, require
+from pipeline.config import (
+    MOST,
+    SEED,
+    CorpusConfig,
+    Count,
+    HeldOutConfig,
+    Length,
+    Limit,
+    require,
+)
+from pipeline.ranges import Range, check_ranges
+
+LONGEST_NAME = 100
+# Of an arm or a dump: no path, no hidden file, no option of a command.
+NAME = re.compile(rf"\w[\w .+=,@-]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass
@@ -16,7 +31,7 @@ class ArmConfig:
     model in memory. renormalised: the dump's top-k without the tail."""
     dump: str | None = None
     """Name of one of the study's dumps; the first by default."""
-    k: int | None = None
+    k: Limit = None
     """Use only this many of the stored entries. The mass of the others goes to the tail."""
     domain: bool = True
     """false trains on the general text alone."""
@@ -24,11 +39,11 @@ class ArmConfig:
     """Settings of scripts/train_student.py that override the study's, e.g. {loss: {alpha: 0.5}}."""
     interpolate: str | None = None
     """Do not train: interpolate the weights of the base and of that arm's student."""
-    weight: float = 0.5
+    weight: Annotated[float, Range(0, 1)] = 0.5
     """Weight of that student in the interpolation."""
-    seeds: list[int] | None = None
+    seeds: Annotated[list[int] | None, SEED] = None
     """Seeds to use instead of the study's."""
-    learning_rates: list[float] | None = None
+    learning_rates: Annotated[list[float] | None, Range(0)] = None
     """Learning rates to use instead of the study's."""
 
 
@@ -36,15 +51,15 @@ class ArmConfig:
 class MeasureConfig:
     """How each student is measured on the held-out text."""
 
-    tail_k: int = 64
+    tail_k: Count = 64
     """The tail measures look outside this many most probable tokens of the base."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Dtype of the weights while measuring."""
-    batch_tokens: int = 2048
+    batch_tokens: Count = 2048
     """Tokens that go through a model at a time."""
-    curve_steps: int = 0
+    curve_steps: Annotated[int, Range(0, MOST)] = 0
     """Measure perplexities during training every so many steps. 0 turns it off."""
-    curve_sequences: int = 50
+    curve_sequences: Count = 50
     """Use at most this many sequences of each text for those."""
 
 
@@ -72,11 +87,11 @@ class StudyConfig:
     dumps: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     """The dumps by name: the path of one, or settings of scripts/dump_logits.py to make one, e.g.
     {main: {k: 64}}."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
     """Each decides the order of the sequences and the random numbers."""
-    learning_rates: list[float] = field(default_factory=lambda: [1e-4])
+    learning_rates: Annotated[list[float], Range(0)] = field(default_factory=lambda: [1e-4])
     """Every arm runs at each."""
-    max_length: int = 2048
+    max_length: Length = 2048
     """Longest sequence in tokens."""
     train: dict[str, Any] = field(default_factory=dict)
     """Settings of scripts/train_student.py for all arms."""
@@ -87,6 +102,14 @@ class StudyConfig:
     """Run only these arms now. The results hold every finished run."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in [*self.arms, *self.dumps]:
+            require(
+                NAME.fullmatch(str(name)) is not None,
+                f"arms and dumps: a name becomes part of a directory's. It starts with a letter or "
+                f"digit, has . _ - + = , @ or spaces inside, and at most {LONGEST_NAME} "
+                f"characters; found {name!r}",
+            )
         held = self.held_out
         require(
             held.domain is not None and held.general is not None,
@@ -101,7 +124,6 @@ class StudyConfig:
                 arm.dump is None or arm.dump in self.dumps,
                 f"arms.{name}.dump: {arm.dump!r} is not one of {', '.join(self.dumps)}",
             )
-            require(arm.k is None or arm.k >= 1, f"arms.{name}.k: at least 1, found {arm.k}")
             other = arm.interpolate
             require(
                 other is None or (other in self.arms and not self.arms[other].interpolate),

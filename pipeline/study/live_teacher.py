@@ -1,7 +1,7 @@
-"""The control that a dump replaces: a teacher in memory that runs again in every step.
+"""The control experiment without a dump: a teacher in memory that runs in every step.
 
-The divergence is over the whole vocabulary, a few rows of logits at a time as in the fused loss.
-The top-k loss with k = V gives the same numbers, more slowly.
+The divergence covers the whole vocabulary; as in the fused loss, only a few rows of logits exist at
+a time. The top-k loss with k = V gives the same numbers, but more slowly.
 """
 
 from typing import Any
@@ -18,11 +18,14 @@ from pipeline.models.directory import ModelFolder
 from pipeline.models.head import LogitTransform, hidden_states, linear_head, logit_transform
 from pipeline.study.targets import ArmTrainer
 
-ROWS = 512  # rows whose logits exist at a time
+ROWS = 512  # rows of logits in memory at a time
 
 
 class LiveTrainer(ArmTrainer):
-    """CE(domain) + alpha · KL(general) to the model in `teacher`, on one device."""
+    """Trains CE(domain) + alpha · KL(general) to the model in `teacher`, on one device.
+
+    Raises ConfigError for a teacher that scales or soft-caps its logits, or has a head bias.
+    """
 
     def __init__(self, *arguments: Any, teacher: ModelFolder, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -30,8 +33,8 @@ class LiveTrainer(ArmTrainer):
         enable_packing(loaded)
         if logit_transform(loaded) != LogitTransform() or linear_head(loaded).bias is not None:
             raise ConfigError(
-                f"live teacher {teacher}: its logits are not those of its head alone (scaled, "
-                "soft-capped or with a bias); dump it and use targets: stored"
+                f"live teacher {teacher}: its logits are scaled, soft-capped or have a bias, which "
+                "a live teacher does not support; make a dump and set targets: stored"
             )
         self.teacher: PreTrainedModel = loaded.to(self.args.device).eval()
 
@@ -79,7 +82,7 @@ def full_divergence(
 ) -> Tensor:
     """KL of each row [N] in nats, over the whole vocabulary.
 
-    hidden [N, D], weight [V, D]; the teacher's have its own width. Gradients go to the student's.
+    hidden [N, D], weight [V, D]; the teacher's D may differ. Only the student's get gradients.
     """
     losses: Tensor = _FullDivergence.apply(
         hidden, weight, teacher_hidden, teacher_weight, direction
@@ -88,7 +91,7 @@ def full_divergence(
 
 
 class _FullDivergence(torch.autograd.Function):
-    """Computes the gradients with the losses, for a sum with equal weights."""
+    """Computes the gradients in the forward; they are valid for a sum with equal weights."""
 
     @staticmethod
     def forward(
@@ -122,6 +125,6 @@ class _FullDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not (grad == grad[0]).all():
-            raise RuntimeError("full_divergence: only the gradient of a plain sum is known")
+            raise RuntimeError("full_divergence: the losses must have equal weights in the sum")
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad[0], grad_weight * grad[0], None, None, None

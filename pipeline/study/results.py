@@ -1,4 +1,4 @@
-"""A study's numbers: what each run comes to, means and spread over seeds, the table."""
+"""Results of a study: the numbers of each run, means and spread over seeds, the table."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ BASE, RESULTS = "base", "results.json"
 
 
 def of_run(folder: Path, base: Json) -> Json:
-    """What one finished run comes to."""
+    """The numbers of one finished run."""
     measures = json.loads((folder / "measures.json").read_text())
     summary = folder / "summary.json"
     trained = json.loads(summary.read_text()) if summary.exists() else {}
@@ -28,8 +28,11 @@ def of_run(folder: Path, base: Json) -> Json:
 
 
 def collect(config: StudyConfig, found: dict[str, Json], base: Json) -> Json:
-    """The finished runs by name, each `of_run` with its arm, learning_rate and seed; and for each
-    arm and learning rate means and spread over its seeds."""
+    """The content of results.json: all finished runs, and their means and spread over seeds.
+
+    `found` has the finished runs by name, each `of_run` with its arm, learning_rate and seed. The
+    means are over the seeds of each arm and learning rate.
+    """
     points: dict[tuple[str, float], list[Json]] = {}
     for of in found.values():
         points.setdefault((of["arm"], of["learning_rate"]), []).append(of)
@@ -66,12 +69,13 @@ HEADLINE = {
     "other_forward_kl": "other's KL(base‖m)",
     "other_reverse_kl": "other's KL(m‖base)",
 }
-"""Of each run; gain and losses in nats of log-perplexity against the base, divergences on the
-general text. The last are on general text of another source, where a study has some."""
+"""Measures of a run and their labels. Gain and losses are nats of log-perplexity against the base,
+divergences are on the general text. The "other" measures are on general text of another source, if
+the study has some."""
 
 
 def against(measures: Json, base: Json) -> Json:
-    """The HEADLINE of one model."""
+    """The HEADLINE measures of one model."""
     domain, general = measures["domain"], measures["general"]
     found = {
         "domain_perplexity": domain["perplexity"],
@@ -95,14 +99,15 @@ def rise(measures: Json, base: Json) -> float:
 
 
 def spread(values: list[float]) -> Json:
-    """Mean and sample standard deviation, which one value has none of."""
+    """Mean and sample standard deviation, which is None for a single value."""
     with np.errstate(all="ignore"):  # a student that diverged
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {"mean": float(np.mean(values)), "sd": deviation, "values": values}
 
 
 def curve(metrics: Path) -> Json:
-    """{"step", "domain", "general", "other"}: perplexities during training, and the losses."""
+    """{"step", "domain", "general", "other"}: held-out perplexities during training; {"loss_step",
+    "ce", "kl"}: the losses."""
     text = metrics.read_text() if metrics.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     held = [line for line in lines if "eval_domain_perplexity" in line]
@@ -118,14 +123,14 @@ def curve(metrics: Path) -> Json:
 
 
 def machine() -> Json:
-    import torch  # late: whoever reads results needs none
+    import torch  # imported late: reading results needs no torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
 
 
 def table(results: Json) -> str:
-    """Markdown: one line for each arm and learning rate, mean ± standard deviation over seeds."""
+    """Markdown: one line per arm and learning rate, mean ± standard deviation over seeds."""
     rates = len({of["learning_rate"] for of in results["arms"]}) > 1
     shown = {name: label for name, label in HEADLINE.items() if name in results["base"]}
     head = ["arm", *(["learning rate"] if rates else []), "seeds", *shown.values()]

@@ -1,7 +1,7 @@
 """A study: arms × learning rates × seeds, each trained and measured once, collected in a table.
 
-A run is a directory with its settings (run.json), what training left there, and measures.json,
-which is written last. Runs go one after the other in this process.
+A run is a directory with its settings (run.json), the output of training, and measures.json, which
+is written last. The runs follow one another in this process.
 """
 
 import json
@@ -19,6 +19,7 @@ from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import say, show
 from pipeline.recorded import refuse_other_settings
+from pipeline.script_files import script
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
 from pipeline.study.config import StudyConfig
@@ -29,7 +30,6 @@ from pipeline.training.output import FINAL, Output
 from pipeline.training.places import refuse_inputs_inside
 from pipeline.types import Json
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
 
 
@@ -47,9 +47,9 @@ class Run:
 
 
 def run(config: StudyConfig) -> Json:
-    """Do the runs that are missing, write results.json and table.md, return the results.
+    """Do the missing runs, write results.json and table.md, and return the results.
 
-    Raises what training and evaluation raise, and RefusedError where a run's directory holds other
+    Raises what training and evaluation raise, and RefusedError if a run's directory holds other
     settings. After an interruption the same command resumes.
     """
     study = Study(config)
@@ -85,7 +85,7 @@ def check_place(config: StudyConfig) -> None:
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """Write results.json and table.md of the runs that are finished."""
+    """Write results.json and table.md of the finished runs."""
     output = Path(config.output)
     finished = {
         one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
@@ -100,7 +100,7 @@ def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
-    """Every run of the study: seed by seed, so that a study that is cut short has whole seeds."""
+    """Yield every run of the study, seed by seed: an interrupted study has complete seeds."""
     seeds = {seed for arm in config.arms.values() for seed in arm.seeds or config.seeds}
     trained = [name for name, arm in config.arms.items() if not arm.interpolate]
     mixed = [name for name, arm in config.arms.items() if arm.interpolate]
@@ -159,7 +159,7 @@ def dump_path(config: StudyConfig, name: str) -> str:
 
 
 def make_dump(config: StudyConfig, name: str) -> None:
-    """Through the script, so that an engine's memory is free again when students train."""
+    """Run the dump script in its own process, so that the engine's memory is free for training."""
     given = config.dumps[name]
     if isinstance(given, str):
         return
@@ -178,15 +178,15 @@ def make_dump(config: StudyConfig, name: str) -> None:
         return
     say(f"\n=== dump {name}")
     write_json(file, settings)
-    command = [sys.executable, str(SCRIPTS / "dump_logits.py"), "--config", str(file)]
+    command = [sys.executable, str(script("dump_logits.py")), "--config", str(file)]
     code = subprocess.run(command).returncode
     if code:
         kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)
-        raise kind(f"dump_logits.py ended with {code}; its message is above")
+        raise kind(f"dump_logits.py ended with exit code {code}; see its message above")
 
 
 class Study:
-    """The base and the held-out text, and how a run is trained and measured against them."""
+    """Trains runs and measures them against the base on the held-out text."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.folder = config, ModelFolder.find(config.model)
@@ -194,7 +194,7 @@ class Study:
 
     @property
     def comparison(self) -> Comparison:
-        if self._comparison is None:  # loads the base: not needed where every run is measured
+        if self._comparison is None:  # loads the base, which is not needed if all runs are measured
             config = self.config
             settings = EvalConfig(
                 models={BASE: config.model},
@@ -211,7 +211,7 @@ class Study:
         return self._comparison
 
     def measuring(self) -> Json:
-        """The settings that decide the measures of a student."""
+        """Settings that decide the measures of a student."""
         config = self.config
         kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
         return {"model": config.model, "held_out": asdict(config.held_out), **kept}
@@ -225,11 +225,11 @@ class Study:
         """All settings that decide a run."""
         arm = asdict(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
-            del arm[name]  # they decide which runs there are, not what is in one
+            del arm[name]  # they decide which runs there are, not the content of a run
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}
 
     def do(self, one: Run) -> None:
-        """Train and measure, where that is still missing."""
+        """Train and measure a run, unless that is done."""
         arm = self.config.arms[one.arm]
         student = one.folder / FINAL
         if not (one.folder / MEASURES).exists():
@@ -248,7 +248,7 @@ class Study:
         self.measured(one.folder, one.name, ModelFolder(student))
 
     def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
-        """The model's measures.json, which is made if it is missing."""
+        """The content of measures.json; measures the model first if the file is missing."""
         file = folder / MEASURES
         if not file.exists():
             write_json(file, self.comparison.measure(name, model))
@@ -257,7 +257,7 @@ class Study:
 
 
 def check_same(folder: Path, settings: Json) -> None:
-    """Record the settings of a run; RefusedError where the folder holds a run with other ones."""
+    """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
         refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
@@ -265,10 +265,10 @@ def check_same(folder: Path, settings: Json) -> None:
 
 
 def parse_training(one: Run) -> TrainConfig:
-    """The run's settings, from a file as scripts/train_student.py would read it."""
+    """Write the run's settings to a file and parse it as scripts/train_student.py does."""
     file = one.folder / "train.json"
     write_json(file, one.settings)
     try:
         return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
     except SystemExit:
-        raise ConfigError(f"{one.name}: its settings are wrong, see above") from None
+        raise ConfigError(f"{one.name}: its settings are wrong; see the message above") from None

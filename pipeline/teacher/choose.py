@@ -1,4 +1,4 @@
-"""The teacher that the settings name."""
+"""Choose the teacher that the settings name."""
 
 from pipeline.config import DumpConfig
 from pipeline.models.directory import ModelFolder

@@ -1,4 +1,4 @@
-"""Whether vLLM has this project's plug-in, and which models the plug-in can wrap."""
+"""Check whether vLLM has loaded this project's plug-in, and which models it can wrap."""
 
 import os
 from importlib.metadata import entry_points
@@ -12,8 +12,8 @@ TARGET = "pipeline.teacher.topk_model:register"
 def can_wrap(architectures: list[str]) -> bool:
     """Whether the plug-in has registered a top-k model for one of these architectures.
 
-    Raises ConfigError where vLLM did not load the plug-in. vLLM itself only logs that, and every
-    dump would take the slower way.
+    Raises ConfigError if vLLM did not load the plug-in. vLLM itself only logs this, and every dump
+    would use the slower path.
     """
     from vllm.model_executor.models import ModelRegistry
     from vllm.plugins import load_general_plugins
@@ -28,8 +28,8 @@ def can_wrap(architectures: list[str]) -> bool:
 
 
 def why_not_loaded() -> str:
-    """The reason, and what to do."""
-    again = "Install this project again into this environment: `make setup`, or `pip install .`"
+    """Why vLLM did not load the plug-in, and what to do."""
+    again = "Reinstall this project in this environment: `make setup`, or `pip install .`"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in allowed.split(","):
         return f"VLLM_PLUGINS is {allowed!r}. Add {NAME} to it, or unset it"
@@ -38,9 +38,9 @@ def why_not_loaded() -> str:
         return f"no installed package has the entry point {GROUP} {NAME}. {again}"
     stale = [point.value for point in found if point.value != TARGET]
     if stale:
-        return f"its entry point is {stale[0]}, expected {TARGET}: an older install. {again}"
+        return f"its entry point is {stale[0]} of an older install, expected {TARGET}. {again}"
     try:
         found[0].load()
     except Exception as error:  # whatever its imports raise
-        return f"it does not import ({type(error).__name__}: {error}). {again}"
-    return f"vLLM loaded its plug-ins before {TARGET} could be found. Start the script again"
+        return f"it cannot be imported ({type(error).__name__}: {error}). {again}"
+    return f"vLLM loaded its plug-ins before {TARGET} could be found. Run the script again"

@@ -1,8 +1,8 @@
-"""Ids drawn from a teacher's tail on its own device, without bias (arXiv 2503.16870).
+"""Draw ids from a teacher's tail on its own device, without bias (arXiv 2503.16870).
 
-Systematic sampling: one number u in [0, 1) for each position, and the ids that hold the N places
+Systematic sampling: draw one number u in [0, 1) per position and take the ids at the N points
 (u + i) / N of the cumulative distribution. An id of probability p is drawn N · p times on average,
-and always that rounded down or up, so the variance is below that of N independent draws.
+and always N · p rounded down or up, so the variance is below that of N independent draws.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 GROUP = 16  # columns summed before the exact cumulative sum, see `draw`
-NONE = -1  # stands for an id where there is no tail to draw from
+NONE = -1  # in place of an id if there is no tail to draw from
 MASK = (1 << 64) - 1
 
 
 class Sampling(NamedTuple):
-    """How many ids are drawn from each tail, 0 for none, and what decides which."""
+    """Number of ids to draw from each tail (0: none), and the seed."""
 
     draws: int = 0
     seed: int = 0
@@ -26,11 +26,12 @@ NO_SAMPLES = Sampling()
 
 
 def places(how: Sampling, rest: Tensor, total: Tensor) -> Tensor:
-    """float64 [n, draws]: where on the cumulative distribution each position draws.
+    """float64 [n, draws]: the points of the cumulative distribution at which each position draws.
 
-    u is a hash of the seed and of the bits of two float32 numbers that the position has anyhow: the
-    logsumexp [n] of the logits outside the kept ids, and of all. So a retry draws the same, and no
-    position need be known; equal positions, as after the same first token, draw the same.
+    u is a hash of the seed and of the bits of two float32 numbers of the position: `rest` [n], the
+    logsumexp of the logits outside the kept ids, and `total` [n], that of all logits. So a retry
+    draws the same ids, and no position index is needed. Equal positions, such as those after the
+    same first token, draw the same ids.
     """
     bits = [value.float().view(torch.int32).long() for value in (rest, total)]
     u = uniform((bits[0] << 32) ^ (bits[1] & 0xFFFFFFFF) ^ mixed_seed(how.seed))
@@ -39,14 +40,16 @@ def places(how: Sampling, rest: Tensor, total: Tensor) -> Tensor:
 
 
 def mixed_seed(seed: int) -> int:
-    """A seed spread over 64 bits, signed: neighbours have nothing in common."""
+    """Spread a seed over 64 bits, signed, so that neighbouring seeds have nothing in common."""
     value = seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D & MASK
     return value - (1 << 64) if value >> 63 else value
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """int64 [n] -> float64 [n] in [0, 1): SplitMix64's output function, which changes half of all
-    bits when any one of the key changes."""
+    """int64 keys [n] -> float64 [n] in [0, 1), by the output function of SplitMix64.
+
+    One changed bit of a key changes half of all output bits on average.
+    """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         keys = (keys ^ logical_shift(keys, shift)) * (factor - (1 << 64) * (factor >> 63))
     return logical_shift(keys, 11).double() * 2.0**-53
@@ -57,18 +60,18 @@ def logical_shift(values: Tensor, by: int) -> Tensor:
 
 
 def draw(logits: Tensor, at: Tensor, reference: Tensor) -> Tensor:
-    """The ids [n, draws] that hold the places `at` (0 to 1) of softmax(logits [n, V]).
+    """Ids [n, draws] at the points `at` (0 to 1) of the cumulative softmax(logits [n, V]).
 
-    Columns of -inf are never drawn; NONE all along a row that has no other. `reference` [n] is near
-    the rows' largest logit. logits are overwritten.
+    Columns of -inf are never drawn; a row of only -inf gives NONE. `reference` [n] is near each
+    row's largest logit. The logits are overwritten.
 
-    A float32 cumulative sum over a vocabulary would be off by more than a rare id's probability. So
-    columns form groups; the sums of groups, and those within the few groups that are hit, are
-    accumulated in float64. Column c belongs to group c % groups.
+    The error of a float32 cumulative sum over a vocabulary is larger than a rare id's probability.
+    So the columns form groups, and float64 accumulates the groups' sums and the columns within the
+    few groups that are hit. Column c belongs to group c % groups.
     """
     rows, size = logits.shape
     groups = -(-size // GROUP)
-    whole = size // groups  # members that every group has
+    whole = size // groups  # members that every group has at least
     weights = logits.sub_(reference.where(reference > -torch.inf, 0)[:, None]).exp_()
     sums = weights[:, : whole * groups].view(rows, whole, groups).sum(1)
     sums[:, : size - whole * groups] += weights[:, whole * groups :]
@@ -83,15 +86,15 @@ def draw(logits: Tensor, at: Tensor, reference: Tensor) -> Tensor:
 
 
 def find(ends: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """(in which interval each point lies, how far into it), of intervals with these ascending ends
-    along the last dimension, from 0.
+    """(index of each point's interval, distance of the point from the interval's start).
 
-    A point on a boundary belongs to the interval that begins there, and what rounding has put
-    behind the last one to that: so an interval of no length holds none.
+    The intervals start at 0 and have these ascending `ends` along the last dimension. A point on a
+    boundary belongs to the interval that starts there; a point that rounding put past the last end
+    belongs to the last interval with a length. So an empty interval holds no point.
     """
     last = ends[..., -1:]
     points = points.minimum(torch.nextafter(last, torch.zeros_like(last)))
     found = torch.searchsorted(ends.contiguous(), points.contiguous(), right=True)
-    found = found.clamp(max=ends.shape[-1] - 1)  # of no mass at all, or NaN
+    found = found.clamp(max=ends.shape[-1] - 1)  # for no mass at all, or NaN
     before = torch.where(found > 0, ends.gather(-1, (found - 1).clamp(min=0)), 0)
     return found, points - before

@@ -1,4 +1,4 @@
-"""Teachers: sequences in, their top-k next-token distributions out, in the same order."""
+"""Teachers: they turn sequences into top-k next-token distributions, in the same order."""
 
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
@@ -16,19 +16,19 @@ Answers = Generator[tuple[Sequence, TopK], None, None]
 
 
 class Teacher(Protocol, AbstractContextManager["Teacher"]):
-    """The base model, answering for whole sequences."""
+    """The base model; it computes the distributions of whole sequences."""
 
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
         """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
 
-        Takes a bounded number of sequences ahead of those it has yielded. Closing the generator
-        cancels what is under way; it can be called again.
+        It reads a bounded number of sequences ahead of those it has yielded. Closing the generator
+        cancels running requests; `topk` can be called again.
         """
         ...
 
 
 class TransformersTeacher:
-    """The obvious reference: one sequence at a time, softmax in float32."""
+    """The simple reference: one sequence at a time, softmax in float32."""
 
     def __init__(
         self, model: ModelFolder, k: int, dtype: str = "auto", how: Sampling = NO_SAMPLES

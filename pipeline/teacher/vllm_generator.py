@@ -1,4 +1,4 @@
-"""vLLM as a generator of text."""
+"""Text generation with vLLM."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class VllmGenerator:
         self, model: ModelFolder, dtype: str, max_length: int, engine_args: dict[str, Any]
     ) -> None:
         check_interface()
-        settings = engine_settings(model.path, dtype, max_length, engine_args)
+        settings = engine_settings(model, dtype, max_length, engine_args)
         self.engine = start_engine(settings)
         self.max_length, self.requests = max_length, 0
 
@@ -31,7 +31,7 @@ class VllmGenerator:
         top_p: float,
         stop: int | None,
     ) -> list[list[int]]:
-        """Token ids that continue each prompt, up to but without the `stop` token."""
+        """Token ids that continue each prompt, up to the `stop` token, which is left out."""
         from vllm import SamplingParams
 
         numbers: dict[str, int] = {}
@@ -42,7 +42,7 @@ class VllmGenerator:
                 seed=seed,
                 max_tokens=self.max_length - len(prompt),
                 stop_token_ids=[] if stop is None else [stop],
-                ignore_eos=True,  # vLLM has no tokenizer here, so it knows none; `stop` names it
+                ignore_eos=True,  # without a tokenizer vLLM knows no eos; `stop` gives it
                 detokenize=False,
             )
             name = f"w{self.requests}"

@@ -1,4 +1,4 @@
-"""The teacher under vLLM."""
+"""The teacher that runs in vLLM."""
 
 import os
 from collections.abc import Iterable
@@ -18,11 +18,12 @@ from storage import TopK
 
 
 class VllmTeacher:
-    """Asks vLLM through the top-k plug-in (topk_model.py), or through prompt_logprobs for a model
-    that the plug-in cannot wrap.
+    """Runs vLLM with the top-k plug-in (topk_model.py), or with prompt_logprobs if the plug-in
+    cannot wrap the model.
 
     `engine_args` go to vLLM's EngineArgs unchanged and override the defaults of `engine_settings`.
-    Raises ConfigError for a vLLM with other interfaces than 0.32, and where it lacks the plug-in.
+    Raises ConfigError if vLLM's interfaces differ from 0.32, if it did not load the plug-in, and if
+    samples are asked for that prompt_logprobs cannot draw.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class VllmTeacher:
         check_interface()
         self.in_flight, self.requests = in_flight, 0
         architectures = model.architectures
-        settings = engine_settings(model.path, dtype, max_length, engine_args or {})
+        settings = engine_settings(model, dtype, max_length, engine_args or {})
         self.path: Pooled | PromptLogprobs = Pooled(k, how)
         if not can_wrap(architectures):
             if how.draws or not k:
                 raise ConfigError(
                     f"samples {how.draws}, k {k}: the top-k plug-in cannot wrap "
                     f"{', '.join(architectures)}, and vLLM's prompt_logprobs draw no samples. Set "
-                    "samples to 0 and k to 1 or more, or engine: transformers"
+                    "samples to 0 and k to 1 or more, or set engine: transformers"
                 )
             say(
                 f"the top-k plug-in cannot wrap {', '.join(architectures)}: using vLLM's "
@@ -74,9 +75,9 @@ class VllmTeacher:
         self.engine.engine_core.shutdown(timeout=30)
 
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
-        waiting: dict[int, Sequence] = {}  # handed over, not yet yielded
-        answers: dict[int, TopK] = {}  # done, but an earlier one is not
-        names: dict[str, int] = {}  # requests that the engine works on
+        waiting: dict[int, Sequence] = {}  # given to the engine, not yet yielded
+        answers: dict[int, TopK] = {}  # done, but an earlier sequence is not
+        names: dict[str, int] = {}  # running requests
         source, following = iter(sequences), self.requests
         exhausted = False
         try:
@@ -105,7 +106,7 @@ class VllmTeacher:
 
 
 class Pooled:
-    """The plug-in's way: tensors from the device to here."""
+    """The path through the plug-in: answers arrive as tensors."""
 
     def __init__(self, k: int, how: Sampling = NO_SAMPLES) -> None:
         self.k, self.how = k, how
@@ -126,15 +127,18 @@ class Pooled:
         return start_engine({**settings, "runner": "pooling", "hf_overrides": overrides})
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
-        """int32 [T, 1 + 2k + N] from the plug-in -> TopK; the last row predicts what is not
-        there."""
+        """int32 [T, 1 + 2k + N] from the plug-in -> TopK of T - 1 positions.
+
+        The last row predicts a token that the sequence does not have. Raises RuntimeError for
+        another shape.
+        """
         packed = output.outputs.data
         tokens, width = len(sequence.input_ids), 1 + 2 * self.k + self.how.draws
         if tuple(packed.shape) != (tokens, width):
             raise RuntimeError(
                 f"document {sequence.doc_id!r}: vLLM returned {tuple(packed.shape)} for "
-                f"{tokens} tokens, expected {(tokens, width)}; is another plug-in or a vLLM other "
-                "than 0.32 in use?"
+                f"{tokens} tokens, expected {(tokens, width)}. Check that vLLM is 0.32 and that no "
+                "other plug-in replaces the model"
             )
         rows = packed[:-1].contiguous().numpy()
         values = rows[:, : 1 + self.k].copy().view(np.float32)
@@ -144,9 +148,11 @@ class Pooled:
 
 
 class PromptLogprobs:
-    """vLLM's own way: flat lists of Python numbers, 12 us a token; the dictionaries that it makes
-    otherwise cost 102 us (vLLM #28226). The tail is what the kept mass leaves of one, exact to
-    1e-7 only: a larger tail is as good as the plug-in's."""
+    """The path through vLLM's prompt_logprobs, as flat lists of Python numbers.
+
+    They cost 12 us per token; vLLM's default dictionaries cost 102 us (vLLM #28226). The tail is
+    one minus the kept mass, exact to 1e-7 only: a larger tail is as good as the plug-in's.
+    """
 
     SMALLEST_TAIL = 1e-7
 
@@ -154,7 +160,7 @@ class PromptLogprobs:
         self.k = k
 
     def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
-        # One token is generated behind each sequence; the model never reads it.
+        # vLLM generates one token after each sequence; the model never reads it.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         from vllm import SamplingParams
 
@@ -169,7 +175,10 @@ class PromptLogprobs:
         return start_engine({**settings, "max_logprobs": self.k, "max_model_len": longer})
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
-        """Entries of each position: the next token itself, then the k best."""
+        """Flat prompt_logprobs -> TopK. Each position has the next token, then the k best.
+
+        Raises RuntimeError for another number of entries.
+        """
         flat = output.prompt_logprobs
         positions = len(sequence.input_ids) - 1
         if len(flat.token_ids) != positions * (self.k + 1):

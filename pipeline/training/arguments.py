@@ -6,7 +6,7 @@ import os
 from copy import deepcopy
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
@@ -48,6 +48,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
     check_evaluation(args, metrics_of(config.held_out))
+    check_optimizer(args)
     check_reporters(args)
     check_processes(args)
     return args
@@ -97,6 +98,16 @@ def check_evaluation(args: TrainingArguments, metrics: list[str]) -> None:
         raise ConfigError(
             f"training.metric_for_best_model {best}: nothing of that name is measured; {choices}"
         )
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """ConfigError for an optimizer whose package is not installed, or arguments it cannot take."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except AttributeError:
+        pass  # the optimizer asks for the model, which is not there yet
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"training.optim {args.optim}: {error}") from error
 
 
 def check_reporters(args: TrainingArguments) -> None:

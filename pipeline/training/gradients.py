@@ -16,8 +16,8 @@ Backward = Callable[[PackedRow, bool], None]
 def gradient_parts(
     model: nn.Module, rows: list[PackedRow], backward: Backward, device: torch.device
 ) -> dict[str, float]:
-    """Of one optimizer step's rows: the L2 norms of the gradients of CE and of alpha · KL over all
-    trained parameters, "ce_grad_norm" and "kl_grad_norm", and "grad_cosine" between the two.
+    """L2 norms of one optimizer step's gradients of CE and of alpha · KL over all trained
+    parameters, "ce_grad_norm" and "kl_grad_norm", and "grad_cosine" between the two.
 
     The step itself does not change. Domain and general sequences go through the model separately,
     which costs one more forward and backward and the memory of one more set of gradients.

@@ -1,4 +1,4 @@
-"""The memory that a run will take, from the model's config, before any weight is read."""
+"""Estimate the memory of a run from the model's config, before any weight is read."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -18,23 +18,23 @@ from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
 
-PROBE = [8] * 8  # lengths of the sequences whose activations are counted; few see each other
+PROBE = [8] * 8  # lengths of the sequences whose activations are counted; short: little attention
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device, by what takes them."""
+    """Bytes on one device, by use."""
 
     weights: int
     gradients: int
     optimizer: int
     loss: int
     activations: int | None
-    """None where the model's forward cannot run without values."""
+    """None if the model's forward cannot run on the meta device."""
 
     @property
     def lasting(self) -> int:
-        """What does not depend on the length of a row."""
+        """Bytes that the run needs besides activations."""
         return self.weights + self.gradients + self.optimizer + self.loss
 
     @property
@@ -47,7 +47,7 @@ class Estimate:
 
 
 def size_text(size: int | None) -> str:
-    """Bytes for reading: 3.4 GiB."""
+    """Bytes as text, such as 3.4 GiB."""
     if size is None:
         return "unknown"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
@@ -56,9 +56,9 @@ def size_text(size: int | None) -> str:
 def check(
     config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
 ) -> Estimate | None:
-    """Say what the run will take; ConfigError where even the shortest row cannot fit.
+    """Print the expected memory. Raises ConfigError if it cannot fit even without activations.
 
-    None where parts are kept elsewhere: DeepSpeed, or FSDP's cpu_offload.
+    Returns None if DeepSpeed or FSDP's cpu_offload keeps parts of it elsewhere.
     """
     if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         return None
@@ -78,15 +78,15 @@ def check(
 def estimate(
     config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
 ) -> Estimate:
-    """For packed rows of `row_tokens` tokens, all of them with a loss.
+    """Estimate for packed rows of `row_tokens` tokens, each with a loss.
 
-    Weights, gradients and optimizer states follow from the parameters' numbers and dtypes, the
-    loss's part from its buffers, activations from a pass of the model on the meta device. All are
-    taken to be there at the same time, which is a little too much: gradients come as activations
-    go. Left out: the interpreter and CUDA's context, kernels' workspaces, the allocator's
-    fragmentation, the batches, evaluation's logits and, on the CPU, the weights while they are
-    loaded and saved. On a CPU a model of 26 million parameters took 1.1 to 1.4 times as much at its
-    peak (tests/pipeline/training/test_memory.py).
+    Weights, gradients and optimizer states follow from the number and dtypes of the parameters, the
+    loss from its buffers, and activations from a forward on the meta device. The total assumes that
+    all of them exist at the same time. This is a little too much: gradients grow while activations
+    are freed. Not included: the interpreter and CUDA's context, kernels' workspaces, fragmentation
+    of the allocator, the batches, evaluation's logits and, on the CPU, the weights while they are
+    loaded and saved. On a CPU the peak of a model with 26 million parameters was 1.1 to 1.4 times
+    the estimate (tests/pipeline/training/test_memory.py).
     """
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
     model = empty_student(config, folder, compute)
@@ -100,7 +100,7 @@ def estimate(
     weights = (trained * master + frozen * stored) // ranks
     used = compute.itemsize if compute is not None else stored
     vocabulary, width = model.get_output_embeddings().weight.shape
-    if sharded:  # one layer and the next are gathered, and the embeddings throughout
+    if sharded:  # FSDP gathers a layer and the next one, and keeps the embeddings gathered
         weights += (2 * largest_layer(model) + 2 * vocabulary * width) * used
     elif used < stored:  # autocast keeps a cast of each weight between forward and backward
         weights += (trained + frozen) * used
@@ -118,7 +118,7 @@ def estimate(
 def empty_student(
     config: TrainConfig, folder: ModelFolder, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model to train on the meta device, in config.dtype by default."""
+    """The model to train, on the meta device; in config.dtype by default."""
     dtype = dtype or weights_dtype(config, folder)
     with torch.device("meta"):
         return with_lora(folder.empty(dtype), config)
@@ -130,7 +130,7 @@ def weights_dtype(config: TrainConfig, folder: ModelFolder) -> torch.dtype:
 
 
 def largest_layer(model: PreTrainedModel) -> int:
-    """Parameters of the largest module that is one of a list: the unit that FSDP gathers."""
+    """Number of parameters of the largest module in a ModuleList: the unit that FSDP gathers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(
         (sum(p.numel() for p in layer.parameters()) for layers in lists for layer in layers),
@@ -139,9 +139,11 @@ def largest_layer(model: PreTrainedModel) -> int:
 
 
 def optimizer_bytes(name: str, master: int) -> float:
-    """Optimizer-state bytes per trained parameter of `master` bytes, by transformers' name of the
-    optimizer; Adam's for an unknown name."""
-    if name.startswith(("sgd", "paged")) or "adafactor" in name:  # paged: the CPU's, if need be
+    """Optimizer-state bytes per trained parameter of `master` bytes, by optimizer name.
+
+    The names are those of transformers; an unknown name counts as Adam.
+    """
+    if name.startswith(("sgd", "paged")) or "adafactor" in name:  # paged states can go to the CPU
         return 0
     size = 0.5 if "4bit" in name else 1 if "8bit" in name else master
     return size * (1 if name.startswith(("lion", "rmsprop", "adagrad")) else 2)
@@ -150,13 +152,13 @@ def optimizer_bytes(name: str, master: int) -> float:
 def loss_bytes(
     args: TrainingArguments, rows: int, vocabulary: int, width: int, trained: bool
 ) -> int:
-    """What `linear_sparse_divergence` holds: a chunk of logits, the gradients of weight and hidden.
+    """Bytes in `linear_sparse_divergence`: a chunk of logits, the gradients of weight and hidden.
 
-    `trained` says whether the head's weight needs a gradient.
+    `trained`: the head's weight needs a gradient.
     """
     buffer = losses.BUFFER_BYTES.get(args.device.type, 1 << 28)
     chunk = min(rows, max(16, buffer // (4 * vocabulary)))
-    logits = chunk * vocabulary * (6 if args.bf16 else 4)  # bfloat16 gradients or products beside
+    logits = chunk * vocabulary * (6 if args.bf16 else 4)  # plus bfloat16 gradients or products
     head = vocabulary * width * ((4 if trained else 0) + (2 if args.bf16 else 0))
     return logits + head + 2 * rows * width * 4
 
@@ -164,9 +166,10 @@ def loss_bytes(
 def activation_bytes(
     model: PreTrainedModel, args: TrainingArguments, row_tokens: int
 ) -> int | None:
-    """What autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
+    """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
-    With gradient checkpointing: the inputs of all layers, and what one layer saves.
+    With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
+    None if the forward cannot run on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(PACKED)
@@ -177,7 +180,7 @@ def activation_bytes(
             layer = saved // base.config.get_text_config().num_hidden_layers
             base.gradient_checkpointing_enable()
             saved = saved_bytes(base) + layer
-    except Exception:  # whatever an architecture's forward does with values that are not there
+    except Exception:  # an architecture's forward may read values, which meta tensors lack
         return None
     return saved * row_tokens // sum(PROBE)
 
@@ -185,7 +188,7 @@ def activation_bytes(
 def saved_bytes(model: PreTrainedModel) -> int:
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no two of them are at one address
+    kept: list[Tensor] = []  # so that no address is used again
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
@@ -207,25 +210,25 @@ def saved_bytes(model: PreTrainedModel) -> int:
 
 
 def free_bytes(args: TrainingArguments) -> int:
-    """Free memory of this rank's GPU, or its share of the machine's."""
+    """Free bytes of this rank's GPU, or its share of the machine's free memory."""
     if args.device.type == "cuda":
         return int(torch.cuda.mem_get_info(args.device)[0])
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def advice(config: TrainConfig, args: TrainingArguments, found: Estimate) -> list[str]:
-    """Settings that would lower the largest parts and are not set."""
-    choices = ["a smaller model"]
+    """Changes of settings that would reduce the largest parts."""
+    choices = ["use a smaller model"]
     if config.lora is None:
         choices.append("train adapters (lora: {r: 64, target_modules: all-linear})")
     if not fsdp.is_asked_for(args):
-        choices.append("share it among GPUs (training.fsdp: true, accelerate launch)")
+        choices.append("shard it over GPUs (training.fsdp: true, accelerate launch)")
     elif found.lasting > (found.activations or 0):
         choices.append("start more ranks")
     if config.dtype == "float32" and config.lora is not None:
-        choices.append("dtype: bfloat16")
+        choices.append("set dtype: bfloat16")
     if found.activations is None or found.activations > found.total // 4:
         if not args.gradient_checkpointing:
-            choices.append("training.gradient_checkpointing: true")
-        choices.append("row_tokens, or a smaller one, for shorter rows")
+            choices.append("set training.gradient_checkpointing: true")
+        choices.append("set row_tokens, or a smaller value of it, for shorter rows")
     return choices

@@ -49,10 +49,9 @@ class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
     A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint
-    stores `identity`.
-    Evaluation reports the perplexity of each text in `held_out`, and the KL to the first
-    `held_out_rows` rows of `held_out_dump` (all by default). Every `gradient_cosine_steps` steps
-    the gradients of CE and KL are compared (gradients.py).
+    stores `identity`. Evaluation reports the perplexity of each text in `held_out`, and the KL to
+    the first `held_out_rows` rows of `held_out_dump` (all by default). Every
+    `gradient_cosine_steps` steps it compares the gradients of CE and KL (gradients.py).
     """
 
     def __init__(
@@ -84,9 +83,9 @@ class DistillTrainer(Trainer):
         self.last_row: PackedRow | None = None
         self.gradient_parts: dict[str, float] = {}  # of the last step that measured them
         self.waited = 0.0
-        self.stop_asked = False  # by a signal to this rank
-        self.stopping = False  # what all ranks know at the same step
-        self.before_training: Callable[[], None] | None = None  # on the model as it is trained
+        self.stop_asked = False  # a signal has reached this rank
+        self.stopping = False  # the same on all ranks at each step
+        self.before_training: Callable[[], None] | None = None  # runs once the model is prepared
         super().__init__(
             model,
             args,
@@ -129,7 +128,7 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             every = self.accelerator.gather(counts.to(device)[None]).cpu()
             counts = every.sum(0)
-            # All ranks meet in each forward and backward, so each needs as many rows as the others.
+            # Each forward and backward needs all ranks, so all ranks need the same number of rows.
             for batch, rows in zip(batches, every[:, 3:].amax(0).tolist(), strict=True):
                 idle = without_targets(batch["packed"][-1])
                 batch["packed"] += [idle] * (rows - len(batch["packed"]))
@@ -147,7 +146,7 @@ class DistillTrainer(Trainer):
                 partial(self.backward, totals),
                 self.args.device,
             )
-            self.logged_at += time.perf_counter() - began  # not training's time
+            self.logged_at += time.perf_counter() - began  # not training time
         return batches, totals
 
     def training_step(
@@ -166,7 +165,7 @@ class DistillTrainer(Trainer):
         return total
 
     def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
-        """Forward and backward of one row outside a training step; gradients add up in `.grad`."""
+        """Forward and backward of a row outside a training step; adds the gradients to `.grad`."""
         with self.synchronised(self.model_wrapped, last):
             inputs = self._prepare_inputs(row)
             with self.compute_loss_context_manager():
@@ -200,16 +199,16 @@ class DistillTrainer(Trainer):
         self.sums[0] += losses[:labels].sum() / max(domain, 1)
         self.sums[1] += losses[labels:].sum() / max(general, 1)
         self.sums[2] += inputs["targets"]["tail_logprob"].exp().sum() / max(general, 1)
-        # DDP and FSDP take the mean of the ranks' gradients, and the counts are of all ranks.
+        # DDP and FSDP average the ranks' gradients, but the counts already include all ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def row_losses(self, model: nn.Module, inputs: PackedRow, counts: Tensor) -> dict[str, Tensor]:
-        """{"loss": a packed row's part of CE + alpha · KL, "losses": of each of its positions}.
+        """{"loss": a packed row's part of CE + alpha · KL, "losses": loss of each target}.
 
         `counts` are the step's (domain, general) tokens over all micro-batches and ranks.
         """
-        domain, general = counts.tolist()  # on the CPU: no wait for the device
+        domain, general = counts.tolist()  # on the CPU, so this does not wait for the device
         targets = inputs["targets"]
         labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
         weights = targets["tail_logprob"].new_empty(labels + tails)
@@ -234,8 +233,11 @@ class DistillTrainer(Trainer):
             raise diverged(int(found), "not finite")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a step's log: CE, KL and the teacher's mean tail (means over the steps since the
-        last log), tokens seen and the gradients' parts where they were measured."""
+        """Add CE, KL and the teacher's mean tail, as means over the steps since the last log.
+
+        Also adds the tokens seen, the epochs, the speed, and the gradient measures if there are
+        any. Raises ConfigError if the loss is not finite.
+        """
         if "loss" in logs:
             sums = self.sums
             if self.args.world_size > 1:
@@ -269,7 +271,8 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """{"eval_domain_perplexity": of each held-out corpus, "eval_general_kl": to the dump}."""
+        """{"eval_domain_perplexity": and so on for each held-out text, "eval_general_kl": KL to the
+        held-out dump, in nats per token}."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metrics = {}
@@ -287,12 +290,12 @@ class DistillTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self.begin_log_interval()  # its time is not training's
+        self.begin_log_interval()  # evaluation is not training time
         return metrics
 
     @torch.no_grad()
     def mean_kl(self, rows: Iterable[PackedRow]) -> float:
-        """Mean KL in nats per token to the targets of packed rows; every rank goes through all."""
+        """Mean KL in nats per token to the targets of packed rows; every rank takes all rows."""
         self.model.eval()
         total, tokens = 0.0, 0
         for row in rows:
@@ -322,9 +325,9 @@ class DistillTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (self.output.make(name) / COMPLETE).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()  # its marker is there before anything else
+        self.accelerator.wait_for_everyone()  # the owner's marker comes before any other file
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # the marker stands for the files of all ranks
+        self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
         if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
             write_json(self.output.folder / name / COMPLETE, marker)
@@ -337,8 +340,9 @@ class DistillTrainer(Trainer):
             self.output.rotate(self.save_total_limit, best, keep_last)
 
     def resume_point(self) -> Path | None:
-        """The last whole checkpoint of this run, after removing those of it that were cut short.
+        """The last whole checkpoint of this run; None if there is none.
 
+        Removes the run's own incomplete checkpoints and restores the token totals.
         Raises RefusedError for a checkpoint that another run made.
         """
         whole = []
@@ -359,12 +363,12 @@ class DistillTrainer(Trainer):
 def diverged(step: int, loss: str) -> ConfigError:
     return ConfigError(
         f"step {step}: the loss is {loss}. Lower training.learning_rate or set "
-        "training.max_grad_norm; checkpoints from before are kept"
+        "training.max_grad_norm; earlier checkpoints are kept"
     )
 
 
 class Hooks(TrainerCallback):
-    """What the trainer does at points where transformers only calls callbacks."""
+    """Work of the trainer at points where transformers only calls callbacks."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self.trainer = trainer

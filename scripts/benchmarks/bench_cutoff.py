@@ -57,7 +57,7 @@ def cut(topk: TopK, k: int, min_prob: float, top_p: float) -> TopK:
 def bytes_per_token(
     rows: list[Record], how: tuple[int, float, float], vocab: int
 ) -> tuple[float, float]:
-    """(payloads and tables, mean entries) of rows after this cut."""
+    """(bytes per token of payloads and tables, mean entries) of rows that are cut by `how`."""
     grids = [(r.input_ids, quantise(cut(r.topk, *how), vocab, 1 / 16).narrow()) for r in rows]
     tables = Successors.learn(grids, vocab)
     size = len(tables.pack()) + sum(len(pack(grid, tables.row(ids))) for ids, grid in grids)
@@ -68,7 +68,7 @@ def bytes_per_token(
 def drawn_targets(
     full: torch.Tensor, k: int, draws: int, seeds: range
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """(targets [T, V] of one draw, their mean over all, mean ids drawn, bytes per token)."""
+    """(targets [T, V] of one draw, mean targets of all, mean number of ids, bytes per token)."""
     best, ids = full.topk(k)
     outside = full.scatter(1, ids, -torch.inf)
     rest = outside.logsumexp(-1)
@@ -100,9 +100,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("dump", type=Path)
     parser.add_argument("--rows", type=int, default=16, help="rows for the gradients")
-    parser.add_argument("--tokens", type=int, default=200_000, help="tokens for the bytes")
-    parser.add_argument("--draws", type=int, default=40, help="draws for the mean")
-    parser.add_argument("--noise", default="0.05,0.2,0.5", help="relative to a weight's spread")
+    parser.add_argument("--tokens", type=int, default=200_000, help="tokens to count bytes on")
+    parser.add_argument("--draws", type=int, default=40, help="draws that the mean is taken over")
+    parser.add_argument(
+        "--noise",
+        default="0.05,0.2,0.5",
+        help="noise on the weights, relative to the standard deviation of each weight matrix",
+    )
     given = parser.parse_args()
     dataset = LogitDataset(given.dump, partial=True, samples=False)
     vocab, rows, tokens = int(dataset.plan["vocab_size"]), [], 0
@@ -112,7 +116,7 @@ def main() -> None:
         if tokens >= given.tokens or number + 1 == len(dataset):
             break
     sizes = [bytes_per_token(rows, how, vocab) for how in CUTS]
-    # Rows from all over what was read, the first tokens of each.
+    # Rows evenly spread over those that were read, and the first 256 tokens of each.
     chosen = [rows[i].input_ids[:256] for i in np.linspace(0, len(rows) - 1, given.rows, dtype=int)]
     teacher = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     truth = []

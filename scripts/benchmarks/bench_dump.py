@@ -1,17 +1,18 @@
-"""Stage one against its floors: tokens per second, and CPU that the front end costs.
+"""Stage one against its lower bounds: tokens per second, and CPU time of the front end.
 
     python scripts/benchmarks/bench_dump.py --corpus corpus.jsonl --model MODEL --random --rounds 3
 
-floor 1   the engine's prefill, no output at all
-floor 2   prefill and the head on every position, nothing else
+floor 1   the engine's prefill, without any output
+floor 2   prefill, and the head on every position
 dump      scripts/dump_logits.py to disk: corpus, tokens, top-k, codec, shards, markers
-flat      vLLM's prompt_logprobs as flat lists; dict: as dictionaries
+flat      vLLM's prompt_logprobs as flat lists
+dict      vLLM's prompt_logprobs as dictionaries
 hf        transformers, one sequence at a time
 
-Every run is a process with one engine in it; rounds go through all of them in turn, and a ratio
-compares runs of one round. --random adds a model made on the spot whose body outweighs its head,
-as that of large models does. Front-end CPU is what this side's threads use, what vLLM does with the
-answers included and its engine left out, in microseconds per token.
+Every run is a process with one engine. A round runs all cases in turn, and a ratio compares runs of
+the same round. --random adds a model with random weights whose body outweighs its head, as in large
+models. Front-end CPU is the CPU time of this side's threads in microseconds per token. It includes
+vLLM's processing of the answers, but not its engine.
 """
 
 import argparse
@@ -33,11 +34,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the floors replace the plug-in's pooler
 
 RUNS = ("floor 1", "floor 2", "dump", "flat", "dict", "hf")
-SLOW = 8  # flat, dict and hf get this share of the tokens
+SLOW = 8  # flat, dict and hf read one document in so many
 
 
 def random_model(folder: Path, texts: list[str]) -> Path:
-    """A Qwen3 with random weights, 8 layers of width 512 and 8,192 ids: the head is 12 % of it."""
+    """A Qwen3 with random weights, 8 layers of width 512 and 8,192 ids.
+
+    The head is 12 % of the weights that are multiplied.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -82,7 +86,7 @@ def settings(given: argparse.Namespace, output: str) -> Any:
 
 
 def replace_pooler(with_head: bool) -> None:
-    """Have the plug-in return nothing, having applied the head or not."""
+    """Make the plug-in return zeros; with `with_head`, it still applies the head."""
     import torch
 
     from pipeline.teacher import topk_model
@@ -97,7 +101,7 @@ def replace_pooler(with_head: bool) -> None:
 
 
 def run_one(given: argparse.Namespace) -> dict[str, float]:
-    """One contender in this process: tokens, seconds, CPU seconds of the front end."""
+    """Run one case in this process: tokens, seconds, CPU seconds of the front end."""
     from dataclasses import replace
 
     from pipeline.corpus import Corpus
@@ -181,12 +185,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--corpus", required=True, help="documents, as for dump_logits.py")
-    parser.add_argument("--model", action="append", default=[], help="may be given several times")
-    parser.add_argument("--random", action="store_true", help="a random model with a heavy body")
-    parser.add_argument("--documents", type=int, default=400)
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument(
+        "--model", action="append", default=[], help="model directory; may be repeated"
+    )
+    parser.add_argument(
+        "--random", action="store_true", help="add a random model with a heavy body"
+    )
+    parser.add_argument("--documents", type=int, default=400, help="documents to read")
+    parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each case")
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(RUNS), help="run only these cases"
+    )
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
@@ -194,13 +204,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.random:
-            import datasets
+            from pipeline.corpus_cache import cached_documents
+            from pipeline.corpus_files import find_files
 
-            from pipeline.config import CorpusConfig
-            from pipeline.corpus import find_files, load
-
-            datasets.disable_progress_bars()
-            documents = load(CorpusConfig(given.corpus), find_files(given.corpus))
+            documents, _ = cached_documents(find_files(given.corpus), "text", chat=False)
             texts = [row["text"] for row in islice(documents, 500)]
             given.model.append(str(random_model(Path(folder) / "random-body-heavy", texts)))
         for model in given.model:

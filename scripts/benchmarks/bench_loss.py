@@ -1,14 +1,14 @@
-"""Time, peak memory and gradient error of the losses, forward and backward, on the same shapes.
+"""Time, peak memory and gradient error of the losses, forward and backward, on equal shapes.
 
     python scripts/benchmarks/bench_loss.py
     python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 \\
         --dtype bfloat16
 
-From hidden states and a head's weight to a scalar and the gradients of both. Each case runs in a
-process of its own, all cases in turn for several rounds; the table shows the fastest round, as a
-ratio to plain cross-entropy (`F.cross_entropy` on full logits). Memory is the peak above the
-inputs: of the resident set on a CPU, of the allocator on a GPU. The gradient error is relative,
-against the same loss in float64 on `--error_rows` rows; 0 leaves it out.
+Each case computes a scalar from hidden states and a head's weight, and the gradients of both. It
+runs in a process of its own; several rounds run all cases in turn. The table shows the fastest
+round, as a ratio to plain cross-entropy (`F.cross_entropy` on full logits). Memory is the peak
+above the inputs: of the resident set on a CPU, of the allocator on a GPU. The gradient error is
+relative to the same loss in float64, on `--error_rows` rows; 0 turns it off.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def dense_ce(x: Inputs) -> Tensor:
 
 
 def dense_kl(x: Inputs) -> Tensor:
-    """KL over the full vocabulary to a teacher whose logits are at hand: distillation online."""
+    """KL over the full vocabulary to a teacher that is in memory: online distillation."""
     log_q = (x["hidden"] @ x["weight"].T).float().log_softmax(-1)
     log_p = (x["teacher_hidden"] @ x["weight"].detach().T).float().log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -48,7 +48,7 @@ def dense_topk(x: Inputs) -> Tensor:
 
 
 def chunked_topk(x: Inputs) -> Tensor:
-    """The same in chunks of rows whose logits are computed again in backward."""
+    """The same in chunks of rows; backward recomputes the logits of each chunk."""
     from torch.utils.checkpoint import checkpoint
 
     def part(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def chunked_topk(x: Inputs) -> Tensor:
 
 
 def fused(direction: str | None) -> Loss:
-    """The project's own; cross-entropy where there is no direction."""
+    """The project's own loss; cross-entropy if `direction` is None."""
 
     def loss(x: Inputs) -> Tensor:
         rows = len(x["hidden"])
@@ -116,7 +116,7 @@ CASES: dict[str, Loss] = {
 }
 
 
-# Others' kernels, where their packages are installed. They need CUDA.
+# Kernels of other projects, if their packages are installed. They need CUDA.
 PACKAGES = {
     "cross-entropy, liger-kernel": "liger_kernel",
     "cross-entropy, cut-cross-entropy": "cut_cross_entropy",
@@ -124,7 +124,7 @@ PACKAGES = {
 
 
 def missing(case: str, dtype: str) -> str | None:
-    """Why a case cannot run here."""
+    """Why a case cannot run here; None if it can."""
     if case not in PACKAGES:
         return None
     if not torch.cuda.is_available():
@@ -135,7 +135,8 @@ def missing(case: str, dtype: str) -> str | None:
 
 
 def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
-    """Hidden states and a head whose logits have a spread of about 2, and a teacher nearby."""
+    """Hidden states and a head whose logits have a standard deviation of about 2, and a teacher
+    close to them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -148,7 +149,7 @@ def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
     ids = torch.empty(rows, given.k, dtype=torch.int64, device=device)
     logprobs = torch.empty(rows, given.k, device=device)
     tail = torch.empty(rows, device=device)
-    for at in range(0, rows, 256):  # the teacher's full logits need not fit
+    for at in range(0, rows, 256):  # the teacher's full logits may not fit in memory
         part = slice(at, at + 256)
         full = (teacher[part] @ weight.T).float().log_softmax(-1)
         logprobs[part], ids[part] = full.topk(given.k)
@@ -233,10 +234,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32768, help="V")
     parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each case")
-    parser.add_argument("--repeats", type=int, default=3, help="steps in a process")
-    parser.add_argument("--error_rows", type=int, default=128, help="rows of the error's measure")
-    parser.add_argument("--case", choices=CASES, help="one case only, as JSON")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per case")
+    parser.add_argument("--repeats", type=int, default=3, help="steps per process")
+    parser.add_argument(
+        "--error_rows", type=int, default=128, help="rows for the gradient error; 0 turns it off"
+    )
+    parser.add_argument("--case", choices=CASES, help="run one case and print JSON")
     given = parser.parse_args()
     if given.case:
         print(json.dumps(run_case(given)))

@@ -18,7 +18,7 @@ size of as many ids at 17 + 7 bits each. For a dump without, that size is estima
 import argparse
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # one core: what is measured is work, not the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # one core, whatever the machine has
 
 import tempfile
 import time
@@ -78,7 +78,7 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
     data = np.load(path)
     for number, input_ids in enumerate(data["input_ids"]):
         logprobs = np.minimum(data["logprobs"][number, :-1].astype(np.float64), 0)
-        # The file has no tail; the mass that is not there is one.
+        # The file has no tail: the tail gets the missing mass.
         tail = np.log(np.maximum(1 - np.exp(logprobs).sum(1), 1e-9))
         topk = TopK.from_dense(data["ids"][number, :-1], logprobs, tail)
         rows.append(Record(str(number), 0, input_ids, topk))
@@ -91,7 +91,7 @@ def off_the_grid(topk: TopK, step: float, rng: np.random.Generator) -> TopK:
     order = np.lexsort((-noisy, np.repeat(np.arange(len(topk)), topk.counts)))
     tail = topk.tail_logprob + rng.uniform(-step / 2, step / 2, len(topk))
     mass = TopK(topk.counts, topk.ids, noisy, tail).kept_mass()
-    with np.errstate(divide="ignore"):  # no entry at all
+    with np.errstate(divide="ignore"):  # positions without entries
         total = np.logaddexp(np.log(mass), tail)
     noisy = np.minimum(noisy[order] - np.repeat(total, topk.counts), 0).astype(np.float32)
     tail = (tail - total).astype(np.float32)
@@ -221,7 +221,7 @@ def packed_bits(rows: list[Record], vocab: int) -> list[Line]:
         p = np.exp(np.c_[row.topk.dense()[1], row.topk.tail_logprob].astype(np.float64))
         p /= p.sum(1, keepdims=True)
         drawn = rng.multinomial(50, p)
-        # Ids drawn from the tail are taken as all different.
+        # Assumes that all ids drawn from the tail are different.
         unique.append((drawn[:, :-1] > 0).sum(1) + drawn[:, -1])
     mean = float(np.concatenate(unique).mean())
     name = f"50 samples ({mean:.0f} ids): {width} + 7 bits"
@@ -300,7 +300,7 @@ def plot(found: dict[str, list[Line]], target: Path) -> None:
                 left.plot(
                     [line.size for line in kept], [line.kl for line in kept], ls="", ms=9, **style
                 )
-                if group == "plain":  # the codecs' own are of all rows, the sweeps of fewer
+                if group == "plain":  # the codecs' own lines are of all rows, the sweeps of fewer
                     lost = [1 - line.mass for line in these]
                     right.plot([line.size for line in these], lost, ls="", ms=9, **style)
             else:

@@ -1,17 +1,17 @@
-"""A training step from disk against plain cross-entropy, and against a live teacher.
+"""Time and memory of a training step: MoL from disk, plain cross-entropy, and a live teacher.
 
     python scripts/benchmarks/bench_train.py
     python scripts/benchmarks/bench_train.py --hidden 2048 --layers 16 --vocabulary 151936 \\
         --length 2048
 
-The same sequences in every case, half domain and half general, packed in one row:
+Every case has the same sequences, half domain and half general, packed in one row:
 
-    cross-entropy   on all of them: what training on both corpora costs
-    mol from disk   cross-entropy on one half, KL to a dump on the other, read and decoded meanwhile
-    live teacher    the same with the base model in memory and the KL over the full vocabulary
+    cross-entropy   on all sequences: the cost of training on both corpora
+    mol from disk   cross-entropy on one half; on the other, KL to a dump that workers read
+    live teacher    the same, with the base model in memory and the KL over the full vocabulary
 
-A random model in the dtype's autocast, AdamW, forward, backward and update. Each case runs in a
-process of its own, all in turn; the fastest round's median step counts.
+A step is forward, backward and AdamW update of a random model, under autocast to --dtype. Each case
+runs in a process of its own, all in turn. The table shows the median step of the fastest round.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CASES = ["cross-entropy", "mol from disk", "live teacher"]
 
 
 class Domain:
-    """Random token sequences, all of one length, as `corpus.TokenSequences` has them."""
+    """Random token sequences of one length, with the interface of `corpus.TokenSequences`."""
 
     def __init__(self, number: int, length: int, vocabulary: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)
@@ -52,14 +52,14 @@ class Domain:
 
 
 def make_dump(folder: Path, given: argparse.Namespace) -> None:
-    """Rows whose distributions look like a language model's; what they say does not matter here."""
+    """Write a dump whose distributions have the shape of a language model's, with random ids."""
     rng = np.random.default_rng(1)
     plan = {"vocab_size": given.vocabulary, "step": 1 / 16, "partitions": 1}
     dump = create_dump(folder, plan)
     writer = ShardWriter(dump.partition(0))
     shape = (given.length - 1, given.k)
     for number in range(given.rows):
-        # Zipf's law over the ids, so that they compress as text's do; different within a position.
+        # Ids follow Zipf's law, so that they compress as in text; they differ within a position.
         start = rng.zipf(1.3, (shape[0], 1)).clip(0, given.vocabulary - 1)
         ids = (start + np.arange(given.k) * 37) % given.vocabulary
         gaps = rng.exponential(0.15, shape).cumsum(1) + 0.7
@@ -154,7 +154,7 @@ def run_case(given: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        if number >= 2:  # the first ones start workers and allocate
+        if number >= 2:  # the first two start workers and allocate memory
             times.append(time.perf_counter() - began)
             waits.append(waited)
     return {
@@ -168,18 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
-    parser.add_argument("--batch", type=int, default=4, help="domain sequences, and general ones")
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=64, help="sequences of the dump")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="ids of the model")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="domain sequences per step, and as many general ones"
+    )
+    parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
+    parser.add_argument("--rows", type=int, default=64, help="sequences in the dump")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--workers", type=int, default=1, help="processes that read and decode")
-    parser.add_argument("--steps", type=int, default=8, help="in each process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each case")
-    parser.add_argument("--case", choices=CASES, help="one case only, as JSON")
+    parser.add_argument("--steps", type=int, default=8, help="steps per process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per case")
+    parser.add_argument("--case", choices=CASES, help="run one case only")
     parser.add_argument("--dump", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case and given.dump:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: each case in a process of its own, in turn, and its peak memory."""
+"""Shared by the benchmarks: run each case in its own process, in turn, and measure peak memory."""
 
 import json
 import subprocess
@@ -10,10 +10,11 @@ import torch
 
 
 def in_turn(cases: list[str], rounds: int, once: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """What this script prints with `--case NAME`, for each case, `rounds` times in turn.
+    """Run this script with `--case NAME` for all cases in turn, `rounds` times; returns the JSON
+    that each run prints.
 
-    The machine's speed drifts, and so all cases see the same drift. `once` holds options for all
-    rounds but the first: what need not be measured again.
+    The speed of a machine drifts; in turn, all cases see the same drift. `once` holds options for
+    all rounds but the first. They turn off what need not be measured again.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for number in range(rounds):
@@ -34,14 +35,14 @@ def hardware() -> str:
 
 
 def peak(device: str) -> int:
-    """Bytes at the highest point since `reset_peak`: the allocator's on a GPU, else resident."""
+    """Peak bytes since `reset_peak`: of the allocator on a GPU, of the resident set on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(status("VmHWM")) * 1024
 
 
 def reset_peak(device: str) -> int:
-    """Forget the highest point; returns the bytes in use."""
+    """Reset the peak; returns the bytes in use."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()

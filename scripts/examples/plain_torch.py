@@ -1,10 +1,10 @@
-"""Mixture of Losses from a dump in plain torch: what to take into a trainer of your own.
+"""Mixture of Losses from a dump in plain torch: a starting point for your own trainer.
 
     python scripts/examples/plain_torch.py MODEL DUMP DOMAIN.jsonl OUTPUT [STEPS]
 
-`storage` reads the dump, `packed_rows` makes rows, `linear_sparse_divergence` is the loss on the
-decoder's hidden states and the head's weight. The rest is torch. A step takes one sequence of each
-kind.
+`storage` reads the dump, and `packed_rows` packs sequences into rows. `linear_sparse_divergence`
+computes the loss from the decoder's hidden states and the head's weight. The rest is torch. A step
+takes one domain and one general sequence.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(path: str, dump_path: str, domain_path: str, output: str, steps: str = 
             targets["tail_logprob"],
             "forward",
             labels=targets["labels"],
-            row_weights=mean,  # CE averaged over its rows + 1.0 · KL averaged over its own
+            row_weights=mean,  # mean CE of the domain rows + 1.0 · mean KL of the general rows
         )
         loss.backward()
         optimizer.step()

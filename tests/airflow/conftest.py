@@ -1,4 +1,4 @@
-"""Runs in Airflow's environment (make test-airflow). The scripts run in the project's."""
+"""These tests run in Airflow's environment (make test-airflow), the scripts in the project's."""
 
 import json
 import os
@@ -28,7 +28,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
-sys.path.append(str(DAGS))  # as Airflow does with the folder of a DAG
+sys.path.append(str(DAGS))  # Airflow does the same with the folder of a DAG
 
 
 def pytest_unconfigure() -> None:
@@ -45,7 +45,7 @@ def database() -> None:
 
 @pytest.fixture(scope="session")
 def run_project() -> Callable[..., str]:
-    """Run the project's interpreter; its output."""
+    """A function that runs the project's interpreter and returns its output."""
 
     def run(*arguments: str | Path) -> str:
         command = [PROJECT_PYTHON, *map(str, arguments)]
@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, run_project: Callable[..., s
 
 @pytest.fixture(scope="session")
 def rows(run_project: Callable[..., str]) -> Callable[[Path], dict[str, str]]:
-    """What every row of a dump holds, by document and chunk; fails on a damaged dump."""
+    """A function that reads all rows of a dump, by document and chunk. Fails on a damaged dump."""
 
     def read(dump: Path) -> dict[str, str]:
         found: dict[str, str] = json.loads(run_project("-m", "tests.airflow.world", "rows", dump))
@@ -83,7 +83,7 @@ def reference(world: Path, rows: Callable[[Path], dict[str, str]]) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def params(world: Path) -> dict[str, object]:
-    """What the trigger form would be filled with, but for the outputs."""
+    """Values of the trigger form, without the outputs."""
     return {
         "folder": str(world),
         "model": "model",
@@ -95,7 +95,7 @@ def params(world: Path) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """No test changes the environment of the next."""
+    """Restore the environment after each test."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""A real Airflow (deploy/local.sh) and a real PostgreSQL, each for the length of a test."""
+"""A real Airflow (deploy/local.sh) and a real PostgreSQL, as context managers."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ import pytest
 
 from tests.airflow.conftest import PROJECT_PYTHON, ROOT
 
-PATIENCE = 600  # seconds until something that does not come is given up; slowness is no failure
+PATIENCE = 600  # seconds until a wait fails; long, because a slow machine is not a failure
 
 
 def free_port() -> int:
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], Any], what: str, every: float = 2.0) -> Any:
-    """The first true value of `condition`, asked every so many seconds."""
+    """Call `condition` every so many seconds until it is true; returns its value."""
     until = time.monotonic() + PATIENCE
     while True:
         if found := condition():
@@ -42,7 +42,7 @@ def wait_for(condition: Callable[[], Any], what: str, every: float = 2.0) -> Any
 
 
 class Airflow:
-    """deploy/local.sh on a free port, and the REST API."""
+    """deploy/local.sh on a free port, and its REST API."""
 
     def __init__(self, home: Path, database: str) -> None:
         self.home, self.token = home, ""
@@ -66,7 +66,7 @@ class Airflow:
         )
 
     def request(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON; urllib.error.HTTPError where it is no success."""
+        """Send a request; returns the JSON of the answer. Raises urllib.error.HTTPError."""
         request = urllib.request.Request(
             self.url + path,
             method=method,
@@ -77,7 +77,8 @@ class Airflow:
             return json.loads(answer.read() or b"null")
 
     def ready(self) -> bool:
-        """Logged in, every part alive, both DAGs known."""
+        """Whether the client is logged in, scheduler and DAG processor are healthy, and both DAGs
+        are known."""
         if self.process.poll() is not None:
             raise AssertionError(f"airflow ended with {self.process.returncode}:\n{self.tail()}")
         try:
@@ -97,12 +98,12 @@ class Airflow:
         }
 
     def trigger(self, dag: str, conf: dict[str, object]) -> str:
-        """Starts a run; its id."""
+        """Start a run; returns its id."""
         body = {"logical_date": None, "conf": conf}
         return str(self.request("POST", f"/api/v2/dags/{dag}/dagRuns", body)["dag_run_id"])
 
     def finished(self, dag: str, run: str) -> str | None:
-        """success or failed, once it is one of them."""
+        """The state of a run that has ended (success or failed); None before."""
         state = str(self.request("GET", f"/api/v2/dags/{dag}/dagRuns/{run}")["state"])
         return state if state in ("success", "failed") else None
 
@@ -120,7 +121,7 @@ class Airflow:
         return Path(self.log.name).read_text()[-5000:]
 
     def stop(self) -> None:
-        """The whole session: SIGTERM to the parent alone would leave its children."""
+        """Stop the whole session: SIGTERM to the parent alone would leave its children running."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -146,7 +147,7 @@ def parent(pid: int) -> int:
 
 
 def processes(*words: str) -> list[int]:
-    """Those whose arguments hold all the words."""
+    """Ids of the processes whose arguments contain all the words."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -168,7 +169,10 @@ def airflow(home: Path, database: str) -> Iterator[Airflow]:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A new PostgreSQL on loopback; its SQLAlchemy URL. Skips where none is installed."""
+    """A new PostgreSQL on loopback; yields its SQLAlchemy URL.
+
+    Skips the test if PostgreSQL is not installed; in CI it then fails.
+    """
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = str(binaries[-1]) if binaries else shutil.which("initdb")
     if found is None:

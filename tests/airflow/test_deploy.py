@@ -1,5 +1,5 @@
-"""What cannot be run here is held against what it will meet: Airflow's own pod builder, the
-Kubernetes API's types, the names and paths that the parts share."""
+"""The deployment files without a cluster: Airflow's own pod builder makes the pods, the Kubernetes
+API's types know all fields, and the files agree on names and paths."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def tasks() -> list[Any]:
 
 
 def build_pod(task: Any) -> client.V1Pod:
-    """As KubernetesExecutor does: the task's template, then what Airflow puts over it."""
+    """Build a pod as KubernetesExecutor does: the task's template, then Airflow's own fields."""
     from airflow.providers.cncf.kubernetes.executors.kubernetes_executor_utils import (
         get_base_pod_from_template,
     )
@@ -47,7 +47,7 @@ def build_pod(task: Any) -> client.V1Pod:
     )
 
 
-def test_every_task_has_a_pod_that_kubernetes_knows(tasks: list[Any]) -> None:
+def test_the_executor_builds_a_pod_for_every_task(tasks: list[Any]) -> None:
     for task in tasks:
         pod = build_pod(task)
         [container] = pod.spec.containers
@@ -61,7 +61,7 @@ def test_every_task_has_a_pod_that_kubernetes_knows(tasks: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cpu"])
 def test_no_field_of_a_pod_is_unknown(name: str) -> None:
-    """The builder above drops what it does not know, such as a misspelt field."""
+    """The pod builder drops unknown fields, such as misspelt ones, without an error."""
     written = yaml.safe_load((DEPLOY / "kubernetes" / f"{name}.yaml").read_text())
     api = client.ApiClient()
     pod = api._ApiClient__deserialize(written, "V1Pod")  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def test_compose() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert source in compose["volumes"] or source.startswith("${WORK"), volume
-    for service in services.values():  # reachable from this machine alone
+    for service in services.values():  # reachable only from this machine
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     example = (DEPLOY / "compose.env.example").read_text()
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", (DEPLOY / "compose.yaml").read_text()))
@@ -96,7 +96,7 @@ def test_versions_agree() -> None:
 
 
 def test_paths_agree() -> None:
-    """The image's interpreter and DAGs folder, as pods, values and compose name them."""
+    """The pods and values.yaml name the interpreter and the DAGs folder of the image."""
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     for file in [Path("kubernetes/gpu.yaml"), Path("kubernetes/cpu.yaml")]:
         pod = yaml.safe_load((DEPLOY / file).read_text())
@@ -108,3 +108,9 @@ def test_paths_agree() -> None:
     folder = env["AIRFLOW__CORE__DAGS_FOLDER"]
     assert f"AIRFLOW__CORE__DAGS_FOLDER={folder}" in dockerfile
     assert (ROOT / Path(folder).relative_to("/opt/mol-distill") / "distill.py").is_file()
+
+
+def test_the_filled_in_env_file_stays_here() -> None:
+    """Neither committed nor copied into the image: it holds the keys."""
+    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "**/.env" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

@@ -61,7 +61,7 @@ def test_distill_ends_green(distilled: Any) -> None:
     }
 
 
-def test_the_dump_is_the_undisturbed_one(
+def test_four_partitions_give_the_rows_of_the_reference(
     distilled: Any, world: Path, rows: Callable[[Path], dict[str, str]], reference: dict[str, str]
 ) -> None:
     assert rows(world / "four") == reference
@@ -79,8 +79,8 @@ def test_summaries_are_pushed(distilled: Any) -> None:
     assert models["student"]["kl_to_base"] > models["base"]["kl_to_base"] == 0
 
 
-def test_a_second_run_finds_it_all_done(dags: dict[str, Any], distilled: Any) -> None:
-    """And with a bound that no student meets, the gate fails, and it alone."""
+def test_a_second_run_dumps_nothing(dags: dict[str, Any], distilled: Any) -> None:
+    """With a bound that no student meets, only the gate fails."""
     run = dags["distill"].test(run_conf={**distilled.conf, "max_kl": 0.0})
     found = states(run)
     assert found.pop("gate") == ["failed"]
@@ -96,7 +96,7 @@ def test_another_plan_is_refused_without_a_retry(dags: dict[str, Any], distilled
     assert states(run)["dump"] == ["upstream_failed"]
 
 
-def test_another_python_is_told_from_the_projects(
+def test_a_python_that_is_not_the_projects_is_refused(
     dags: dict[str, Any], params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AIRFLOW_VAR_MOL_DISTILL_PYTHON", sys.executable)  # Airflow's own

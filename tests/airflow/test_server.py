@@ -1,4 +1,4 @@
-"""A real scheduler and API server, and kill -9 in the middle of the dump."""
+"""A real scheduler and API server, with kill -9 in the middle of the dump."""
 
 import contextlib
 import os
@@ -30,8 +30,10 @@ def server(
 
 
 def kill(dump: Path, partition: int) -> bool:
-    """Kill what writes this partition, once it is between its first commits and its last: the
-    script of partition 0, the worker process of Airflow's that runs partition 1."""
+    """Kill the writer of this partition once it has committed two shards; False before that.
+
+    For partition 0 this is the script, for partition 1 the Airflow worker process that runs it.
+    """
     shards = dump / f"{partition:05d}"
     if not (shards / "00001.json").exists():
         return False
@@ -42,7 +44,7 @@ def kill(dump: Path, partition: int) -> bool:
 
 
 def retrained(server: Airflow) -> list[dict[str, str]] | None:
-    """The grid of a run of retrain, which is ended then: that it started is enough here."""
+    """The grid of a run of retrain, or None; ends that run, which only has to start."""
     for run in server.request("GET", "/api/v2/dags/retrain/dagRuns")["dag_runs"]:
         path = f"/api/v2/dags/retrain/dagRuns/{run['dag_run_id']}"
         with contextlib.suppress(urllib.error.HTTPError):  # grid has no result yet
@@ -53,7 +55,7 @@ def retrained(server: Airflow) -> list[dict[str, str]] | None:
     return None
 
 
-def test_out_of_range_is_refused(server: Airflow) -> None:
+def test_params_out_of_range_are_refused(server: Airflow) -> None:
     for dag, conf in [("distill", {"partitions": 0}), ("retrain", {"alphas": [-1]})]:
         with pytest.raises(urllib.error.HTTPError) as caught:
             server.trigger(dag, conf)
@@ -98,7 +100,7 @@ def test_kills_in_mid_dump_change_nothing(
     assert "resuming after" in server.task_log("distill", run, "dump", 0, attempt=2)
     assert rows(dump) == reference
 
-    # The dump's places went with it to retrain, and the summaries to the assets.
+    # retrain got the folders of the new dump, and the assets got the summaries.
     assert len(grid) == 6
     folder = f"airflow/students/{dump.name}/"
     assert all(point["student"].startswith(folder) for point in grid)

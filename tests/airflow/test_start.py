@@ -1,4 +1,5 @@
-"""How scripts are started, stopped and judged; any Python stands for the project's."""
+"""How scripts are started and stopped, and what exit codes mean; any Python stands in for the
+project's."""
 
 import os
 import signal
@@ -16,7 +17,7 @@ from tests.airflow.conftest import DAGS
 
 pytestmark = pytest.mark.usefixtures("database")
 
-# A script that says its number, and that of a child of its own, and then works for long.
+# A script that prints its process id and that of its child, and then works for a long time.
 LONG = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
@@ -45,7 +46,7 @@ def gone(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    """A hang is the failure, not slowness."""
+    """Wait up to two minutes: a hang fails, a slow machine does not."""
     until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until, f"waited two minutes for {what}"
@@ -59,16 +60,16 @@ def test_the_summary_comes_back() -> None:
 
 
 @pytest.mark.parametrize("code", [2, 3, 4])
-def test_what_a_retry_cannot_mend_fails(code: int) -> None:
+def test_exit_codes_2_to_4_fail_without_a_retry(code: int) -> None:
     with pytest.raises(AirflowFailException, match="error: the plan differs"):
         start(f"import sys; print('error: the plan differs', file=sys.stderr); sys.exit({code})")
 
 
 @pytest.mark.parametrize("code", [1, 75, 99])
-def test_anything_else_is_retried(code: int) -> None:
+def test_other_exit_codes_are_retried(code: int) -> None:
     with pytest.raises(AirflowException, match=f"exit code {code}") as caught:
         start(f"import sys; sys.exit({code})")
-    assert type(caught.value) is AirflowException  # 99 is not taken for a skip
+    assert type(caught.value) is AirflowException  # 99 does not mean skip
 
 
 def test_a_kill_is_retried() -> None:
@@ -99,7 +100,8 @@ def test_a_missing_folder_is_named() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a process that runs `start` as a task runner does; it is killed in the end."""
+    """A function that starts a process, which calls `start` as a task runner does. All are killed
+    at the end."""
     running = []
 
     def run(code: str, given: str = "", **env: str) -> subprocess.Popen[str]:
@@ -159,8 +161,8 @@ def test_a_timeout_ends_the_script_and_its_children(capsys: pytest.CaptureFixtur
         wait_for(lambda number=number: gone(int(number)), "what the script started to end")
 
 
-def test_a_script_that_is_killed_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its child holds the log open and would go on."""
+def test_a_killed_script_leaves_no_child(capsys: pytest.CaptureFixture[str]) -> None:
+    """The child holds the log open, and would keep running."""
     code = """
 import os, subprocess, sys
 child = "import time; time.sleep(20); print('ended by itself', flush=True)"
@@ -176,7 +178,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_sigterm_reaches_the_script(task: Callable[..., subprocess.Popen[str]]) -> None:
-    """Which then commits and says 75; Airflow retries."""
+    """The script then commits and exits with 75, and Airflow retries."""
     code = """
 import signal, sys, time
 def stop(*_):
@@ -208,7 +210,7 @@ def test_one_writer_of_an_output_at_a_time(
 
 
 def test_each_task_has_a_gpu_of_its_own(task: Callable[..., subprocess.Popen[str]]) -> None:
-    gpus = f"a{os.getpid()},b c{os.getpid()}"  # names that nobody else on this machine locks
+    gpus = f"a{os.getpid()},b c{os.getpid()}"  # names that no other process here locks
     show = "import os, time; print('mine', os.environ['CUDA_VISIBLE_DEVICES'], flush=True); "
     processes = [
         task(show + "time.sleep(300)", "gpu=True", AIRFLOW_VAR_MOL_DISTILL_GPUS=gpus)
@@ -220,3 +222,52 @@ def test_each_task_has_a_gpu_of_its_own(task: Callable[..., subprocess.Popen[str
     line_with(third, "waiting for")
     processes[0].kill()
     assert line_with(third, "mine").split()[1] == mine[0]
+
+
+def test_nothing_is_imported_from_the_folder(tmp_path: Path) -> None:
+    """The folder is filled in by who triggers the run."""
+    for name in ("json", "storage"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    child = "subprocess.run([sys.executable, '-c', 'import json'], check=True)"
+    for code in ("import json, sys; assert '' not in sys.path", f"import subprocess, sys; {child}"):
+        distill_start.start(["-c", code], str(tmp_path))
+
+
+def test_scripts_do_not_see_airflows_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["AIRFLOW__CORE__FERNET_KEY"] = "FERNETSECRET"
+    os.environ["_AIRFLOW__SOMETHING"] = "OTHERSECRET"
+    os.environ["AIRFLOW_CONN_STORE"] = "CONNECTIONSECRET"
+    os.environ["AWS_PROFILE"] = "mine"
+    start("import os; print(*os.environ.values(), os.environ['AWS_PROFILE'])")
+    said = capsys.readouterr().out
+    assert "SECRET" not in said
+    assert "mine" in said
+
+
+def test_the_log_shows_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dump=s3://AKIA:HIDDEN@b/d", "--training.hub_token=HIDDEN", "--c=h://x?a_sig=1&b=2"]
+    distill_start.start(["-c", "print()", *words], "/")
+    said = capsys.readouterr().out
+    assert "HIDDEN" not in said
+    assert "--dump=s3://***@b/d" in said
+    assert "b=2" in said
+
+
+def test_locks_belong_to_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with distill_start.hold(["gpu-0"]):
+        mine = tmp_path / f"mol-distill-{os.geteuid()}"
+        assert [path.name for path in mine.iterdir()] == ["gpu-0.lock"]
+        assert mine.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    (tmp_path / "mol-distill-12345").mkdir()  # made by this user, not by 12345
+    with pytest.raises(AirflowFailException, match=r"another user's .*Remove it"):
+        distill_start.lock_folder()
+
+
+def test_a_lock_is_not_made_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"mol-distill-{os.geteuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AirflowFailException, match=r"or link\. Remove it"):
+        distill_start.lock_folder()

@@ -19,7 +19,7 @@ def dags() -> dict[str, Any]:
     return bag.dags
 
 
-def test_there_are_two(dags: dict[str, Any]) -> None:
+def test_there_are_two_dags(dags: dict[str, Any]) -> None:
     assert set(dags) == {"distill", "retrain"}
 
 
@@ -102,6 +102,14 @@ def test_every_param_explains_itself(dags: dict[str, Any]) -> None:
         ("distill", "model", ""),
         ("distill", "overrides", ["traim.mix=2"]),
         ("distill", "overrides", ["train.mix"]),
+        ("distill", "overrides", ["train.mix=1\n"]),
+        ("distill", "overrides", ["train.mix=1\n--summary=/etc/x"]),
+        ("distill", "overrides", ["dump.config=other.yaml"]),
+        ("distill", "overrides", ["train.summary=/etc/x"]),
+        ("distill", "overrides", ["train.training.hub_token=hf_a"]),
+        ("distill", "overrides", ["train.domain.path=s3://key:word@bucket/x"]),
+        ("distill", "dump", "s3://key:word@bucket/dump"),
+        ("distill", "corpus", "https://host/c.jsonl?X-Amz-Signature=a"),
         ("retrain", "alphas", []),
         ("retrain", "alphas", [1, -1]),
         ("retrain", "learning_rates", [0.001, 0.001]),
@@ -113,6 +121,13 @@ def test_params_out_of_range(dags: dict[str, Any], dag: str, name: str, value: o
         dags[dag].params.get_param(name).resolve(value)
 
 
+def test_params_in_range(dags: dict[str, Any]) -> None:
+    lines = ["train.training.include_num_input_tokens_seen=no", "dump.engine_args.x={'a': 1}"]
+    dags["distill"].params.get_param("overrides").resolve(lines)
+    for place in ("s3://bucket/dump", "runs/a@b", "hf://datasets/me/text@main", "https://h/x?v=1"):
+        dags["distill"].params.get_param("dump").resolve(place)
+
+
 def test_default_params_are_valid_and_their_configs_exist(dags: dict[str, Any]) -> None:
     for dag in dags.values():
         for name, value in dag.params.validate().items():
@@ -120,7 +135,7 @@ def test_default_params_are_valid_and_their_configs_exist(dags: dict[str, Any]) 
                 assert (ROOT / value).is_file()
 
 
-def test_standard_library_and_airflow_sdk_only() -> None:
+def test_dags_import_only_the_standard_library_and_airflows_sdk() -> None:
     own = {file.stem for file in DAGS.glob("*.py")}
     for file in DAGS.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,7 +1,7 @@
-"""Run by the project's interpreter, for tests that run in Airflow's.
+"""Run by the project's interpreter, for tests that run in Airflow's environment.
 
-python -m tests.airflow.world make FOLDER   a tiny model, its corpora and configs, and a dump of it
-python -m tests.airflow.world rows DUMP     what every row holds, as JSON; fails on a damaged dump
+python -m tests.airflow.world make FOLDER   make a tiny model, corpora, configs and a dump
+python -m tests.airflow.world rows DUMP     print all rows as JSON; fails on a damaged dump
 """
 
 import hashlib
@@ -39,7 +39,7 @@ max_length: 100
 
 
 def make(folder: Path) -> None:
-    """Relative paths in the configs start at `folder`."""
+    """Make everything in `folder`, where relative paths in the configs start."""
     from pipeline import cli
     from pipeline.config import CorpusConfig, DumpConfig
     from pipeline.dump import dump
@@ -67,7 +67,7 @@ def make(folder: Path) -> None:
 
 
 def rows(dump: str) -> None:
-    """{"document/chunk": sha256 of its tokens and distributions}."""
+    """Print {"document/chunk": sha256 of its tokens and distributions}."""
     report = verify(dump)
     if not report.ok:
         sys.exit("\n".join(report.faults))

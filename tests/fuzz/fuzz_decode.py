@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 os.environ["NUMBA_BOUNDSCHECK"] = "1"
-os.environ.setdefault("NUMBA_CACHE_DIR", "/tmp/numba-boundscheck")  # not the unchecked code's
+os.environ.setdefault("NUMBA_CACHE_DIR", "/tmp/numba-boundscheck")  # apart from unchecked code
 
 import atheris
 import numpy as np
@@ -126,7 +126,7 @@ SEED_2 = seeds()["contextual"][1:]
 if __name__ == "__main__":
     corpus = Path(__file__).parent / "corpus"
     corpus.mkdir(exist_ok=True)
-    for folder in sys.argv[1:]:  # what is found goes to the first one
+    for folder in sys.argv[1:]:  # the fuzzer writes new inputs to the first one
         if not folder.startswith("-"):
             Path(folder).mkdir(parents=True, exist_ok=True)
     for name, seed in seeds().items():

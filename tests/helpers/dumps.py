@@ -27,7 +27,7 @@ def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) 
 
 
 def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
-    """Every row's content, by document and chunk."""
+    """The content of every row, by document and chunk."""
     found = {}
     for record in LogitDataset(path):
         topk = record.topk
@@ -39,7 +39,7 @@ def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
 
 
 def with_rows(source: Path, target: Path, change: Any) -> Path:
-    """A finished dump with the same plan and changed rows."""
+    """Write a finished dump with the same plan and the rows that `change` returns."""
     old = LogitDataset(source)
     plan = {name: value for name, value in old.plan.items() if name != "format_version"}
     dump = create_dump(target, plan)

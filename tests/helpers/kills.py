@@ -1,7 +1,7 @@
 """Kill a dump again and again, at random instants and inside the steps of a commit.
 
-Every attempt is a process of its own that runs scripts/dump_logits.py as a user would. To start in
-milliseconds it is forked from this one, which has imported everything and done nothing else.
+Every attempt is a process that runs scripts/dump_logits.py as a user would. To start in
+milliseconds, it is forked from this process, which has imported everything and done nothing else.
 
     python -m tests.helpers.kills --kills 200 --seed 0
 """
@@ -28,19 +28,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import torch
 
-import pipeline.dump.dump  # noqa: F401  imported here so that the attempts need not
+import pipeline.dump.dump  # noqa: F401  imported here so that the attempts start fast
 from storage import Dump, IncompleteDump, LogitDataset, verify
 from storage.gc import leftovers, remove
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 
 SCRIPT = SCRIPTS / "dump_logits.py"
-STEPS = {"fsync": 4, "replace": 1, "link": 1, "unlink": 1, "chmod": 1}  # of os: calls per commit
+STEPS = {"fsync": 4, "replace": 1, "link": 1, "unlink": 1, "chmod": 1}
+"""Functions of `os`, and how often a commit calls each."""
 
 
 def start(arguments: list[str], log: Path, die_at: tuple[str, int] | None = None) -> int:
-    """Run the script in a forked process; returns its id. `die_at` = (step, n) has it kill itself
-    at the n-th call of os.<step>, before or after the call by the parity of n."""
+    """Run the script in a forked process; returns its id.
+
+    With `die_at` = (step, n) it kills itself at the n-th call of os.<step>: before the call if n is
+    odd, after it if n is even.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -83,7 +87,7 @@ def plant(step: str, calls: int) -> None:
 
 @dataclass
 class Result:
-    """What the run of kills showed; rows are compared with those of an undisturbed dump."""
+    """Counts of a run of kills; rows are compared with those of an undisturbed dump."""
 
     kills: int = 0
     in_commit: int = 0
@@ -129,20 +133,20 @@ def ended(pid: int) -> int | None:
 
 
 def committed(path: Path) -> int:
-    """Shards of partition 0."""
+    """Number of committed shards of partition 0."""
     return len(list(path.glob("00000/[0-9]*.json")))
 
 
 def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Result:
-    """Dump a corpus undisturbed, then under `kills` kills; compare. Raises AssertionError where an
-    attempt fails on its own or a committed row changes.
+    """Dump a corpus undisturbed, then again with `kills` kills, and compare the rows.
 
-    A dump that is finished before all kills are done is compared, and another one begun.
+    If a dump finishes before all kills are done, it is compared and another one begins. Raises
+    AssertionError if an attempt fails by itself or a committed row changes.
     """
     rng = random.Random(seed)
     result = Result()
     model = tiny_model(folder / "model")
-    documents = documents or 300 + 60 * kills  # an idle machine commits 44 between two kills
+    documents = documents or 300 + 60 * kills  # an idle machine dumps 44 between two kills
     corpus = write_texts(folder / "corpus.jsonl", some_texts(documents))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
 
@@ -167,7 +171,8 @@ def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Re
         before = committed(output)
         pid = start(arguments(output), log, die_at)
         others = [start(arguments(output), log)] if rng.random() < 0.25 else []
-        # The others die some time after they start, or a moment after some later shard.
+        # Without `die_at`, the kill comes after a random time, or just after one of the next
+        # shards.
         deadline = time.monotonic() + (30 if die_at else rng.uniform(0.05, 3))
         target = output / "00000" / f"{before + rng.randint(1, 8):05d}.json"
         code = None
@@ -182,7 +187,7 @@ def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Re
             code = wait(pid)
         elif code != 0:
             result.in_commit += 1
-        for orphan in orphans:  # of the attempt before
+        for orphan in orphans:  # from the attempt before
             end(orphan)
         if code == 0:
             for other in others:
@@ -208,7 +213,7 @@ def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Re
 
 
 def end(pid: int) -> None:
-    """Kill what may have ended by itself."""
+    """Kill a process, which may have ended by itself, and wait for its end."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait(pid)

@@ -17,7 +17,8 @@ def teacher(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ragged(ids: Tensor, logprobs: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop entries into the tail, row by row, down to none; padding has id 0, as in a batch."""
+    """Keep i % (k + 1) entries of row i, and move the others to its tail. Padding has id 0, as in
+    a batch."""
     counts = torch.arange(len(ids)) % (ids.shape[1] + 1)
     drop = torch.arange(ids.shape[1]) >= counts[:, None]
     dropped = logprobs.masked_fill(~drop, -torch.inf).logsumexp(1)

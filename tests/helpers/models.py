@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer, made on the spot: nothing is downloaded."""
+"""Tiny random models with a tokenizer; nothing is downloaded."""
 
 import json
 import pydoc_data.topics
@@ -66,7 +66,7 @@ def tiny_model(
         "tie_word_embeddings": tie,
         "eos_token_id": 0,
         "bos_token_id": None,
-        "initializer_range": 0.2,  # spread-out distributions, so that the top-k mean something
+        "initializer_range": 0.2,  # makes distributions far from uniform, so that top-k matters
     }
     model = (
         Qwen3ForCausalLM(Qwen3Config(**shape))
@@ -78,7 +78,7 @@ def tiny_model(
 
 
 def quantise_int8(model: Path) -> Path:
-    """Make the projections of a model directory 8 bit, as compressed-tensors stores them."""
+    """Change the projections of a model directory to 8 bit, in the format of compressed-tensors."""
     weights = load_file(model / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         scale = weights[name].float().abs().amax(dim=1, keepdim=True) / 127

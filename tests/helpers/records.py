@@ -125,5 +125,5 @@ def assert_same(left: Record, right: Record, tolerance: float = 0.0626) -> None:
 
 
 def by_id(topk: TopK) -> np.ndarray:
-    """Version 2 keeps no order among entries that are equal on the grid."""
+    """Order of the entries by position and id; version 2 keeps no order of equal entries."""
     return np.lexsort((topk.ids, np.repeat(np.arange(len(topk)), topk.counts)))

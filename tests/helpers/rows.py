@@ -18,7 +18,7 @@ def mixed_row(dump_path: Path) -> PackedRow:
 
 
 def losses(model: Path, row: PackedRow) -> tuple[int, torch.Tensor]:
-    """(rows scored by cross-entropy, the trainer's losses of all rows)"""
+    """(number of domain positions, the trainer's losses of all positions)"""
     student = AutoModelForCausalLM.from_pretrained(model)
     add_distill_forward(student, "forward")
     weights = torch.ones(len(row["targets"]["rows"]))

@@ -1,4 +1,4 @@
-"""Runs of stage two for the tests: settings, the real script, the steps it logged."""
+"""Runs of stage two for the tests: settings, the real script, the logged steps."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def settings(
 
 
 def steps(run: Path | str) -> list[dict[str, Any]]:
-    """The logged steps, without what depends on the clock."""
+    """The logged steps, without timings."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name not in UNTIMED}
@@ -56,7 +56,7 @@ def yaml_of(path: Path, config: TrainConfig) -> Path:
 def script(
     config: Path, *arguments: str, ranks: int = 1, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The real script; several ranks of it talk through gloo."""
+    """Run the real script; several ranks communicate through gloo."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -65,7 +65,7 @@ def script(
 
 
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same logged steps, up to the order of float32 sums."""
+    """Assert that logged steps are equal, up to the order of float32 sums."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=2e-4, abs=1e-6)

@@ -1,4 +1,4 @@
-"""An S3 server (moto) in a process of its own, and a proxy before it that fails on purpose."""
+"""An S3 server (moto) in a process of its own, and a proxy in front of it that fails on purpose."""
 
 import http.client
 import random
@@ -54,10 +54,12 @@ class MotoServer:
 
 
 class FaultyProxy:
-    """Passes requests on, and fails a share `rate` of them in one of FAULTS, by a seed.
+    """Forwards requests, but makes a share `rate` of them fail in one of FAULTS, chosen by `seed`.
 
-    "after": the server did what was asked, and the answer is lost. A stall is longer than the
-    client waits. While `down` is set nothing gets through. `happened` counts the faults.
+    With "error before" and "cut before" the server gets no request. With "error after" and "cut
+    after" it does the request, and the answer is lost. A stall takes `stall` seconds, which is
+    longer than the client waits. While `down` is set, no request gets through. `happened` counts
+    the faults.
     """
 
     def __init__(self, upstream: int, rate: float, seed: int = 0, stall: float = 3.0) -> None:
@@ -168,7 +170,7 @@ def read_body(request: BaseHTTPRequestHandler) -> bytes:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What s3fs and its users need to talk to a server at `port`."""
+    """Environment variables for s3fs and its users to reach a server at `port`."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",

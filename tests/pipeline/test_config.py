@@ -1,4 +1,4 @@
-"""Settings: YAML, overrides, and what is refused before anything starts."""
+"""Settings: YAML, overrides, and errors before any work starts."""
 
 import re
 from pathlib import Path
@@ -41,10 +41,17 @@ def test_yaml_then_dotted_overrides(tmp_path: Path) -> None:
         (MINIMAL + "k: 60000\nsamples: 6000\n", "together at most 65535"),
         (MINIMAL + "samples: 32\nmin_prob: 0.001\n", "set a smaller k"),
         (MINIMAL + "engine: llama.cpp\n", "llama.cpp"),
+        (MINIMAL + "engine_args: {trust_remote_code: true}\n", "trust_remote_code: names code"),
+        (MINIMAL + "engine_args: {trust-remote-code: 1}\n", "trust_remote_code: names code"),
+        (MINIMAL + "engine_args: {worker_extension_cls: a.B}\n", "names code to run"),
+        (MINIMAL + "engine_args: {distributed_executor_backend: a.B}\n", "names code to run"),
+        (MINIMAL + "engine_args: {x: [{kv_connector_module_path: a}]}\n", "names code to run"),
+        (MINIMAL + "engine_args: {load_format: dummy}\n", "makes the weights up"),
+        (MINIMAL + "engine_args: {model: other}\n", "set model"),
         ("output: o\ncorpus:\n  path: c\n", "model"),
     ],
 )
-def test_what_cannot_work_exits_with_2_and_says_why(
+def test_impossible_settings_exit_with_2_and_a_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml: str, words: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -81,7 +88,7 @@ def test_help_shows_each_setting_once_in_three_groups(
     assert places[0] < text.index("\n  --model") < places[1]
 
 
-def test_a_misspelt_setting_is_told_what_was_meant(
+def test_a_misspelt_setting_gets_a_suggestion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in (["--corpus.limt", "7"], ["--max_lenght=7"]):

@@ -1,4 +1,4 @@
-"""Documents of every kind become token sequences, and bad ones say what is wrong."""
+"""Documents of every format become token sequences, and errors name what is wrong."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def open_corpus(tokenizer):  # type: ignore[no-untyped-def]
 
 
 def decoded(corpus: Corpus) -> list[str]:
-    """Each document's text, put together again from its chunks."""
+    """The text of each document, joined from its chunks."""
     texts: dict[int, list[int]] = {}
     for sequence in corpus.sequences():
         texts.setdefault(sequence.document, []).extend(sequence.input_ids)
@@ -131,12 +131,37 @@ def test_fingerprint_follows_content_and_selection(tmp_path: Path, open_corpus) 
 
 
 @pytest.mark.parametrize(
+    ("path", "options", "fingerprint"),
+    [
+        ("", {}, "d12861e4cb7a37811491b09a6b8329acac33eaaa6161c26754cea35830fbe19b"),
+        (
+            "a.jsonl",
+            {"skip": 1, "limit": 1},
+            "66c6d2d3dea782155ec10bf6eda908eb662824a423f885b2764744843e2d1726",
+        ),
+        ("*.jsonl", {}, "57bef87896655e714c6b76243b58584882ceaf874893672d8880b0b961de8b0e"),
+    ],
+)
+def test_fingerprints_are_those_of_earlier_releases(
+    tmp_path: Path,
+    open_corpus,  # type: ignore[no-untyped-def]
+    path: str,
+    options: dict,
+    fingerprint: str,
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "one two three"}\n{"text": "four five"}\n')
+    (tmp_path / "sub/b.jsonl").write_text('{"text": "six"}\n')
+    assert open_corpus(tmp_path / path, **options).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b'{"body": "x y z"}\n', "no column 'text'; it has body"),
         (b"", "empty"),
         (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 (byte 0xe9"),
-        (b'{"text": "fine"}\n{"text": \n', "cannot be read"),
+        (b'{"text": "fine"}\n{"text": \n', "line 2: not JSON"),
         (b'{"text": 5}\n', "expected text in column 'text', found int"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A corpus that the base model writes: filters, resuming, and the real engine."""
+"""A corpus that the base model writes: filters, resume, and the real engine."""
 
 import json
 import random
@@ -24,7 +24,7 @@ EOS = 0
 
 
 class Fake:
-    """Writes by the seeds; every fourth document repeats itself, every fifth is always the same."""
+    """Documents depend on the seeds alone: every fourth is repetitive, every fifth a duplicate."""
 
     def __init__(self, batches: int | None = None) -> None:
         self.left, self.prompts = batches, []  # type: ignore[var-annotated]
@@ -68,7 +68,7 @@ def written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def test_what_repeats_or_stands_already_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+def test_repetitive_documents_and_duplicates_are_dropped(tmp_path: Path, tokenizer: Any) -> None:
     totals = write(config(tmp_path), tokenizer, Fake())
     documents = written(tmp_path / "out")
     assert totals["documents"] == len(documents)
@@ -80,7 +80,7 @@ def test_what_repeats_or_stands_already_is_dropped(tmp_path: Path, tokenizer: An
     assert not any(repeated in document["text"] for document in documents)
 
 
-def test_cut_off_work_goes_on_to_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
+def test_resume_writes_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
     write(config(tmp_path), tokenizer, Fake())
     other = config(tmp_path, output=str(tmp_path / "cut"))
     for _ in range(3):
@@ -88,7 +88,7 @@ def test_cut_off_work_goes_on_to_the_same_documents(tmp_path: Path, tokenizer: A
             write(other, tokenizer, Fake(batches=2))
     write(other, tokenizer, Fake())
     assert written(tmp_path / "cut") == written(tmp_path / "out")
-    with pytest.raises(RefusedError, match="seed differ"):
+    with pytest.raises(RefusedError, match="seed: 0 in the corpus, 1 asked for"):
         write(config(tmp_path, seed=1), tokenizer, Fake())
     more = write(config(tmp_path, tokens=9000), tokenizer, Fake())
     assert more["tokens"] >= 9000
@@ -106,7 +106,7 @@ def test_prompts_start_the_documents(tmp_path: Path, tokenizer: Any) -> None:
     assert written(tmp_path / "out")[0]["text"].startswith(texts[0][:3])
 
 
-def test_settings_that_yield_nothing_end(tmp_path: Path, tokenizer: Any) -> None:
+def test_settings_that_drop_every_document_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="in a row were dropped"):
         write(config(tmp_path, min_length=100), tokenizer, Fake())
 

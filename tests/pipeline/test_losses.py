@@ -57,14 +57,14 @@ def test_fused_student_equal_to_teacher_has_no_loss_and_no_gradient(direction: s
 
 
 @both
-def test_between_zero_and_the_full_kl_and_equal_to_it_at_k_equals_v(direction: str) -> None:
+def test_loss_grows_with_k_from_zero_to_the_full_kl(direction: str) -> None:
     for seed in range(20):
         logits, base = logits_of(seed), logits_of(seed + 50)
         full = full_kl(logits, base, direction)
         last = torch.zeros(N, dtype=torch.float64)
         for k in (1, 3, K, 20, V - 1, V):
             loss = sparse_divergence(logits, *teacher(base, k), direction)
-            assert (loss >= last - 1e-12).all()  # a finer partition can only see more
+            assert (loss >= last - 1e-12).all()  # a finer partition has at least as much KL
             assert (loss <= full + 1e-12).all()
             last = loss
         torch.testing.assert_close(last, full, rtol=1e-12, atol=1e-12)
@@ -199,13 +199,13 @@ def test_a_tail_of_zero_contributes_zero() -> None:
     log_q = logits.log_softmax(1).gather(1, ids)
     expected = (logprobs.exp() * (logprobs - log_q)).sum(1)
     torch.testing.assert_close(sparse_divergence(logits, ids, logprobs, none), expected)
-    # Student's mass outside K counts against a floor in the other direction: finite, not negative.
+    # In reverse, the student's mass outside K is compared with a floor: a finite, positive loss.
     b = 1 - log_q.exp().sum(1)
     expected = (log_q.exp() * (log_q - logprobs)).sum(1) + b * (b.log() - MIN_TAIL_LOGPROB)
     found = sparse_divergence(logits, ids, logprobs, none, "reverse")
     torch.testing.assert_close(found, expected)
     assert (found > 0).all()
-    # ... and nothing where the student has none there either.
+    # The loss is 0 if the student has no mass there either.
     logits = torch.full_like(logits, -1e4).scatter(1, ids, logprobs).requires_grad_()
     loss = sparse_divergence(logits, ids, logprobs, none, "reverse")
     loss.sum().backward()
@@ -215,7 +215,7 @@ def test_a_tail_of_zero_contributes_zero() -> None:
 
 @both
 def test_a_tiny_tail_is_exact_in_float32(direction: str) -> None:
-    """1 - Σ q would be rounded to nothing here; the tail's own logsumexp is not."""
+    """1 - Σ q would round to 0 here; the logsumexp of the tail does not."""
     base = torch.zeros(1, V, dtype=torch.float64)
     base[0, 0], base[0, 1] = 20, 18
     other = base.clone()
@@ -240,7 +240,7 @@ def test_a_tiny_tail_is_exact_in_float32(direction: str) -> None:
 @both
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_is_no_worse_than_plain_torch_in_bfloat16(direction: str, autocast: bool) -> None:
-    """Against the float64 truth, with what plain autograd does in bfloat16 as the yardstick."""
+    """Errors against float64; those of plain autograd in bfloat16 are the yardstick."""
     torch.manual_seed(0)
     n, v, d = 256, 1000, 64
     hidden64, weight64 = torch.randn(n, d).double(), torch.randn(v, d).double() / math.sqrt(d) * 2
@@ -323,7 +323,7 @@ def test_empty_parts() -> None:
     assert (weight.grad == 0).all()
 
 
-def test_int32_ids_are_taken() -> None:
+def test_int32_ids_give_the_same_losses() -> None:
     hidden, weight, _ = student()
     ids, logprobs, tail = teacher(logits_of(1), K)
     expected = linear_sparse_divergence(hidden, weight, ids, logprobs, tail)[1]
@@ -331,7 +331,7 @@ def test_int32_ids_are_taken() -> None:
     assert (found == expected).all()
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_errors_name_wrong_arguments() -> None:
     hidden, weight, _ = student()
     target = teacher(logits_of(1), K)
     with pytest.raises(ValueError, match="'sideways'"):

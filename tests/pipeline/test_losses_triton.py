@@ -1,4 +1,4 @@
-"""The kernel: interpreted on a CPU against plain torch, and compiled for a GPU that is not here."""
+"""The kernel: interpreted on a CPU against plain torch, and compiled for a GPU without one."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ def test_interpreted_kernel_equals_plain_torch() -> None:
 
 
 @pytest.mark.parametrize("cap", [0.0, 30.0])
-def test_compiles_for_a_gpu_that_is_not_here(cap: float) -> None:
-    """To machine code for Hopper; running it needs one."""
+def test_kernel_compiles_without_a_gpu(cap: float) -> None:
+    """To machine code for Hopper; only running it needs such a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

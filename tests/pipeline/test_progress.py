@@ -1,4 +1,4 @@
-"""What a scheduler sees of long work."""
+"""The progress lines of long work, as a scheduler sees them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pipeline import progress
 from pipeline.progress import Progress
 
 
-def test_lines_come_while_nothing_moves(
+def test_lines_are_printed_while_nothing_advances(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert progress.SECONDS <= 10
@@ -32,7 +32,7 @@ def wait_for_lines(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         text += capsys.readouterr().err
 
 
-def test_reports_go_to_the_process_that_shows_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reports_to_the_process_that_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     monkeypatch.setenv(progress.REPORT_TO, str(writer))
     monkeypatch.setattr(progress, "REPORT_SECONDS", 0.01)

@@ -1,4 +1,4 @@
-"""Settings beside a result, and the bounds of agreement."""
+"""Settings that are recorded beside a result, and the bounds of agreement."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_every_difference_is_named() -> None:
     assert "mix" not in str(told.value)
 
 
-def test_the_limit_has_room_for_chance() -> None:
+def test_the_limit_adds_the_sampling_error() -> None:
     assert limit(BOUND) == BOUND
     assert limit(0.1, 0.01) == pytest.approx(0.1 + SURE * 0.01)
     assert not math.nan <= limit(0.1)

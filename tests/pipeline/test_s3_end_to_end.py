@@ -34,7 +34,7 @@ def server() -> Iterator[MotoServer]:
 
 @pytest.fixture
 def client(server: MotoServer) -> Any:
-    """The server's own view, past any proxy; the bucket is empty at the start."""
+    """A client of the server itself, without the proxy. The bucket is empty at the start."""
     client = server.client()
     for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
         client.delete_object(Bucket=BUCKET, Key=entry["Key"])
@@ -51,7 +51,7 @@ def settings_for_s3(monkeypatch: pytest.MonkeyPatch, server: MotoServer) -> Iter
 def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(port).items():
         monkeypatch.setenv(name, value)
-    # Short waits and no retries below ours: what is tested is this package's own patience.
+    # Short timeouts and no retries in botocore: the tests check this package's own retries.
     impatient = {"read_timeout": 1, "connect_timeout": 2, "retries": {"max_attempts": 0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": impatient})
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -70,7 +70,7 @@ def keys(client: Any) -> set[str]:
 def test_dump_resume_verify_and_gc_on_s3(
     tmp_path: Path, model_path: Path, corpus: Path, client: Any, capsys: Any
 ) -> None:
-    """Interrupted through the real script, gone on with, checked, and equal to a local dump."""
+    """The real script is killed; the dump is resumed, verified, and equal to a local one."""
     dump.run(settings(tmp_path, model_path, corpus))
     client.upload_file(str(corpus), BUCKET, "texts/corpus.jsonl")
     output = f"s3://{BUCKET}/dump"
@@ -85,7 +85,7 @@ def test_dump_resume_verify_and_gc_on_s3(
     process.wait()
     before = {key for key in keys(client) if key.endswith(".json")}
     assert "dump/manifest.json" not in before
-    # What a writer leaves that dies between its data file and its marker:
+    # A writer that dies between its data file and its marker leaves such a file.
     client.put_object(Bucket=BUCKET, Key="dump/00000/00003-feedbeef.parquet", Body=b"half")
     dump.run(settings(tmp_path, model_path, corpus, output=output))
     assert before <= keys(client)
@@ -127,8 +127,8 @@ def test_a_store_that_fails_for_a_time_costs_only_time(
     server: MotoServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fifth of all requests fails, also after the server did as it was told; all the while a
-    reader sees whole shards only."""
+    """A tenth of all requests fails or is slow, also after the server has done its work. Meanwhile
+    a reader sees whole shards only."""
     dump.run(settings(tmp_path, model_path, corpus))
     output = f"s3://{BUCKET}/dump"
     with FaultyProxy(server.port, rate=0.1, seed=1, stall=1.3) as proxy:
@@ -151,7 +151,7 @@ def test_a_store_that_fails_for_a_time_costs_only_time(
 
 
 def watch(client: Any, seen: list[Any], stop: threading.Event) -> None:
-    """For each marker, in the moment it appears, the data file that it names."""
+    """For each marker, as soon as it appears, record whether its data file is whole."""
     import hashlib
     import json
 
@@ -167,7 +167,7 @@ def watch(client: Any, seen: list[Any], stop: threading.Event) -> None:
         time.sleep(0.01)
 
 
-def test_a_store_that_stays_away_is_an_error_and_the_rest_follows_later(
+def test_a_store_that_does_not_answer_fails_the_dump_which_then_resumes(
     tmp_path: Path,
     model_path: Path,
     corpus: Path,
@@ -219,7 +219,7 @@ def test_readers_keep_a_local_copy(
     assert rows(output) == expected
     kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert kept == sorted(f"{shard.marker['sha256']}.parquet" for shard in shards)
-    for shard in shards:  # now it must come from the copies
+    for shard in shards:  # from now on, rows must come from the copies
         client.delete_object(Bucket=BUCKET, Key=f"dump/{shard.file}")
     assert rows(output) == expected
     monkeypatch.setenv("MOL_CACHE", str(tmp_path / "other"))
@@ -247,10 +247,10 @@ def test_the_cache_is_bounded(
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
 
 
-def test_training_from_s3_is_training_from_disk(
+def test_training_from_s3_equals_training_from_disk(
     tmp_path: Path, model_path: Path, corpus: Path, client: Any
 ) -> None:
-    """Two steps, read in a forked worker process: the same losses."""
+    """Two steps, read in a forked worker process, have the same losses."""
     from pipeline.training import train
     from tests.helpers import runs
 

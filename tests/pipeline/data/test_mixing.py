@@ -42,7 +42,7 @@ def same_items(a: Item, b: Item) -> bool:
     ] == [(record.doc_id, record.chunk) for record in b.general]
 
 
-def test_item_is_a_function_of_its_position(domain: TokenSequences, dump_path: Path) -> None:
+def test_an_item_depends_only_on_its_position(domain: TokenSequences, dump_path: Path) -> None:
     general = LogitDataset(dump_path)
     forwards = MixedDataset(domain, stream(general), 1.0, seed=1, items_per_step=4)
     backwards = MixedDataset(domain, stream(LogitDataset(dump_path)), 1.0, seed=1, items_per_step=4)
@@ -67,7 +67,7 @@ def test_an_epoch_sees_each_domain_sequence(domain: TokenSequences, dump_path: P
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0, 2.5])
-def test_general_sequences_come_in_their_share(
+def test_mix_sets_the_share_of_general_sequences(
     domain: TokenSequences, dump_path: Path, mix: float
 ) -> None:
     general = LogitDataset(dump_path)
@@ -75,7 +75,7 @@ def test_general_sequences_come_in_their_share(
     items = 200
     seen = [(r.doc_id, r.chunk) for at in range(items) for r in data[at].general]
     assert len(seen) == int(items * mix)
-    # Each block has as many rows of every epoch as there are: the first pass is over in time.
+    # No row comes again before every row has come once.
     assert len(set(seen)) == min(len(general), len(seen))
 
 
@@ -89,7 +89,7 @@ def test_each_pass_of_the_general_stream_sees_every_row(dump_path: Path) -> None
     assert endless.epochs(2 * len(general)) == [2.0]
 
 
-def test_several_dumps_come_in_their_proportion(dump_path: Path) -> None:
+def test_weights_set_the_shares_of_several_dumps(dump_path: Path) -> None:
     one, other = LogitDataset(dump_path), LogitDataset(dump_path)
     endless = stream(one, other, weights=(3, 1))
     blocks = [endless._block(block) for block in range(3)]
@@ -97,7 +97,7 @@ def test_several_dumps_come_in_their_proportion(dump_path: Path) -> None:
     indices = np.concatenate([indices for _, indices in blocks])
     for number, share in ((0, 750), (1, 250)):
         assert [(part == number).sum() for part, _ in blocks] == [share] * 3
-        # Each dump's rows come in epochs of their own, whatever the other's do.
+        # Each dump has epochs of its own, independent of the other dump.
         epochs = [shuffled(len(one), 1, GENERAL + 2 * number, epoch) for epoch in range(99)]
         expected = np.concatenate(epochs)[: 3 * share]
         assert indices[numbers == number].tolist() == expected.tolist()
@@ -105,7 +105,7 @@ def test_several_dumps_come_in_their_proportion(dump_path: Path) -> None:
     assert endless.epochs(4 * BLOCK) == [3 * BLOCK / len(one), BLOCK / len(one)]
 
 
-def test_mixing_by_tokens_follows_the_domain(domain: TokenSequences, dump_path: Path) -> None:
+def test_mix_by_tokens_keeps_the_ratio_of_tokens(domain: TokenSequences, dump_path: Path) -> None:
     general, mix, per_step = LogitDataset(dump_path), 1.5, 4
     data = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
     domain_tokens = general_tokens = 0
@@ -122,7 +122,7 @@ def test_mixing_by_tokens_follows_the_domain(domain: TokenSequences, dump_path: 
         assert same_items(fresh[at], expected[at])
 
 
-def test_apportion() -> None:
+def test_apportion_rounds_shares_to_the_whole() -> None:
     assert apportion([1, 1, 1], 1000) == [334, 333, 333]
     assert apportion([0.2, 0.8], 10) == [2, 8]
 
@@ -141,7 +141,7 @@ def test_a_dump_that_would_never_be_read_is_refused(dump_path: Path) -> None:
 
 
 @given(st.lists(st.floats(1e-3, 1e6), min_size=2, max_size=5), st.data())
-def test_the_smallest_weight_is_one_that_works(weights: list[float], data: st.DataObject) -> None:
+def test_the_smallest_weight_gets_a_share(weights: list[float], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(weights) - 1))
     weights[index] = sum(weights) / 1e6
     if apportion(weights, BLOCK)[index] == 0:

@@ -31,7 +31,7 @@ def row(dump_path: Path) -> PackedRow:
     return mixed_row(dump_path)
 
 
-def test_rows_hold_the_budget_and_every_sequence_once() -> None:
+def test_fill_keeps_to_the_size_and_takes_every_sequence_once() -> None:
     lengths = [5, 90, 30, 30, 41, 100, 2, 250]
     bins = fill(lengths, 100)
     assert sorted(index for chosen in bins for index in chosen) == list(range(len(lengths)))
@@ -40,7 +40,7 @@ def test_rows_hold_the_budget_and_every_sequence_once() -> None:
     assert fill(lengths, None) == [list(range(8))]
 
 
-def test_targets_stand_at_the_positions_that_predict_them(
+def test_targets_are_at_the_positions_that_predict_them(
     tmp_path: Path, model_path: Path, dump_path: Path
 ) -> None:
     corpus = CorpusConfig(str(write_texts(tmp_path / "domain.jsonl", some_texts(11))))
@@ -82,19 +82,19 @@ def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert other.numel() == value.numel() == 0 or torch.equal(other, value)
 
 
-def test_parts_of_a_row_are_the_rows_of_its_parts(dump_path: Path) -> None:
+def test_each_part_of_a_row_equals_a_row_of_that_kind(dump_path: Path) -> None:
     records = list(LogitDataset(dump_path))[:3]
     domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
     both = pack_row(domain, records)
     assert_same_row(domain_part(both), pack_row(domain, []))
     assert_same_row(general_part(both), pack_row([], records))
-    # where one kind is missing, a sequence with nothing to learn stands in for it
+    # If one kind is missing, a sequence without targets takes its place.
     assert_same_row(domain_part(pack_row([], records)), without_targets(pack_row([], records)))
     assert_same_row(general_part(pack_row(domain, [])), without_targets(pack_row(domain, [])))
     assert without_targets(both)["sequence_lengths"] == [5]
 
 
-def test_halves_of_a_row_are_the_whole(tmp_path: Path, row: PackedRow) -> None:
+def test_losses_of_both_parts_are_those_of_the_row(tmp_path: Path, row: PackedRow) -> None:
     student = tiny_model(tmp_path / "student", seed=3)
     domain, expected = losses(student, row)
     _, first = losses(student, domain_part(row))
@@ -103,7 +103,7 @@ def test_halves_of_a_row_are_the_whole(tmp_path: Path, row: PackedRow) -> None:
     assert len(first) == domain
 
 
-def test_without_the_domain_the_general_losses_stay(tmp_path: Path, row: PackedRow) -> None:
+def test_the_general_part_keeps_its_losses(tmp_path: Path, row: PackedRow) -> None:
     student = tiny_model(tmp_path / "student", seed=3)
     found = general_part(row)
     assert found["sequence_lengths"] == row["sequence_lengths"][2:]
@@ -114,6 +114,6 @@ def test_without_the_domain_the_general_losses_stay(tmp_path: Path, row: PackedR
     torch.testing.assert_close(general, expected[domain:], rtol=1e-4, atol=1e-5)
 
 
-def test_without_either_part_there_is_no_loss(dump_path: Path) -> None:
+def test_a_missing_part_has_no_targets(dump_path: Path) -> None:
     row = pack_row([LogitDataset(dump_path)[5].input_ids[:30]], [])
     assert len(general_part(row)["targets"]["rows"]) == 0

@@ -1,4 +1,4 @@
-"""Stage one through the real code and the real script, with the reference teacher."""
+"""Stage one through the real code and the real script, with transformers as the teacher."""
 
 import json
 import os
@@ -34,13 +34,13 @@ from tests.helpers.models import tiny_model
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """30 documents, two of them without a token to predict."""
+    """30 documents; two of them have no token to predict."""
     texts = some_texts(30)
     texts[3] = texts[17] = ""
     return write_texts(tmp_path / "corpus.jsonl", texts)
 
 
-def test_dump_holds_what_the_model_says(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+def test_dump_holds_the_top_k_of_the_model(tmp_path: Path, model_path: Path, corpus: Path) -> None:
     summary = dump.run(settings(tmp_path, model_path, corpus))
     assert (summary["documents"], summary["skipped"], summary["finished"]) == (28, 2, True)
     assert verify(tmp_path / "dump").ok
@@ -68,7 +68,7 @@ def test_auto_dtype_is_the_models_own(tmp_path: Path, corpus: Path) -> None:
         assert Dump(config.output).plan["teacher"]["dtype"] == name
 
 
-def test_plan_carries_the_tokenizer(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+def test_plan_stores_the_tokenizer(tmp_path: Path, model_path: Path, corpus: Path) -> None:
     summary = dump.run(settings(tmp_path, model_path, corpus, partitions=3), only="plan")
     assert summary == {"partitions": 3, "documents": 30}
     carried = tmp_path / "dump" / "tokenizer" / "tokenizer.json"
@@ -77,7 +77,9 @@ def test_plan_carries_the_tokenizer(tmp_path: Path, model_path: Path, corpus: Pa
         dump.run(settings(tmp_path, model_path, corpus, partitions=3), only="finalize")
 
 
-def test_partitions_hold_the_rows_of_one(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+def test_four_partitions_hold_the_same_rows_as_one(
+    tmp_path: Path, model_path: Path, corpus: Path
+) -> None:
     dump.run(settings(tmp_path, model_path, corpus))
     for index in [2, 0, 3]:
         config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "four"), partitions=4)
@@ -99,7 +101,7 @@ def test_a_finished_dump_starts_no_engine(
 def test_an_exception_keeps_what_is_committed(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher that fails in mid-shard; the next run equals an undisturbed one."""
+    """The teacher fails in mid-shard. After the next run the dump equals an undisturbed one."""
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "torn"))
     make = dump.make_teacher
@@ -154,7 +156,7 @@ def test_a_shard_is_committed_while_the_next_one_fills(
 def test_a_commit_that_fails_ends_the_dump(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its thread, with the next shard open: what was committed stays, nothing comes after it."""
+    """It fails in its thread while the next shard is open. Committed shards stay; none follows."""
     commit = ShardWriter.commit
 
     def failing(writer: ShardWriter, *arguments: object) -> object:
@@ -172,10 +174,10 @@ def test_a_commit_that_fails_ends_the_dump(
 
 
 @pytest.mark.slow
-def test_a_killed_and_an_interrupted_script_go_on(
+def test_a_killed_and_an_interrupted_script_resume(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
-    """SIGKILL and SIGTERM in mid-run, through the real script; the rows are the same."""
+    """SIGKILL and SIGTERM in mid-run of the real script leave the rows the same."""
     write_texts(corpus, some_texts(400))
     dump.run(settings(tmp_path, model_path, corpus))
     command = [
@@ -199,7 +201,7 @@ def test_a_killed_and_an_interrupted_script_go_on(
     assert rows(tmp_path / "killed") == rows(tmp_path / "dump")
 
 
-def test_another_plan_is_refused_with_the_difference(
+def test_another_plan_is_refused_and_the_difference_named(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
     dump.run(settings(tmp_path, model_path, corpus), only="plan")
@@ -231,7 +233,7 @@ def test_nan_from_the_teacher_names_the_document(
         ({"model": "./no/such/model"}, "no such directory"),
     ],
 )
-def test_settings_that_cannot_work(
+def test_impossible_settings_are_refused(
     tmp_path: Path, model_path: Path, corpus: Path, changes: dict, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -239,7 +241,7 @@ def test_settings_that_cannot_work(
     assert not (tmp_path / "dump").exists()
 
 
-def test_a_model_without_tokenizer_or_config(tmp_path: Path, corpus: Path) -> None:
+def test_a_model_without_tokenizer_or_config_is_refused(tmp_path: Path, corpus: Path) -> None:
     model = tiny_model(tmp_path / "model")
     for name in ["tokenizer.json", "tokenizer_config.json"]:
         (model / name).unlink()
@@ -251,7 +253,7 @@ def test_a_model_without_tokenizer_or_config(tmp_path: Path, corpus: Path) -> No
         dump.run(settings(tmp_path, model, corpus))
 
 
-def test_a_corpus_of_nothing_is_an_error(tmp_path: Path, model_path: Path) -> None:
+def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path, model_path: Path) -> None:
     corpus = write_texts(tmp_path / "corpus.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="no document has two tokens"):
         dump.run(settings(tmp_path, model_path, corpus))
@@ -266,7 +268,7 @@ def test_exit_codes(tmp_path: Path, model_path: Path, corpus: Path, capsys) -> N
     assert "k: 8 in the dump" in capsys.readouterr().err
 
 
-def test_script_refuses_a_partition_that_is_none() -> None:
+def test_script_refuses_a_partition_out_of_range() -> None:
     command = [sys.executable, SCRIPT, "--model=m", "--corpus.path=c", "--output=o"]
     result = subprocess.run([*command, "--partition", "4/4"], capture_output=True, text=True)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""Estimates against what the whole dump then is."""
+"""Estimates against the finished dump."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
+from pipeline.models.directory import ModelFolder
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
@@ -24,7 +25,7 @@ def config(tmp_path: Path, model: Path) -> DumpConfig:
     )
 
 
-def test_estimate_is_what_the_dump_takes(
+def test_estimate_is_near_the_finished_dump(
     tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "COUNTED", 55)
@@ -45,11 +46,11 @@ def test_estimate_is_what_the_dump_takes(
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_flops_count_what_is_multiplied(tmp_path: Path, tie: bool) -> None:
+def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) -> None:
     """Against the linear layers of the loaded model."""
     path = tiny_model(tmp_path / "model", tie=tie)
     model = AutoModelForCausalLM.from_pretrained(path)
-    total, used = estimate.weights(path)
+    total, used = estimate.weights(ModelFolder(path))
     assert total == sum(weight.numel() for weight in model.parameters())
     linear = [m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear"]
     norms = sum(w.numel() for name, w in model.named_parameters() if "norm" in name)
@@ -73,7 +74,7 @@ def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_pat
     assert f"the top 8 hold {found['kept_mass']:.1%} of the probability; the rest" in done.stdout
 
 
-def test_estimate_says_what_the_student_will_see_of_the_rest() -> None:
+def test_estimate_says_what_stands_for_the_tail() -> None:
     corpus = CorpusConfig("corpus.jsonl")
     hybrid = estimate.kept(0.774, DumpConfig("m", corpus, "out", k=64, samples=32))
     assert hybrid.endswith(" hold 77.4% of the probability, 32 samples stand for the rest")

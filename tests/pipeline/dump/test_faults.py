@@ -1,5 +1,6 @@
-"""What the world does to a dump: full disks, read-only and vanishing directories, signals, a parent
-that dies. Always a message and an exit code; what is committed stays, and the same command goes on.
+"""Faults from outside: full disks, read-only and moved directories, signals, a parent that dies.
+
+Each gives a message and an exit code. Committed shards stay, and the same command resumes.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount")
+        pytest.skip("mounting is not allowed here")
     try:
         yield folder
     finally:
@@ -45,7 +46,7 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
 
 
 @needs_root
-def test_a_full_disk_stops_it_and_space_lets_it_go_on(
+def test_a_full_disk_stops_a_dump_which_resumes_with_more_space(
     tmp_path: Path, model_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dump.run(settings(tmp_path, model_path, corpus))
@@ -66,7 +67,7 @@ def test_a_full_disk_stops_it_and_space_lets_it_go_on(
 
 
 @needs_root
-def test_a_read_only_directory_is_said_to_be_one(
+def test_a_read_only_directory_is_named_in_the_error(
     tmp_path: Path, model_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tmpfs(tmp_path / "disk", "4m") as disk:
@@ -79,10 +80,10 @@ def test_a_read_only_directory_is_said_to_be_one(
         assert dump.run(config)["finished"]
 
 
-def test_a_directory_that_is_removed_stays_away(
+def test_a_directory_that_is_moved_away_is_not_made_again(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moved away in mid-run: no half dump appears in its place; moved back, it goes on."""
+    """Moved away in mid-run, no half dump appears in its place. Moved back, it resumes."""
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "moved"))
     commit = PartitionsWriter.commit
@@ -103,7 +104,7 @@ def test_a_directory_that_is_removed_stays_away(
     assert rows(config.output) == rows(tmp_path / "dump")
 
 
-def test_a_directory_given_to_another_dump_gets_no_shard_of_this_one(
+def test_a_directory_that_another_dump_took_gets_no_shard_of_this_one(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(tmp_path, model_path, corpus)
@@ -123,10 +124,10 @@ def test_a_directory_given_to_another_dump_gets_no_shard_of_this_one(
     assert not list((tmp_path / "dump").rglob("*.parquet"))
 
 
-def test_a_shard_cut_elsewhere_is_gone_on_from(
+def test_resume_after_shards_of_another_size(
     tmp_path: Path, model_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other writer had another idea of where shards end: no row is lost or doubled."""
+    """A second writer ends its shards at other documents: no row is lost or doubled."""
     dump.run(settings(tmp_path, model_path, corpus))
     config = settings(tmp_path, model_path, corpus, output=str(tmp_path / "two"))
     other_cut = PartitionsWriter.__init__
@@ -173,10 +174,11 @@ def wait_for(path: Path, pattern: str, number: int = 1) -> None:
 def test_a_dump_ends_with_the_process_that_started_it(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
-    """The parent is killed; the dump stops by itself, leaving no open shard."""
+    """The parent is killed. The dump stops by itself and leaves no open shard."""
     write_texts(corpus, some_texts(3000))
     words = [*command(tmp_path, model_path, corpus), "--engine=transformers"]
-    # Under nohup SIGHUP is ignored, by which a dump knows that it is to outlive its parent.
+    # Under nohup, SIGHUP is ignored and a dump outlives its parent. Restore SIGHUP, as these tests
+    # may run under nohup.
     code = (
         "import signal, subprocess; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         f"p = subprocess.Popen({words!r}); print(p.pid, flush=True); p.wait()"
@@ -229,10 +231,10 @@ def test_reading_ahead_is_bounded_and_its_exception_arrives() -> None:
     time.sleep(0.3)
     after = len(made)
     time.sleep(0.3)
-    assert len(made) == after, "the thread goes on after its consumer has left"
+    assert len(made) == after, "the thread still reads after its consumer has left"
 
 
-def test_writing_behind_holds_the_engine_back_and_its_exception_arrives() -> None:
+def test_writing_behind_is_bounded_and_its_exception_arrives() -> None:
     done: list[int] = []
 
     def slow(number: int) -> None:
@@ -242,7 +244,7 @@ def test_writing_behind_holds_the_engine_back_and_its_exception_arrives() -> Non
     with Behind(slow, limit=10) as behind:
         for number in range(20):
             behind.put(number, 5)
-            assert number - len(done) <= 3, "more waits than the limit lets"
+            assert number - len(done) <= 3, "more waits than the limit allows"
     assert done == list(range(20))
 
     def broken(number: int) -> None:

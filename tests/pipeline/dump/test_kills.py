@@ -1,4 +1,4 @@
-"""No death of a process at any instant loses, doubles or tears a row; `make test-kill` for 200."""
+"""A kill at any instant loses, doubles or tears no row. `make test-kill` makes 200 kills."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.slow
-def test_twelve_kills() -> None:
+def test_twelve_kills_leave_every_row_as_it_was() -> None:
     command = [sys.executable, "-m", "tests.helpers.kills", "--kills=12", "--seed=3"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""A dump against the model it was made with, and against others."""
+"""A dump compared with the model that made it, and with others."""
 
 import subprocess
 import sys
@@ -34,10 +34,8 @@ def test_its_own_model_agrees_and_another_does_not(
         verify.recompute(str(dump_path), str(small), rows=3)
 
 
-def test_kl_counts_the_tail_and_is_the_one_over_kept_ids_and_tail(
-    dump_path: Path, model_path: Path
-) -> None:
-    """Against the sum written out in float64."""
+def test_row_kl_is_over_the_kept_ids_and_the_tail(dump_path: Path, model_path: Path) -> None:
+    """Compared with the sum written out in float64."""
     import torch
     from transformers import AutoModelForCausalLM
 

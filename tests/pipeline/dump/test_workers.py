@@ -1,4 +1,4 @@
-"""Several dumps at a time over one corpus: retries, progress, signals."""
+"""Several workers at a time over one corpus: retries, progress, signals."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ if partition == 3 and tries.read_text() == "x": os.kill(os.getpid(), 9)
 """
 
 
-def test_a_failed_partition_is_tried_again_and_the_others_go_on(
+def test_a_failed_partition_is_retried_and_the_others_finish(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-c", FAKE, str(tmp_path)]

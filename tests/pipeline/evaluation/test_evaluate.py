@@ -107,7 +107,7 @@ def test_measures_equal_the_naive_ones(
             measured = {key: report["models"][name][kind][key] for key in expected}
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)
     found = report["models"]["student"]
-    assert found["general"]["tail_mass"] > 0.1, "the tail is worth looking at"
+    assert found["general"]["tail_mass"] > 0.1, "the tail is too small for this test"
     assert found["kl_to_base"] == found["general"]["forward_kl"] > 0.1
     assert found["domain_perplexity"] == found["domain"]["perplexity"]
     assert report["models"]["base"]["kl_to_base"] == 0
@@ -174,7 +174,7 @@ def test_results_are_there_whatever_the_encoding(
     assert "KL(base?m)" in printed.read()
 
 
-def test_worst_documents_and_changes(
+def test_worst_documents_are_those_whose_loss_rises_most(
     tmp_path: Path, model_path: Path, student: Path, general: Path
 ) -> None:
     report = evaluate.run(
@@ -228,7 +228,7 @@ def test_other_tokenizer_is_refused(
         evaluate.run(EvalConfig(models, general=CorpusConfig(str(general))))
 
 
-def test_nothing_to_evaluate(tmp_path: Path, model_path: Path) -> None:
+def test_nothing_to_evaluate_is_an_error(tmp_path: Path, model_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"give domain\.path"):
         EvalConfig({"base": str(model_path)})
     with pytest.raises(ConfigError, match="must be one of the models"):

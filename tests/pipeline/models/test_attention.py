@@ -1,4 +1,4 @@
-"""The student sees exactly what the teacher saw: packed sequences equal the sequences alone."""
+"""Packed sequences have the same logits as the sequences alone, which the teacher saw."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def logits_alone(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def test_packed_equals_alone_with_gradients(kind: str) -> None:
     model = make(kind)
     ids = torch.randint(0, 97, (sum(LENGTHS),))
-    expected = logits_alone(model, ids)  # before: by the model's own attention
+    expected = logits_alone(model, ids)  # with the model's own attention
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

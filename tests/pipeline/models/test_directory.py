@@ -1,5 +1,6 @@
-"""What a model directory says of itself."""
+"""What a model directory tells about the model."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -69,3 +70,105 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         ModelFolder.find(str(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="no tokenizer"):
         _ = ModelFolder(tmp_path / "empty").tokenizer
+
+
+EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nraise SystemExit\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "nosuch"}, "model_type 'nosuch'"),
+        ({"model_type": None}, "model_type None"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "evil.C"}}, "auto_map"),
+        ({"vocab_size": -1}, "vocab_size: expected at most"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers: expected at most"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"attn_implementation": "someone/kernel"}, "someone/kernel"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    tiny_model(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (tmp_path / "evil.py").write_text(EVIL)
+    with pytest.raises(ConfigError, match=r"config\.json") as refused:
+        ModelFolder.find(str(tmp_path))
+    assert words in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "hub"}))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelFolder.find(str(tmp_path)).dtype()
+
+
+def test_a_dtype_in_the_settings_is_checked(model_path: Path) -> None:
+    for name in ("nosuch", "hub"):
+        with pytest.raises(ConfigError, match=f"^dtype: expected bfloat16.*found '{name}'"):
+            ModelFolder(model_path).dtype(name)
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "tokenizer_config", "generation_config"])
+def test_the_broken_file_is_named(tmp_path: Path, name: str) -> None:
+    tiny_model(tmp_path)
+    file = tmp_path / f"{name}.json"
+    file.write_text(file.read_text()[:40])
+
+    def read() -> None:
+        folder = ModelFolder.find(str(tmp_path))
+        _ = folder.tokenizer
+        folder.load("float32")
+
+    with pytest.raises(ConfigError, match=rf"/{name}\.json: expected JSON"):
+        read()
+
+
+def test_a_tokenizer_of_the_wrong_content_is_said(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ConfigError, match=r"no tokenizer.*Found tokenizer\.json"):
+        _ = ModelFolder.find(str(tmp_path)).tokenizer
+
+
+def test_code_in_a_directory_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does transformers ask for it on a terminal, or take a "y" from stdin."""
+    tiny_model(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "evil.py").write_text(EVIL)
+    for name, entry in [
+        ("config.json", {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
+    ]:
+        file = tmp_path / name
+        given = json.loads(file.read_text()) | {"auto_map": entry}
+        if name.startswith("tokenizer"):
+            given["tokenizer_class"] = "EvilTokenizer"
+        file.write_text(json.dumps(given))
+    folder = ModelFolder.find(str(tmp_path))
+    folder.load("float32")
+    with contextlib.suppress(ConfigError):
+        _ = folder.tokenizer
+    assert not list(Path(tmp_path).rglob("ran"))
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    """transformers would load the model that it names, from anywhere."""
+    tiny_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ConfigError, match="Merge it"):
+        ModelFolder.find(str(tmp_path))
+
+
+def test_a_file_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model")
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "model" / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match=r"merges\.txt is a link"):
+        ModelFolder.find(str(tmp_path / "model"))

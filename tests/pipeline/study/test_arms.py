@@ -15,7 +15,7 @@ from tests.helpers.models import tiny_model
 from tests.helpers.rows import mixed_row
 
 
-def test_changes_go_one_after_the_other(model_path: Path, dump_path: Path) -> None:
+def test_an_arm_makes_its_changes_in_order(model_path: Path, dump_path: Path) -> None:
     row = mixed_row(dump_path)
     arm = ArmConfig(targets="renormalised", k=2, domain=False)
     for change in targets.retargets(arm):

@@ -23,7 +23,7 @@ def test_live_is_the_full_divergence(
     direction: Direction,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Losses and gradients in float64 against autograd on each sequence by itself."""
+    """Losses and gradients in float64, compared with autograd on each sequence alone."""
     monkeypatch.setattr(live_teacher, "ROWS", 40)
     student = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "student", seed=3))
     teacher = AutoModelForCausalLM.from_pretrained(model_path)

@@ -22,7 +22,7 @@ SCRIPT = SCRIPTS / "study.py"
 
 @pytest.fixture
 def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
-    """A study of tiny runs. The dump holds the whole vocabulary, as a live teacher does."""
+    """A study of tiny runs. The dump holds the whole vocabulary, as a live teacher has it."""
     texts = some_texts(22)
     domain = {"path": str(write_texts(tmp_path / "domain.jsonl", [t[::-1] for t in texts]))}
     general = {"path": str(write_texts(tmp_path / "general.jsonl", texts))}
@@ -60,14 +60,14 @@ def run(tmp_path: Path, settings: dict[str, Any], *options: str) -> subprocess.C
 
 
 @pytest.mark.slow
-def test_study_does_what_is_missing(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_study_does_only_what_is_missing(tmp_path: Path, settings: dict[str, Any]) -> None:
     done = run(tmp_path, settings, "--only", "[ce]", "--seeds", "[0]")
     assert done.returncode == 0, done.stderr
     output = tmp_path / "study"
-    assert not (output / "dumps").exists(), "cross-entropy on the domain needs none"
+    assert not (output / "dumps").exists(), "cross-entropy on the domain needs no dump"
     first = output / "runs" / "ce-lr0.001-seed0"
     before = (first / "measures.json").stat().st_mtime_ns
-    (first / "measures.json").rename(first / "kept.json")  # died before it was measured
+    (first / "measures.json").rename(first / "kept.json")  # as if killed before measuring
     trained = (first / "summary.json").read_text()
 
     done = run(tmp_path, settings)
@@ -83,12 +83,12 @@ def test_study_does_what_is_missing(tmp_path: Path, settings: dict[str, Any]) ->
     arms = {of["arm"]: of for of in results["arms"]}
     assert list(arms) == ["half", "ce", "mol", "live"]
     check_numbers(results, arms)
-    # A dump of the whole vocabulary teaches what the live teacher does, up to the codec.
+    # A dump of the whole vocabulary teaches the same as the live teacher, up to the codec.
     stored, live = (runs[f"{arm}-lr0.001-seed0"] for arm in ("mol", "live"))
     assert stored["curve"]["ce"] == pytest.approx(live["curve"]["ce"], rel=1e-3)
     assert stored["curve"]["kl"] == pytest.approx(live["curve"]["kl"], rel=2e-2, abs=2e-4)
     assert stored["curve"]["step"] == [0, 2, 3]
-    for kind in ("domain", "general", "other"):  # as many sequences, so the last is the measure
+    for kind in ("domain", "general", "other"):  # the same sequences as in the measures
         assert stored["curve"][kind][-1] == pytest.approx(stored[kind]["perplexity"], rel=1e-4)
     assert runs["ce-lr0.001-seed0"]["curve"]["ce"][0] != runs["ce-lr0.001-seed1"]["curve"]["ce"][0]
     assert f"{arms['mol']['domain_perplexity']['mean']:.2f} ± " in done.stdout
@@ -175,7 +175,7 @@ def test_plan_is_arms_times_rates_times_seeds() -> None:
     assert "dump" not in runs[0].settings
 
 
-def test_mistakes_are_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"only: 'x' is not one of ce, mol"):
         config(only=["x"])
     with pytest.raises(ConfigError, match=r"arms\.a\.dump"):

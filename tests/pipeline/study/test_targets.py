@@ -1,4 +1,4 @@
-"""The targets of the control arms, against what they stand for."""
+"""The targets of the control arms, compared with their definitions."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_cut_moves_the_rest_to_the_tail(row: PackedRow) -> None:
 
 
 def test_renormalised_has_no_tail_and_drifts(model_path: Path, row: PackedRow) -> None:
-    """Where the student is the teacher, the loss is -log of the mass held, not 0."""
+    """Where the student equals the teacher, the loss is -log of the kept mass, not 0."""
     found = targets.renormalised(row)["targets"]
     assert (found["tail_logprob"] == -torch.inf).all()
     torch.testing.assert_close(found["logprobs"].exp().sum(1), torch.ones(len(found["ids"])))

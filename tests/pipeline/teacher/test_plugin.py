@@ -56,7 +56,7 @@ def test_an_import_that_fails_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.vllm
 def test_a_dump_does_not_take_the_slower_way_silently(tmp_path: Path) -> None:
-    """The real script and the real vLLM, which a user's VLLM_PLUGINS keeps from the plug-in."""
+    """The real script and the real vLLM, with a VLLM_PLUGINS that leaves the plug-in out."""
     model = tiny_model(tmp_path / "model")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "some words that are long enough"}\n')

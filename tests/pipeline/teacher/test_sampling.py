@@ -11,7 +11,7 @@ from storage import TopK
 
 
 def tails(rows: int, size: int, seed: int = 0) -> Tensor:
-    """Logits [rows, size] of which a third is -inf, as kept ids are; the first row all of it."""
+    """Logits [rows, size]; a third is -inf, as kept ids are, and so is the whole first row."""
     torch.manual_seed(seed)
     logits = torch.randn(rows, size) * 3
     logits[torch.rand(rows, size) < 1 / 3] = -torch.inf
@@ -28,7 +28,7 @@ def counts_of(ids: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 16, 17, 41, 1000, 33_000])
 @pytest.mark.parametrize("draws", [1, 3, 50])
 def test_each_id_is_drawn_as_often_as_its_probability_says(size: int, draws: int) -> None:
-    """N · p times, rounded down or up; of no mass never; NONE where nothing has any."""
+    """N · p times, rounded down or up; never if p is 0; NONE in a row without mass."""
     logits = tails(200, size)
     none = torch.isneginf(logits).all(1)
     at = (torch.rand(200, 1, dtype=torch.float64) + torch.arange(draws)) / draws
@@ -46,7 +46,7 @@ def test_frequencies_over_many_hashes_are_the_probabilities() -> None:
     """Chi-square of a million draws."""
     logits = tails(2, 60)[1:]
     rows = 100_000
-    rest = torch.arange(rows, dtype=torch.float32) / 7 + 3  # as many positions, one distribution
+    rest = torch.arange(rows, dtype=torch.float32) / 7 + 3  # so many positions, one distribution
     at = places(Sampling(10, seed=5), rest, rest + 0.1)
     ids = draw(logits.repeat(rows, 1), at, logits.amax(1).repeat(rows))
     p = logits.double().softmax(-1)[0]
@@ -86,7 +86,7 @@ def test_the_hash_uses_every_bit() -> None:
 
 
 def gradient(logits: Tensor, target: TopK) -> Tensor:
-    """Of forward KL to a record, summed over positions: [P, V]."""
+    """Gradient [P, V] of the forward KL to a record, summed over positions."""
     logits = logits.clone().requires_grad_()
     ids, logprobs = (torch.from_numpy(np.array(part)) for part in target.dense())
     tail = torch.from_numpy(target.tail_logprob).double()
@@ -98,7 +98,7 @@ def gradient(logits: Tensor, target: TopK) -> Tensor:
 @pytest.mark.parametrize("k", [0, 5])
 @pytest.mark.parametrize("draws", [1, 12])
 def test_the_gradient_is_unbiased_and_that_of_the_top_k_alone_is_not(k: int, draws: int) -> None:
-    """Its mean over many seeds is within its standard error of the full vocabulary's, in fp64."""
+    """The mean over many seeds is within its standard error of the full-vocabulary gradient."""
     torch.manual_seed(k + draws)
     rows, size, seeds = 6, 97, 4000
     base, logits = torch.randn(2, rows, size, dtype=torch.float64) * 2
@@ -117,13 +117,13 @@ def test_the_gradient_is_unbiased_and_that_of_the_top_k_alone_is_not(k: int, dra
     record = TopK.from_dense(each(ids), each(best), each(rest - total), drawn)
     found = gradient(each(logits), record.spread_tail())
     mean = found.view(seeds, rows, size).mean(0)
-    # Of N draws an id gets N · p, rounded up in as many cases as the fraction says.
+    # An id gets N · p of N draws, rounded up with the probability of its fraction.
     fraction = (draws * outside.softmax(-1)) % 1
     tail = (rest - total).exp()[:, None]
     error = tail / draws * (fraction * (1 - fraction) / seeds).sqrt()
-    # float32 sums in the record and in the draws: 1e-6 of bias is theirs
+    # float32 sums in the record and in the draws add a bias of up to 1e-6.
     z = (mean - wanted).abs() / (error + 1e-6)
-    # Of rare ids, which are drawn few times in all, z is not normal; their squares still sum up.
+    # z of rare ids is not normal, as they are drawn few times; the mean of z² is still about 1.
     assert z.max() < 8
     assert (z**2).mean() < 1.5
 

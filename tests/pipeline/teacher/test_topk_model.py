@@ -31,7 +31,7 @@ def test_top_and_rest_of_any_shape(size: int, k: int, dtype: torch.dtype) -> Non
     torch.testing.assert_close(rest.double(), others, rtol=1e-6, atol=1e-5)
 
 
-def test_columns_that_cannot_be_have_no_mass() -> None:
+def test_columns_of_minus_infinity_have_no_mass() -> None:
     logits = torch.full((2, 3000), -torch.inf)
     logits[:, 7], logits[:, 2999] = 1.0, 2.0
     best, ids, rest = topk_model.top_and_rest(logits, 2)
@@ -47,7 +47,7 @@ def test_nan_stays_nan() -> None:
     assert torch.isnan(best[1]).any() or torch.isnan(rest[1])
 
 
-def test_the_full_logits_of_a_large_vocabulary_never_exist(
+def test_the_full_logits_never_exist_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """151,936 ids, 2,000 rows: 1.2 GB in float32, of which 32 MiB exist at a time."""
@@ -69,8 +69,9 @@ def test_the_full_logits_of_a_large_vocabulary_never_exist(
 
 
 @pytest.mark.parametrize("k", [0, 4, 42])
-def test_ranks_draw_what_one_would(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    """Three ranks, each with its columns: N · p of each id of the tail, rounded down or up."""
+def test_several_ranks_draw_as_one_would(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Three ranks have a third of the columns each. An id of the tail is drawn N · p times, rounded
+    down or up."""
     draws, size, tokens = 24, 42, 300
     torch.manual_seed(0)
     logits = torch.randn(tokens, size) * 2
@@ -108,7 +109,7 @@ def test_ranks_draw_what_one_would(monkeypatch: pytest.MonkeyPatch, k: int) -> N
 
 
 class Ranks:
-    """Ranks as threads that gather from each other."""
+    """Threads that act as ranks and gather from each other."""
 
     def __init__(self, number: int) -> None:
         self.barrier = threading.Barrier(number, timeout=30)

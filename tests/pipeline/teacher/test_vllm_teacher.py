@@ -1,4 +1,4 @@
-"""The real engine against the reference: chunked prefill, preemption, both shapes of head."""
+"""The real engine against transformers: chunked prefill, preemption, tied and untied heads."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from tests.helpers.paths import ROOT
 
 K = 16
 
-compiled()  # numba is loaded, as after version 2 was read: vLLM starts all the same
+compiled()  # loads numba, as reading version 2 does: vLLM must still start
 
 
 def real_engine(test: Any) -> Any:
@@ -41,14 +41,14 @@ def sequences(lengths: list[int], vocab_size: int = 512) -> list[Sequence]:
 
 
 def answers(teacher: Teacher, given: list[Sequence]) -> list[TopK]:
-    """The teacher's answers, having checked that they come in order."""
+    """The teacher's answers; checks that they come in order."""
     found = list(teacher.topk(iter(given)))
     assert [sequence.doc_id for sequence, _ in found] == [sequence.doc_id for sequence in given]
     return [topk for _, topk in found]
 
 
 def assert_agree(one: list[TopK], other: list[TopK], tolerance: float = 1e-4) -> None:
-    """Same rows, and equal log-probabilities of equal ids; near-ties may change places."""
+    """Assert the same rows and the same log-probabilities; near-ties may change places."""
     assert [len(topk) for topk in one] == [len(topk) for topk in other]
     for left, right in zip(one, other, strict=True):
         for (ids, logprobs), (other_ids, other_logprobs) in zip(
@@ -57,7 +57,7 @@ def assert_agree(one: list[TopK], other: list[TopK], tolerance: float = 1e-4) ->
             np.testing.assert_allclose(logprobs, other_logprobs, atol=tolerance)
             known = dict(zip(other_ids, other_logprobs, strict=True))
             for token, logprob in zip(ids, logprobs, strict=True):
-                # an id that only one of them kept ties with the other's last
+                # an id that only one of them kept must tie with the other's last
                 assert abs(known.get(token, other_logprobs[-1]) - logprob) < tolerance
         np.testing.assert_allclose(left.tail_logprob, right.tail_logprob, atol=tolerance)
 
@@ -78,7 +78,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tie=True)
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
+def test_rows_of_another_width_are_refused() -> None:
     class Output:
         class outputs:
             data = torch.zeros(9, 33, dtype=torch.int32)
@@ -91,7 +91,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 @real_engine
 def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
-    """Documents of up to 900 tokens, 128 to a step, more of them than are in flight."""
+    """Documents of up to 900 tokens, 128 tokens in a step, more documents than are in flight."""
     given = sequences([2, 3, 127, 128, 129, 300, 900, 5, 640] + [50] * 20)
     with engine(long_model, "qwen3", in_flight=7, max_num_batched_tokens=128) as teacher:
         found = answers(teacher, given)
@@ -103,14 +103,14 @@ def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
 def test_preempted_sequences_keep_their_rows(
     long_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A KV cache that holds fewer sequences than are scheduled: some start again from 0."""
+    """The KV cache holds fewer sequences than are scheduled, so some start again from 0."""
     restarts = count_restarts(monkeypatch)
     given = sequences([700] * 12)
     with engine(
         long_model,
         "qwen3",
         max_num_batched_tokens=512,
-        long_prefill_token_threshold=64,  # many sequences at a time, each a piece further
+        long_prefill_token_threshold=64,  # many sequences in a step, a piece of each
         max_num_seqs=12,
         num_gpu_blocks_override=18,
         block_size=128,
@@ -162,10 +162,10 @@ def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.Mo
 
 @real_engine
 @pytest.mark.parametrize(("k", "ranks"), [(K, 1), (0, 1), (K, 2)])
-def test_samples_are_of_the_tail_that_transformers_sees(
+def test_samples_come_from_the_tail_that_transformers_computes(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, k: int, ranks: int
 ) -> None:
-    """An id of probability p in the tail comes up N · p times, rounded down or up."""
+    """An id of probability p in the tail is drawn N · p times, rounded down or up."""
     draws, given = 40, sequences([2, 40, 333])
     how = Sampling(draws, seed=3)
     options: dict[str, Any] = {"max_num_batched_tokens": 128}
@@ -196,7 +196,7 @@ def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -
         assert (drawn >= np.floor(expected - 0.01)).all()
         assert (drawn <= np.ceil(expected + 0.01)).all()
         different += len(topk.samples.ids)
-    assert different > 3 * sum(map(len, found)), "always the same id: the test shows little"
+    assert different > 3 * sum(map(len, found)), "too few different ids: the test shows little"
 
 
 @real_engine
@@ -210,7 +210,7 @@ def test_samples_without_the_plugin_are_refused(
 
 @real_engine
 def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipeline parallelism: only the last rank has a head. vLLM runs it on a CPU only compiled."""
+    """Pipeline parallelism: only the last rank has a head. On a CPU, vLLM must compile for it."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     given = sequences([2, 40, 333, 900])
     with engine(
@@ -225,10 +225,10 @@ def test_two_ranks_split_the_layers(long_model: Path, monkeypatch: pytest.Monkey
 
 
 @real_engine
-def test_a_model_that_the_plugin_cannot_wrap(
+def test_a_model_that_the_plugin_cannot_wrap_uses_prompt_logprobs(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """prompt_logprobs instead, said so, and the same answers; also as long as the model reads."""
+    """With a message, and with the same answers, also at the longest length of the model."""
     monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
     given = sequences([2, 40, 333, 2048])
     with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
@@ -239,10 +239,10 @@ def test_a_model_that_the_plugin_cannot_wrap(
 
 
 @real_engine
-def test_a_quantised_model_gives_what_vllm_gives_for_it(
+def test_the_plugin_agrees_with_vllm_on_a_quantised_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 bit weights and activations: the plug-in's answers against the engine's own ones."""
+    """8-bit weights and activations: the plug-in's answers against vLLM's prompt_logprobs."""
     model = quantise_int8(tiny_model(tmp_path, tie=False, dtype=torch.bfloat16))
     given = sequences([2, 40, 333])
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
@@ -252,11 +252,11 @@ def test_a_quantised_model_gives_what_vllm_gives_for_it(
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
         expected = answers(teacher, given)
-    assert_agree(found, expected, tolerance=0.05)  # of a head in bfloat16, there
+    assert_agree(found, expected, tolerance=0.05)  # there the head is in bfloat16
 
 
 @real_engine
-def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
+def test_a_new_call_works_after_one_was_closed_early(long_model: Path) -> None:
     given = sequences([30] * 40)
     with engine(long_model, "qwen3", in_flight=10) as teacher:
         first = teacher.topk(iter(given))
@@ -269,7 +269,7 @@ def test_a_new_call_after_one_was_given_up(long_model: Path) -> None:
 
 @real_engine
 def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
-    """SIGKILL for the process in front; vLLM's own processes follow."""
+    """After SIGKILL for the process in front, vLLM's own processes end."""
     code = (
         "import os, time, pathlib\n"
         "from pipeline.models.directory import ModelFolder\n"

@@ -1,4 +1,4 @@
-"""KL to a held-out dump during training, and the best checkpoint by a metric of the user's."""
+"""KL to a held-out dump during training, and the best checkpoint by the user's metric."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def domain(tmp_path: Path) -> Path:
 
 
 def evaluations(run: str, metric: str) -> dict[int, float]:
-    """The metric's value at each step that it was measured at."""
+    """The value of the metric at each step that logged it."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[metric] for line in lines if metric in line}
 
@@ -56,7 +56,7 @@ def test_kl_to_a_held_out_dump(
     summary = train.run(config)
     found = evaluations(config.output, "eval_general_kl")
     assert list(found) == [0, 3, 6]
-    assert 0 <= found[0] < 1e-3 < found[3]  # the base itself at first
+    assert 0 <= found[0] < 1e-3 < found[3]  # at first the student equals the base
     assert summary["eval_general_kl"] == found[6]
 
     row = pack_row([], list(LogitDataset(dump_path))[:10])
@@ -104,7 +104,7 @@ def test_the_student_is_the_best_checkpoint_also_after_a_resume(
     if lora is None:
         assert same(chosen, weights(run / "checkpoint-4"))
 
-    # As if killed after the second checkpoint: what was best before is remembered.
+    # As if killed after the second checkpoint: the resumed run knows the best one before.
     shutil.rmtree(run / "model")
     (run / "summary.json").unlink()
     (run / "checkpoint-12" / "distill.json").unlink()
@@ -112,7 +112,7 @@ def test_the_student_is_the_best_checkpoint_also_after_a_resume(
     assert train.run(config)["best"] == best
     assert same(chosen, weights(run / "model"))
 
-    # The same run without the choice ends elsewhere.
+    # The same run without load_best_model_at_end ends with another student.
     config.output = str(tmp_path / "last")
     del config.training["load_best_model_at_end"], config.training["metric_for_best_model"]
     assert train.run(config)["best"] is None
@@ -120,7 +120,7 @@ def test_the_student_is_the_best_checkpoint_also_after_a_resume(
 
 
 @pytest.mark.parametrize("metric", ["eval_loss", None])
-def test_a_metric_that_is_not_measured(
+def test_a_metric_that_is_not_measured_is_refused(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, metric: str | None
 ) -> None:
     config = settings(

@@ -1,4 +1,4 @@
-"""FSDP2 through the real script: two processes on the CPU, which talk through gloo."""
+"""FSDP2 through the real script: two processes on the CPU, which communicate through gloo."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
-# Rank 0 alone reads the weights, layers are checkpointed, each rank writes its own shards.
+# Only rank 0 reads the weights, activations are checkpointed, each rank writes its own shards.
 SPARING = {
     "activation_checkpointing": True,
     "cpu_ram_efficient_loading": True,
@@ -94,7 +94,7 @@ def test_two_shards_learn_what_one_process_learns(
     for key, value in plain.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4)
 
-    # As if killed after step 8: the same command goes on, to the same end.
+    # As if killed after step 8: the same command resumes and ends with the same weights.
     shutil.rmtree(tmp_path / "sharded" / "model")
     (tmp_path / "sharded" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-10", ignore_errors=True)
@@ -110,7 +110,7 @@ def test_two_shards_learn_what_one_process_learns(
 def test_two_shards_in_bfloat16_with_adapters(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
-    """Only what is multiplied is rounded; the losses come out of the wrapped forward in float32."""
+    """Only matrix products are rounded; the wrapped forward returns the losses in float32."""
     config = settings(
         tmp_path,
         model_path,
@@ -124,7 +124,7 @@ def test_two_shards_in_bfloat16_with_adapters(
     logged = steps(config.output)
     assert 0 <= logged[0]["kl"] < 2e-3
     ces = torch.tensor([line["ce"] for line in logged])
-    assert (ces.half() != ces).all()  # two ranks' bfloat16 sums would fit into 11 bits
+    assert (ces.half() != ces).all()  # sums of bfloat16 losses of two ranks would fit into 11 bits
     assert logged[-1]["ce"] < logged[0]["ce"]
     before = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
     after = {name: value.bfloat16() for name, value in weights(config.output).items()}
@@ -133,13 +133,13 @@ def test_two_shards_in_bfloat16_with_adapters(
     assert all("proj" in name for name in changed)
 
 
-def test_a_single_process_has_nobody_to_share_with(
+def test_fsdp_in_a_single_process_is_refused(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
     config = settings(tmp_path, model_path, dump_path, domain, training=FSDP)
     with pytest.raises(ConfigError, match="one process cannot share the model out"):
         train.run(config)
-    assert "ACCELERATE_USE_FSDP" not in os.environ  # the next run in this process is another
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # or the next run in this process would use it
 
 
 LEAVES = """
@@ -155,7 +155,7 @@ print("alone")
 """
 
 
-def test_a_rank_leaves_with_its_code_and_what_waits_for_the_exit() -> None:
+def test_a_rank_leaves_with_its_code_after_the_exit_handlers() -> None:
     def leaves(who: str) -> tuple[int, list[str]]:
         command = [sys.executable, "-c", LEAVES, who]
         done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])

@@ -1,4 +1,4 @@
-"""The gradients of the objective's two parts, against autograd on full logits."""
+"""The gradients of the two parts of the objective, against autograd on full logits."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_norms_and_cosine_are_those_of_autograd(
     assert logged["teacher_tail"] == pytest.approx(tail, rel=1e-4)
 
 
-def test_measuring_changes_nothing(
+def test_measuring_gradients_does_not_change_training(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
     runs = []

@@ -1,4 +1,4 @@
-"""The memory estimate: its parts by hand, the whole against a run's peak, what it refuses."""
+"""The memory estimate: its parts by hand, its total against the peak of a run, and refusals."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import settings, yaml_of
 
-# Peak resident set above what was there before the model was loaded, through the real code.
+# Prints the estimate, and the peak of the resident set above its size before the model is loaded.
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
@@ -65,7 +65,9 @@ def estimate_of(config: Any, row_tokens: int = 100, **changes: Any) -> memory.Es
     return memory.estimate(config, args, ModelFolder(Path(config.model)), row_tokens)
 
 
-def test_parts_by_hand(tmp_path: Path, model_path: Path, dump_path: Path, domain: Path) -> None:
+def test_parts_equal_those_by_hand(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     size = AutoModelForCausalLM.from_pretrained(model_path).num_parameters()
@@ -93,7 +95,7 @@ def test_parts_by_hand(tmp_path: Path, model_path: Path, dump_path: Path, domain
 
 
 def test_activations_are_what_autograd_saves(model_path: Path) -> None:
-    """The pass on the meta device against one on the CPU."""
+    """A pass on the meta device, compared with one on the CPU."""
     from transformers import AutoModelForCausalLM
 
     from pipeline.models.attention import PACKED
@@ -123,7 +125,7 @@ def test_activations_are_what_autograd_saves(model_path: Path) -> None:
     assert memory.saved_bytes(empty) == pytest.approx(sum(sizes.values()), rel=0.15)
 
 
-def test_a_forward_that_needs_values_leaves_activations_out(
+def test_activations_are_unknown_if_the_forward_needs_values(
     model_path: Path, dump_path: Path, domain: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     config = settings(tmp_path, model_path, dump_path, domain)
@@ -169,7 +171,7 @@ def test_estimate_is_near_the_peak(
     assert 0.5 < peak / expected < 1.7
 
 
-def test_what_cannot_fit_is_refused_before_weights_load(
+def test_a_model_that_cannot_fit_is_refused_before_weights_load(
     tmp_path: Path, dump_path: Path, domain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny_model(tmp_path / "student")
@@ -180,7 +182,7 @@ def test_what_cannot_fit_is_refused_before_weights_load(
         train.run(config)
 
 
-def test_what_may_not_fit_is_said(
+def test_a_run_that_may_not_fit_gets_a_warning(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     config = settings(tmp_path, model_path, dump_path, domain, training={"max_steps": 1})

@@ -1,4 +1,4 @@
-"""transformers' own options, which pass through `training:`."""
+"""Options of transformers, which pass through `training`."""
 
 import importlib.util
 import shutil
@@ -41,7 +41,7 @@ def test_gradient_checkpointing_learns_the_same(run: Any) -> None:
 
 
 def test_bf16_stays_near_float32_with_exact_losses(run: Any) -> None:
-    """Autocast rounds what is multiplied; targets, softmax and sums stay float32."""
+    """Autocast rounds matrix products; targets, softmax and sums stay float32."""
     plain, half = run("plain"), run("half", bf16=True)
     train.run(plain)
     null_kl = train.run(half)["null_test_kl"]
@@ -62,7 +62,7 @@ def test_compiled_learns_the_same(run: Any) -> None:
     assert summary["steps"] == 8
 
 
-def test_curves_reach_tensorboard(run: Any) -> None:
+def test_metrics_reach_tensorboard(run: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = run("run", report_to="tensorboard", eval_strategy="steps", eval_steps=4)
@@ -85,3 +85,12 @@ def test_compile_with_fsdp_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="torch_compile does not work with FSDP"):
         training_arguments(run("run", torch_compile=True))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("grokadamw") is not None, reason="the package is installed"
+)
+def test_an_optimizer_that_is_not_installed_is_refused(run: Any) -> None:
+    training_arguments(run("here", optim="adafactor"))
+    with pytest.raises(ConfigError, match=r"training\.optim .*install grokadamw"):
+        training_arguments(run("missing", optim="grokadamw"))

@@ -51,7 +51,7 @@ def domain(tmp_path: Path) -> Path:
 
 
 def scaled_or_capped(kind: str) -> PreTrainedModel:
-    """A tiny model that does more to its logits than a linear head does."""
+    """A tiny model that scales or caps the logits of its linear head."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 512,
@@ -120,7 +120,7 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
 
 
-def test_unknown_logits_are_refused() -> None:
+def test_a_model_that_changes_its_logits_is_refused() -> None:
     class Doubled(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -168,7 +168,7 @@ def test_a_run_learns_and_leaves_a_plain_model(
 
     saved = tokenizer_fingerprint(ModelFolder(tmp_path / "run" / "model").tokenizer)
     assert saved == tokenizer_fingerprint(ModelFolder(model_path).tokenizer)
-    # the same command again has nothing to do
+    # The same command again has nothing to do.
     assert train.run(config) == summary
 
 
@@ -215,10 +215,10 @@ def test_lora_on_the_head_is_refused(
 
 
 @pytest.mark.slow
-def test_one_big_batch_equals_small_ones_and_rows_and_ranks(
+def test_batches_rows_and_ranks_do_not_change_training(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
-    """What is learnt does not depend on how a step's sequences are spread out."""
+    """The steps are the same, however the sequences of a step are split."""
     runs = {}
     for name, ranks, size, accumulation, row_tokens in [
         ("one batch", 1, 8, 1, None),
@@ -246,12 +246,12 @@ def test_one_big_batch_equals_small_ones_and_rows_and_ranks(
     expected = runs.pop("one batch")
     assert len(expected) == 12
     for name, found in runs.items():
-        print(name)  # shown where it fails
+        print(name)  # shown if the assertion fails
         assert_close(found, expected)
 
 
 @pytest.mark.slow
-def test_interrupted_in_the_second_epoch_and_resumed(
+def test_resume_in_the_second_epoch_and_at_another_number_of_ranks(
     tmp_path: Path, model_path: Path, dump_path: Path
 ) -> None:
     domain = write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(120)])
@@ -289,7 +289,7 @@ def test_interrupted_in_the_second_epoch_and_resumed(
     after = AutoModelForCausalLM.from_pretrained(Path(cut.output) / "model").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    # On another number of ranks each step has the same rows.
+    # At another number of ranks each step has the same rows.
     ranks = settings(
         tmp_path,
         model_path,
@@ -304,7 +304,7 @@ def test_interrupted_in_the_second_epoch_and_resumed(
     assert_close(steps(ranks.output), expected)
 
 
-def test_checkpoint_cut_short_is_not_resumed_from(
+def test_an_incomplete_checkpoint_is_not_resumed(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
     config = settings(
@@ -333,10 +333,10 @@ def test_checkpoint_cut_short_is_not_resumed_from(
     assert steps(run) == expected
 
 
-def test_the_objective_is_normalised_by_the_tokens_of_the_step(
+def test_loss_is_ce_plus_alpha_times_kl_per_token_of_the_step(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
-    """alpha scales the KL; logged KL stays that of the tokens."""
+    """alpha scales the KL in the loss, but not the logged KL."""
     first = []
     for alpha in (0.0, 3.0):
         config = settings(
@@ -356,7 +356,7 @@ def test_the_objective_is_normalised_by_the_tokens_of_the_step(
     assert first[1]["loss"] == pytest.approx(first[1]["ce"] + 3 * first[1]["kl"])
 
 
-# ---- what does not fit together
+# ---- refusals
 
 
 def shifted(record: Record) -> Record:
@@ -418,7 +418,7 @@ def test_other_tokenizer_is_refused(
         train.run(settings(tmp_path, student, dump_path, domain))
 
 
-def test_run_goes_on_with_the_same_dump_only(
+def test_a_run_resumes_with_the_same_dump_only(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
 ) -> None:
     keep = {"save_strategy": "steps", "save_steps": 4}
@@ -429,7 +429,7 @@ def test_run_goes_on_with_the_same_dump_only(
     config.dump = str(other)
     with pytest.raises(RefusedError, match=r"dump: '.*' in the run, '.*' asked for"):
         train.run(config)
-    (tmp_path / "run" / "summary.json").unlink()  # not finished: the checkpoint knows, too
+    (tmp_path / "run" / "summary.json").unlink()  # now unfinished: the checkpoint names the dump
     with pytest.raises(RefusedError, match=r"dump: '.*' in the run, '.*' asked for"):
         train.run(config)
 
@@ -467,7 +467,7 @@ def test_bad_settings_say_what_to_do(
         train.run(settings(tmp_path, model_path, dump_path, domain, **changes))
 
 
-def test_empty_domain(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
+def test_an_empty_domain_is_refused(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="no document has two tokens"):
         train.run(settings(tmp_path, model_path, dump_path, empty))

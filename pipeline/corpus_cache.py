@@ -1,0 +1,129 @@
+"""The documents of a corpus's files in one Arrow file, which is found by the files' content.
+
+A file is known by the sha256 of its bytes, never by its name, time or size, so the cache cannot be
+out of date. Several processes may write the same one at once: each writes its own file, and renames
+it when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.corpus_files import compression_of, format_of
+from pipeline.corpus_readers import MIB, Document, Source
+from pipeline.errors import ConfigError, FailedError
+
+READERS = 1  # raise it where a reader gives other documents for the same bytes
+BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
+STRONG_TAGS = ("ETag", "etag", "md5Hash", "content_md5")  # what stores call a checksum of content
+
+
+def cached_documents(
+    files: list[str], column: str, chat: bool
+) -> tuple[datasets.Dataset, list[str]]:
+    """(all documents, memory-mapped, with the column and `id`; sha256 of each file).
+
+    Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
+    cache cannot be written.
+    """
+    sources = [Source(file, local_copy(file), column, chat) for file in files]
+    digests = [digest_of(source) for source in sources]
+    kinds = [[format_of(file), compression_of(file)] for file in files]
+    key = hashlib.sha256(json.dumps([READERS, column, chat, kinds, digests]).encode()).hexdigest()
+    path = cache_folder("corpora") / f"{key}.arrow"
+    if not path.exists():
+        build(path, sources, digests)
+    return datasets.Dataset.from_file(str(path)), digests
+
+
+def cache_folder(name: str) -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedError(f"corpus cache {folder}: {error}. Set HF_DATASETS_CACHE") from error
+    return folder
+
+
+def digest_of(source: Source) -> str:
+    try:
+        with open(source.path, "rb") as raw:
+            return hashlib.file_digest(raw, "sha256").hexdigest()
+    except OSError as error:
+        raise source.wrong(f"cannot be read: {error}") from None
+
+
+def build(path: Path, sources: list[Source], digests: list[str]) -> None:
+    """Write the Arrow file: complete, or not at all."""
+    column = sources[0].column
+    schema = pa.schema({column: pa.string()} | ({} if column == "id" else {"id": pa.string()}))
+    own = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
+    try:
+        with open(own / path.name, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches(document for each in sources for document in each.documents()):
+                    columns = [pa.array(part, pa.string()) for part in zip(*batch, strict=True)]
+                    stream.write_batch(pa.record_batch(columns[: len(schema)], schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+        for source, digest in zip(sources, digests, strict=True):
+            if digest_of(source) != digest:
+                raise source.wrong("changed while it was read; wait until it is complete")
+        os.replace(own / path.name, path)
+    except OSError as error:  # the readers' own are ConfigErrors by now
+        raise FailedError(
+            f"corpus cache {path.parent}: {error}. Make room there, or set HF_DATASETS_CACHE"
+        ) from error
+    finally:
+        (own / path.name).unlink(missing_ok=True)
+        own.rmdir()
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of bounded number and size."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[0] or "")
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def local_copy(file: str) -> str:
+    """Path of a local file, or of a remote file's copy beside the Arrow cache.
+
+    A copy is used again only where the store has a checksum of the content, and it is the same.
+    """
+    if "://" not in file or os.path.exists(file):
+        return file
+    try:
+        fs, root = fsspec.core.url_to_fs(file)
+        if isinstance(fs, LocalFileSystem):
+            return str(root)
+        info: dict[str, Any] = fs.info(root)
+        tags = [str(info[tag]) for tag in STRONG_TAGS if info.get(tag)]
+        version = hashlib.sha256(f"{file} {tags}".encode()).hexdigest()[:20]
+        folder = cache_folder("remote")
+        copy = folder / version / os.path.basename(root)
+        if tags and copy.exists():
+            return str(copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder) as own:
+            fs.get_file(root, os.path.join(own, "content"))
+            os.replace(os.path.join(own, "content"), copy)
+    except OSError as error:
+        raise ConfigError(f"corpus {file}: cannot be copied: {error}") from error
+    return str(copy)

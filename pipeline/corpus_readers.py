@@ -1,0 +1,272 @@
+"""Documents of one file, as the file holds them: nothing is guessed, converted or left out.
+
+Only the columns that are asked for are looked at, so whatever else a file holds does no harm.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.corpus_files import compression_of, format_of, without_compression
+from pipeline.errors import ConfigError
+
+MIB = 1 << 20
+DOCUMENT_BYTES = 16 * MIB
+"""Longest document. The tokenizer takes some 200 bytes of memory for each byte of it."""
+LINE_BYTES = 64 * MIB
+"""Longest line of JSON, with the columns that are not asked for."""
+ARRAY_BYTES = 256 * MIB  # of a .json file that holds one array: it is parsed at once
+ID_CHARACTERS = 4096
+BATCH_BYTES, BATCH_ROWS = 64 * MIB, 1024  # of Parquet that are decoded at a time
+BOM = b"\xef\xbb\xbf"
+
+Document = tuple[str | None, str | None]
+"""Text, or the JSON of chat messages; id. Null for none."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a corpus."""
+
+    name: str
+    """As messages name it."""
+    path: str
+    """Local file with its content."""
+    column: str
+    chat: bool
+    """Whether the column holds chat messages, not text."""
+
+    def documents(self) -> Iterator[Document]:
+        """Raises ConfigError, with the line or row, for what cannot be read."""
+        read = {"json": read_json, "parquet": read_parquet, "text": read_text}
+        return read[str(format_of(self.name))](self)
+
+    def wrong(self, what: str, place: str = "") -> ConfigError:
+        where = f"{self.name}, {place}" if place else self.name
+        return ConfigError(f"corpus {where}: {what}")
+
+    @contextmanager
+    def opened(self) -> Iterator[io.BufferedReader]:
+        """The unpacked bytes. ConfigError where the compressed file is damaged or cut short."""
+        compression = compression_of(self.name)
+        try:
+            if compression is None:
+                with open(self.path, "rb") as plain:
+                    yield plain
+            elif os.path.getsize(self.path) == 0:
+                raise OSError("Truncated compressed stream")
+            else:
+                stream = pa.input_stream(self.path, compression=compression)
+                with io.BufferedReader(stream, MIB) as unpacked:
+                    yield unpacked
+        except OSError as error:
+            hint = f" (not a whole {compression} file; copy it again)" if compression else ""
+            raise self.wrong(f"cannot be read: {error}{hint}") from None
+
+    def content(self, value: Any, place: str) -> str | None:
+        """What is kept of the column's value: text, or chat messages as JSON."""
+        if value is None:
+            return None
+        if self.chat:
+            return self.chat_as_json(value, place)
+        if not isinstance(value, str):
+            raise self.wrong(
+                f"expected text in column {self.column!r}, found {type(value).__name__}", place
+            )
+        self.check(value, place)
+        return value
+
+    def chat_as_json(self, value: Any, place: str) -> str:
+        try:
+            text = json.dumps(value, default=self.plain)
+        except RecursionError:
+            raise self.wrong("chat messages that are nested too deep", place) from None
+        if len(text) > DOCUMENT_BYTES:
+            raise self.too_long(place)
+        return text
+
+    def check(self, text: str, place: str) -> None:
+        """Refuse text that is too long, or that no UTF-8 can hold."""
+        try:
+            size = len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError as error:
+            half = text[error.start : error.end].encode("unicode_escape").decode()
+            raise self.wrong(
+                f"{half} at character {error.start} is half a character (a lone surrogate). "
+                "Remove or replace it",
+                place,
+            ) from None
+        if size > DOCUMENT_BYTES:
+            raise self.too_long(place)
+
+    def too_long(self, place: str, what: str = "document", limit: int = 0) -> ConfigError:
+        limit = limit or DOCUMENT_BYTES
+        return self.wrong(
+            f"{what} of more than {limit // MIB} MiB, the most that is read. Divide it into "
+            "documents",
+            place,
+        )
+
+    def plain(self, value: Any) -> str:
+        """A value of Parquet that JSON lacks, such as a date."""
+        if isinstance(value, bytes):
+            raise self.wrong(f"column {self.column!r} holds bytes; expected text")
+        return str(value)
+
+    def id(self, value: Any, place: str) -> str | None:
+        """The id as text, as the file spells it."""
+        if value is None:
+            return None
+        if isinstance(value, dict | list):
+            value = json.dumps(value, ensure_ascii=False, default=str)
+        text = str(value)
+        if len(text) > ID_CHARACTERS:
+            raise self.wrong(f"id of {len(text):,} characters; at most {ID_CHARACTERS}", place)
+        self.check(text, place)
+        return text
+
+
+def read_text(source: Source) -> Iterator[Document]:
+    """The whole file is one document."""
+    with source.opened() as file:
+        data = file.read(DOCUMENT_BYTES + 1)
+    if len(data) > DOCUMENT_BYTES:
+        raise source.too_long("")
+    if source.column != "text" or source.chat:
+        raise missing(source, {"text"})
+    lines = io.BytesIO(data)
+    try:
+        yield data.decode(), None
+    except UnicodeDecodeError:
+        for number, line in enumerate(lines, 1):
+            decoded(source, line, f"line {number}")
+
+
+def read_json(source: Source) -> Iterator[Document]:
+    """One object on each line; or, in the whole file, one array of objects."""
+    rows = found = 0
+    names: set[str] = set()
+    for place, text, value in json_objects(source):
+        if not isinstance(value, dict):
+            raise source.wrong(f"expected a JSON object, found {type(value).__name__}", place)
+        rows, found = rows + 1, found + (source.column in value)
+        names = names or set(value)
+        yield source.content(value.get(source.column), place), json_id(source, value, text, place)
+    if rows and not found:
+        raise missing(source, names)
+
+
+def json_id(source: Source, value: dict[str, Any], text: str | None, place: str) -> str | None:
+    own = value.get("id")
+    if isinstance(own, float) and text is not None:  # 1.50 is not 1.5
+        own = json.loads(text, parse_float=str, parse_int=str)["id"]
+    return source.id(json.dumps(own) if isinstance(own, bool) else own, place)
+
+
+def missing(source: Source, names: set[str]) -> ConfigError:
+    option = "messages_column" if source.chat else "text_column"
+    return source.wrong(
+        f"no column {source.column!r}; it has {', '.join(sorted(names)) or 'none'}. "
+        f"Set corpus.{option}"
+    )
+
+
+def json_objects(source: Source) -> Iterator[tuple[str, str | None, Any]]:
+    """(place, JSON of the object where it is at hand, object) of each one."""
+    with source.opened() as file:
+        start = file.peek(1).removeprefix(BOM).lstrip()
+        if start.startswith(b"[") and without_compression(source.name).lower().endswith(".json"):
+            data = file.read(ARRAY_BYTES + 1)
+            if len(data) > ARRAY_BYTES:
+                raise source.too_long("", "array", ARRAY_BYTES)
+            text = decoded(source, data.removeprefix(BOM), "")
+            for number, value in enumerate(parsed(source, text, "")):
+                yield f"item {number}", None, value
+            return
+        number = 0
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            place = f"line {number}"
+            if len(line) > LINE_BYTES:
+                raise source.too_long(place, "line", LINE_BYTES)
+            if number == 1:
+                line = line.removeprefix(BOM)
+            text = decoded(source, line, place)
+            if text.strip():
+                yield place, text, parsed(source, text, place)
+
+
+def decoded(source: Source, data: bytes, place: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise source.wrong(
+            f"not UTF-8 (byte {data[error.start]:#x} at {error.start}). Convert the file, e.g. "
+            "with iconv, or remove the line",
+            place,
+        ) from None
+
+
+def parsed(source: Source, text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise source.wrong("JSON that is nested too deep", place) from None
+    except json.JSONDecodeError as error:
+        raise source.wrong(
+            f"not JSON: {error.msg} at character {error.pos}; expected one object", place
+        ) from None
+    except ValueError:  # a number of thousands of digits, which Python does not convert
+        return json.loads(text, parse_int=str)
+
+
+def read_parquet(source: Source) -> Iterator[Document]:
+    """The rows of the column, and of `id` where there is one."""
+    try:
+        names = set(pq.read_schema(source.path).names)
+        if source.column not in names:
+            raise missing(source, names)
+        columns = list(dict.fromkeys([source.column, *({"id"} & names)]))
+        # As a dictionary, a value that is there a thousand times is in memory once.
+        shared = None if source.chat else [source.column]
+        row = 0
+        with pq.ParquetFile(source.path, read_dictionary=shared) as file:
+            for batch in file.iter_batches(rows_at_once(file.metadata), columns=columns):
+                values = batch[source.column]
+                own = batch["id"] if columns[1:] else [None] * len(values)
+                for value, name in zip(values, own, strict=True):
+                    yield parquet_document(source, value, name, f"row {row}")
+                    row += 1
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise source.wrong(f"cannot be read: {error}") from None
+
+
+def rows_at_once(metadata: Any) -> int:
+    """Rows that take BATCH_BYTES at most, by the mean size of a row in each row group."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    size = max((each.total_byte_size // max(each.num_rows, 1) for each in groups), default=1)
+    return int(min(max(BATCH_BYTES // max(size, 1), 1), BATCH_ROWS))
+
+
+def parquet_document(source: Source, value: Any, name: Any, place: str) -> Document:
+    try:
+        content, own = value.as_py(), name if name is None else name.as_py()
+    except ValueError as error:  # UTF-8 is not checked by Arrow
+        raise source.wrong(f"cannot be read: {error}", place) from None
+    if source.chat:
+        content = without_nulls(content)
+    return source.content(content, place), source.id(own, place)
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow gives every struct all keys, with null for those that were never there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,46 @@
+"""The arguments that go to vLLM unchanged, but for those that this project never passes on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+NAMES_CODE = (
+    "trust_remote_code", "worker_cls", "worker_extension_cls", "scheduler_cls", "logits_processors",
+    "io_processor_plugin", "reasoning_parser_plugin", "model_class_overrides", "inductor_passes",
+    "kv_connector_module_path", "ec_connector_module_path",
+)  # fmt: skip
+SET_ELSEWHERE = {
+    "model": "set model, whose fingerprint is in the plan",
+    "model_weights": "set model, whose fingerprint is in the plan",
+    "hf_config_path": "set model, whose config.json is read",
+    "dtype": "set dtype, which is in the plan",
+    "hf_token": "a token does not belong into settings; set HF_TOKEN in the environment",
+}
+
+
+def check_engine_args(given: dict[str, Any]) -> None:
+    """ConfigError for arguments of vLLM that run code, or that make plan and weights differ."""
+    for name, value in nested(given):
+        # Some take the name of a class where others have a word.
+        a_class = name in ("distributed_executor_backend", "backend") and "." in str(value)
+        if a_class or (name in NAMES_CODE and value not in (None, False, [], {})):
+            raise ConfigError(
+                f"engine_args.{name}: names code to run. Only the code of this project and of its "
+                "packages is run; use a model that vLLM knows, and leave this out"
+            )
+    for name in sorted(SET_ELSEWHERE.keys() & {str(key).replace("-", "_") for key in given}):
+        raise ConfigError(f"engine_args.{name}: {SET_ELSEWHERE[name]}")
+    if given.get("load_format") == "dummy":
+        raise ConfigError("engine_args.load_format: dummy makes the weights up. Leave it out")
+
+
+def nested(settings: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting, those within others too."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield str(name).replace("-", "_"), value
+            yield from nested(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from nested(value)

@@ -1,0 +1,272 @@
+"""What a file holds is what is read, byte for byte; what cannot be read names file and place."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import corpus_readers
+from pipeline.corpus_readers import Document, Source
+from pipeline.errors import ConfigError
+
+
+def read(path: Path, column: str = "text", chat: bool = False) -> list[Document]:
+    return list(Source(str(path), str(path), column, chat).documents())
+
+
+def jsonl(folder: Path, *lines: str) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("id", "found"),
+    [
+        ('"2024-01-02"', "2024-01-02"),
+        ('"2024-01-02T00:00:00"', "2024-01-02T00:00:00"),
+        ('"007"', "007"),
+        ("7", "7"),
+        (str(2**64 - 1), str(2**64 - 1)),
+        ("-3", "-3"),
+        ("1.50", "1.50"),
+        ("1e3", "1e3"),
+        ("true", "true"),
+        ("9" * 4096, "9" * 4096),
+        ('{"a": 1}', '{"a": 1}'),
+        ('""', ""),
+        ("null", None),
+    ],
+)
+def test_ids_are_as_the_file_spells_them(tmp_path: Path, id: str, found: str | None) -> None:
+    path = jsonl(tmp_path, '{"text": "a", "id": "x"}', f'{{"text": "2024-01-02", "id": {id}}}')
+    assert read(path) == [("a", "x"), ("2024-01-02", found)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8")),
+            st.none() | st.text(st.characters(codec="utf-8")) | st.integers(),
+        )
+    ),
+    st.booleans(),
+)
+def test_json_round_trips(rows: list[tuple[str, Any]], ascii: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        documents = [{"text": text, "id": id, "other": [id]} for text, id in rows]
+        path = jsonl(Path(folder), *(json.dumps(each, ensure_ascii=ascii) for each in documents))
+        assert read(path) == [(text, None if id is None else str(id)) for text, id in rows]
+
+
+@given(st.binary(max_size=50))
+def test_text_is_read_byte_for_byte(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.txt"
+        path.write_bytes(data)
+        try:
+            expected = data.decode()
+        except UnicodeDecodeError:
+            with pytest.raises(ConfigError, match=r"a\.txt, line \d+: not UTF-8"):
+                read(path)
+        else:
+            assert read(path) == [(expected, None)]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["null", '{"source": "x"}'],
+        ["1", "0.5"],
+        ['{"a": 1}', '{"b": 1}'],
+        ['"x"', "9" * 5000],
+        ['"2024-01-01"', '"no date"'],
+        ["[1]", '[1, "x", null]'],
+    ],
+)
+def test_other_columns_do_no_harm(tmp_path: Path, others: list[str]) -> None:
+    path = jsonl(tmp_path, *(f'{{"text": "a", "meta": {other}}}' for other in others))
+    assert read(path) == [("a", None)] * 2
+
+
+def test_columns_of_a_trace_are_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, '{"type": "user", "message": {"a": 1}, "text": "a"}')
+    assert read(path) == [("a", None)]
+
+
+def test_blank_lines_marks_and_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\n"}\r\n\n  \n{"text": "b"}')
+    assert read(path) == [("a\r\n", None), ("b", None)]
+
+
+def test_an_array_of_objects(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a", "id": 1}, {"text": "b"}], indent=1))
+    assert read(path) == [("a", "1"), ("b", None)]
+
+
+def test_messages_keep_their_keys_and_values(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "2024-01-01", "n": 2**70}, {"role": "x", "y": None}]
+    path = jsonl(tmp_path, json.dumps({"messages": messages}), '{"messages": null}')
+    (first, _), (second, _) = read(path, "messages", chat=True)
+    assert json.loads(first or "") == messages
+    assert second is None
+
+
+def test_messages_of_parquet_have_no_keys_that_arrow_added(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "a", "name": None, "calls": None},
+        {"role": "assistant", "content": "b", "name": "n", "calls": [{"f": "x"}, {"g": "y"}]},
+    ]
+    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    ((found, _),) = read(tmp_path / "a.parquet", "messages", chat=True)
+    assert json.loads(found or "") == [{"role": "user", "content": "a"}, messages[1]]
+
+
+def test_parquet_ids_and_texts(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "other": pa.array([b"\xff", b"\xfe", None], pa.binary()),
+            "text": pa.array(["a", None, "c\r\n"], pa.large_string()),
+            "id": pa.array([2**64 - 1, None, 7], pa.uint64()),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    expected = [("a", str(2**64 - 1)), (None, None), ("c\r\n", "7")]
+    assert read(tmp_path / "a.parquet") == expected
+
+
+def test_parquet_larger_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_readers, "BATCH_BYTES", 300)
+    texts = [f"{number} " * 9 for number in range(100)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=30)
+    assert [text for text, _ in read(tmp_path / "a.parquet")] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "a"}\n{"text": 5}', "line 2: expected text in column 'text', found int"),
+        ('{"text": ["a"]}', "line 1: expected text in column 'text', found list"),
+        ('{"text": "a"}\n{"text"', "line 2: not JSON"),
+        ('"a"', "line 1: expected a JSON object, found str"),
+        ('{"a": 1, "b": 2}\n{"a": 1}', "no column 'text'; it has a, b"),
+        ('{"text": "\\ud800 a"}', "line 1: .ud800 at character 0 is half a character"),
+        ('{"text": "a", "id": "' + "x" * 5000 + '"}', "line 1: id of 5,000 characters"),
+        ('{"text": ' + "[" * 20_000 + "]" * 20_000 + "}", "line 1: JSON that is nested too deep"),
+        ('{"text": "a", "m": ' + '{"a":' * 10**5 + "1" + "}" * 10**5 + "}", "nested too deep"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, content: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        read(jsonl(tmp_path, content))
+    assert "a.jsonl" in str(error.value)
+
+
+def test_a_column_may_be_missing_in_some_lines(tmp_path: Path) -> None:
+    assert read(jsonl(tmp_path, '{"a": 1}', '{"text": "a"}')) == [(None, None), ("a", None)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.jsonl.zst", "a.json"])
+def test_a_document_too_long_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(corpus_readers, "DOCUMENT_BYTES", 1000)
+    text = "a" * 1001
+    path = tmp_path / name
+    data = json.dumps({"text": text}).encode()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": ["b", text]}), path)
+    elif name == "a.json":
+        path.write_bytes(b"[" + data + b"]")
+    else:
+        path.write_bytes(zstandard.compress(data) if name.endswith("zst") else data)
+    with pytest.raises(ConfigError, match=rf"{name}.*: document of more than"):
+        read(path)
+
+
+@pytest.mark.parametrize("start", ["", "["])
+def test_a_line_or_array_too_long_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    monkeypatch.setattr(corpus_readers, "LINE_BYTES", 1000)
+    monkeypatch.setattr(corpus_readers, "ARRAY_BYTES", 1000)
+    path = tmp_path / "a.json"
+    path.write_text(start + json.dumps({"text": "a", "other": "b" * 1000}))
+    with pytest.raises(ConfigError, match=r"a\.json.*: (line|array) of more than"):
+        read(path)
+
+
+def zstd_by_line(lines: list[bytes], whole: bool) -> bytes:
+    """As a writer that flushes each line."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    parts = [
+        packer.compress(line) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for line in lines
+    ]
+    return b"".join([*parts, packer.flush()] if whole else parts)
+
+
+LINES = [json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        ("zst", zstd_by_line(LINES, whole=False)),
+        ("zst", zstd_by_line(LINES, whole=True)[:-3]),
+        ("zst", zstandard.compress(b"".join(LINES))[:200]),
+        ("gz", gzip.compress(b"".join(LINES))[:400]),
+        ("gz", gzip.compress(b"".join(LINES))[:-4]),
+        ("gz", b"".join(LINES)),
+        ("zst", b"".join(LINES)),
+        ("zst", b""),
+        ("gz", b""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_cut_file_is_refused(tmp_path: Path, kind: str, suffix: str, data: bytes) -> None:
+    path = tmp_path / f"a.{kind}.{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"a\.{kind}\.{suffix}: cannot be read"):
+        read(path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_joined_compressed_files_are_read_to_the_end(tmp_path: Path, pack: Any) -> None:
+    path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
+    path.write_bytes(pack(b"".join(LINES[:200])) + pack(b"".join(LINES[200:])))
+    assert len(read(path)) == 300
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (pa.table({"body": ["a"]}), "no column 'text'; it has body"),
+        (pa.table({"text": [b"a"]}), "row 0: expected text in column 'text', found bytes"),
+        (pa.table({"text": [1]}), "row 0: expected text in column 'text', found int"),
+        (
+            pa.table({"text": pa.array([b"a", b"\xff"]).view(pa.string())}),
+            "row 1: cannot be read: .*utf-8",
+        ),
+    ],
+)
+def test_bad_parquet_is_named(tmp_path: Path, table: pa.Table, words: str) -> None:
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=rf"a\.parquet.*{words}"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"a\.parquet: cannot be read"):
+        read(tmp_path / "a.parquet")
