@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,11 +305,16 @@ class Dump:
 
 
 def create_dump(
-    path: str | os.PathLike[str], plan: Json, tokenizer_files: dict[str, bytes] | None = None
+    path: str | os.PathLike[str],
+    plan: Json,
+    tokenizer_files: dict[str, bytes] | None = None,
+    compare: Callable[[Json, Json], list[str]] | None = None,
 ) -> Dump:
     """Start a dump, or open the existing one if its plan is the same.
 
-    `tokenizer_files` maps names to contents. Raises PlanMismatch that lists every difference if
+    `tokenizer_files` maps names to contents. `compare` gives a line for each difference between the
+    plan that is there and this one that keeps the dump from being resumed; by default any
+    difference does. Raises PlanMismatch that lists every difference if
     the directory holds a dump made from another plan, and StoreError.
     """
     plan = {"format_version": FORMAT_VERSION, **plan}
@@ -320,7 +325,7 @@ def create_dump(
             store.create(f"tokenizer/{name}", data)
     store.create("plan.json", to_json(plan))
     dump = Dump(path)
-    lines = differences(dump.plan, json.loads(to_json(plan)))
+    lines = (compare or differences)(dump.plan, json.loads(to_json(plan)))
     if lines:
         raise PlanMismatch(
             f"{dump.store.path} holds a dump made from another plan:\n"

@@ -20,7 +20,7 @@ from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory
 from pipeline.training.arguments import items_per_step, training_arguments
-from pipeline.training.identity import make_identity
+from pipeline.training.identity import completed, make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.null_test import null_test
 from pipeline.training.student import load_student, save_final
@@ -44,7 +44,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     identity = make_identity(inputs, args)
     if (output / SUMMARY).exists():
         summary: Json = json.loads((output / SUMMARY).read_text())
-        refuse_other_settings(output, summary["identity"], identity)
+        refuse_other_settings(output, completed(summary["identity"], identity), identity)
         say(f"{output}: nothing left to do; the student is in {output / FINAL}")
         return summary
     return train(inputs, args, identity, trainer_class)
@@ -88,7 +88,8 @@ def train(
         )
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
-            refuse_other_settings(output, trainer.checkpoint_identity(checkpoint), identity)
+            there = completed(trainer.checkpoint_identity(checkpoint), identity)
+            refuse_other_settings(output, there, identity)
             say(f"{output}: resuming from {checkpoint.name}")
         null_kl: list[float] = []
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
