@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,13 +314,18 @@ class Dump:
 
 
 def create_dump(
-    path: str | os.PathLike[str], plan: Json, tokenizer_files: dict[str, bytes] | None = None
+    path: str | os.PathLike[str],
+    plan: Json,
+    tokenizer_files: dict[str, bytes] | None = None,
+    compare: Callable[[Json, Json], list[str]] | None = None,
 ) -> Dump:
     """Start a dump, or open the existing one if its plan is the same.
 
-    `tokenizer_files` maps names to contents; only a dump of this plan gets them. Raises
-    PlanMismatch that lists every difference if the directory holds a dump made from another plan,
-    CorruptShard for a plan with impossible values, and StoreError.
+    `tokenizer_files` maps names to contents; only a dump of this plan gets them. `compare` gives a
+    line for each difference between the existing plan and this one that forbids to resume; by
+    default any difference does. Raises PlanMismatch that lists every difference if the directory
+    holds a dump made from another plan, CorruptShard for a plan with impossible values, and
+    StoreError.
     """
     plan = {"format_version": FORMAT_VERSION, **plan}
     check_plan(plan)
@@ -328,7 +333,7 @@ def create_dump(
     store.make_root()
     store.create("plan.json", to_json(plan))
     dump = Dump(path)
-    lines = differences(dump.plan, json.loads(to_json(plan)))
+    lines = (compare or differences)(dump.plan, json.loads(to_json(plan)))
     if lines:
         raise PlanMismatch(
             f"{dump.store.path} holds a dump made from another plan:\n"
