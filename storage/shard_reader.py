@@ -161,7 +161,9 @@ def gate(where: str) -> Iterator[None]:
     except FormatVersionError as error:
         raise FormatVersionError(f"{where}: {error}") from None
     except StorageError as error:
-        raise CorruptShard(f"{where}: {error}") from None
+        text = str(error)
+        text = text if text.startswith(f"{where}: ") else f"{where}: {text}"
+        raise CorruptShard(text) from None
     except Exception as error:  # every library raises types of its own
         raise CorruptShard(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
