@@ -67,7 +67,7 @@ class ShardReader:
             self.columns = schema_of(self.codec, self.draws > 0).names
             check_footer(self.file, shard, schema_of(self.codec, self.draws > 0))
             if self.codec == "v1":
-                self._tables = unpack_ranks(metadata[b"ranks"], self.vocab_size)
+                self._tables = unpack_ranks(metadata.get(b"ranks", b""), self.vocab_size)
             groups = range(self.file.num_row_groups)
             rows = [self.file.metadata.row_group(group).num_rows for group in groups]
             self.starts = np.cumsum([0, *rows])
@@ -118,7 +118,7 @@ class ShardReader:
         tokens = table.column("tokens")[at].as_py()
         if tokens != len(input_ids) or not tokens:
             raise CorruptShard(f"{tokens} tokens, {len(input_ids)} input ids; expected as many")
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
+        if int(input_ids.view(np.uint32).max()) >= self.vocab_size:  # negative ids are the largest
             raise CorruptShard(
                 f"expected input ids from 0 to {self.vocab_size - 1}, found {input_ids.min()} to "
                 f"{input_ids.max()}"
@@ -161,7 +161,9 @@ def gate(where: str) -> Iterator[None]:
     except FormatVersionError as error:
         raise FormatVersionError(f"{where}: {error}") from None
     except StorageError as error:
-        raise CorruptShard(f"{where}: {error}") from None
+        text = str(error)
+        text = text if text.startswith(f"{where}: ") else f"{where}: {text}"
+        raise CorruptShard(text) from None
     except Exception as error:  # every library raises types of its own
         raise CorruptShard(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 

@@ -12,6 +12,7 @@ from pipeline.dump.threads import Behind, ahead
 from pipeline.progress import Progress, say
 from pipeline.teacher.teacher import Teacher
 from storage import Partition, Record, ShardWriter, TopK
+from storage.parsing import whole
 
 Cursor = dict[str, int]
 WAITING_TOKENS = 65_536  # tokens of answers that wait for the writer: 34 MB at k = 64
@@ -70,11 +71,16 @@ class Span:
 
 
 def what_is_missing(partition: Partition, documents: int) -> Span:
+    """Where the next shard starts. Raises CorruptShard for a cursor outside the partition."""
     number = partition.dump.plan["partitions"]
     first = documents * partition.index // number
     stop = documents * (partition.index + 1) // number
     shards = partition.shards
-    following = int(shards[-1].marker["cursor"]["document"]) if shards else first
+    following = first
+    for shard in shards:
+        name = f"{shard.name}.json"
+        whole(shard.marker, "documents", name)
+        following = whole(shard.marker["cursor"], "document", name, following, stop)
     return Span(partition, first, following, stop, len(shards))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import InvalidRecord
+from storage.errors import CorruptPayload, InvalidRecord
 from storage.topk import Int32s, TopK, UInt16s, check_topk, position_sums
 
 Integers = npt.NDArray[np.integer]
@@ -61,6 +61,17 @@ class Grid:
         level = np.cumsum(changes)
         mine, others = (np.sort(level * self.vocab_size + grid.ids) for grid in (self, other))
         return np.array_equal(mine, others)
+
+
+def check_best(below_itself: npt.NDArray[np.bool_], filled: npt.NDArray[np.bool_]) -> None:
+    """Raise CorruptPayload if the best entry of a filled position is below itself.
+
+    Then all entries could round to a mass of 0, and the log-probabilities to infinity. With it
+    they are finite, whatever the other numbers say.
+    """
+    if below_itself.any():
+        at = np.flatnonzero(filled)[np.flatnonzero(below_itself)[0]]
+        raise CorruptPayload(f"position {at}: its best entry is below itself")
 
 
 def quantise(topk: TopK, vocab_size: int, step: float) -> Grid:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.codec.frames import Frames, Header, Planes, deflate, join, split_planes
-from storage.codec.grid import Grid, Integers
+from storage.codec.grid import Grid, Integers, check_best
 from storage.errors import CorruptPayload, InvalidRecord
 from storage.topk import Int32s, TopK, UInt16s
 
@@ -111,6 +111,7 @@ def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
     ids = ids if ranks is None else np.take(ranks.order, ids)
     steps = frames.take(planes.steps, entries)
     filled = counts > 0
+    check_best(steps[: int(filled.sum())] != 0, filled)  # by rank: the first ones stand first
     best = np.zeros(len(counts), np.int64)
     best[filled] = frames.take(planes.best, int(filled.sum()))
     tails = frames.take(planes.tails, len(counts))

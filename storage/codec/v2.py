@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 
 from storage.codec.frames import Frames, Header, Planes, deflate, join, split_planes
-from storage.codec.grid import Grid
+from storage.codec.grid import Grid, check_best
 from storage.codec.v1 import is_equal
 from storage.codec.v2_tables import MAX_LEVEL, Row
 from storage.errors import CorruptPayload, InvalidRecord
@@ -88,5 +88,7 @@ def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
     ids, levels, failure = row.read(counts, spreads, np.frombuffer(coded, "<u2"))
     if failure:
         raise CorruptPayload(FAILURES[failure])
+    first = (np.cumsum(counts, dtype=np.int64) - counts)[filled]
+    check_best(levels[first] != spreads[filled], filled)
     below = np.repeat(spreads.astype(np.int32), counts) - levels
     return Grid(header.step, header.vocab_size, counts, ids, below, best, tails)

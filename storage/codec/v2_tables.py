@@ -146,7 +146,7 @@ class Successors:
             raise CorruptPayload("table of successors: checksum does not match")
         shift, vocab, frequent, total, *sizes = PARTS.unpack(data[: PARTS.size])
         tables = kernels.RAW - kernels.LEVEL
-        if not 0 < vocab <= 1 << 24 or frequent > vocab or total > vocab * MOST_LISTED or shift > 8:
+        if not 0 < vocab <= 1 << 22 or frequent > vocab or total > vocab * MOST_LISTED or shift > 8:
             raise CorruptPayload(f"table of successors: impossible header {(shift, vocab, total)}")
         if vocab_size not in (None, vocab):
             raise CorruptPayload(

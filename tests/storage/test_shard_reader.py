@@ -241,7 +241,7 @@ def test_a_dictionary_cannot_repeat_a_value(tmp_path: Path) -> None:
         ({b"shard": b"00000/00001"}, CorruptShard, "data files were swapped"),
         ({b"shard": None}, CorruptShard, "data files were swapped"),
         ({b"plan_sha256": None}, CorruptShard, "another plan"),
-        ({b"ranks": None}, CorruptShard, "ranks"),
+        ({b"ranks": None}, CorruptShard, "rank table in the footer is damaged"),
         ({b"ranks": b"00"}, CorruptShard, "rank table in the footer is damaged"),
         ({b"ranks": b"\xff"}, CorruptShard, "rank table in the footer is damaged"),
     ],
