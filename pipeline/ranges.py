@@ -5,6 +5,8 @@ k: Annotated[int, Range(0, 65535)] = 64
 
 import dataclasses
 import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -36,6 +38,22 @@ class Range:
         if math.isfinite(value) and value >= self.below:
             return f"below {self.below:g}"
         return "a finite number"
+
+
+def within(bounds: Range) -> Callable[[str], float]:
+    """A type for argparse: a number in a range, a whole one where `least` is an int."""
+    kind = int if isinstance(bounds.least, int) else float
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
+        if value not in bounds:
+            raise ArgumentTypeError(f"{bounds.bound(value)}, found {text[:40]}")
+        return value
+
+    return number
 
 
 def range_of(config: Any, name: str) -> Range | None:

@@ -18,13 +18,14 @@ import signal
 import sys
 
 from pipeline import cli
-from pipeline.config import DumpConfig
+from pipeline.config import MOST, DumpConfig
 from pipeline.errors import INTERRUPTED
+from pipeline.ranges import Range, within
 from pipeline.signals import die_with_parent
 
 
 def partition_number(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, found {text!r}")
     return int(match[1]), int(match[2])
@@ -49,7 +50,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--estimate",
-        type=int,
+        type=within(Range(1, MOST)),
         nargs="?",
         const=48,
         metavar="DOCUMENTS",
@@ -58,7 +59,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--run_tokens",
-        type=int,
+        type=within(Range(1, 1 << 53)),
         help="with --estimate: general tokens that one student run reads (default: all, once)",
     )
     config, own = cli.parse(parser, DumpConfig)

@@ -11,6 +11,8 @@ import argparse
 import sys
 
 from pipeline.agreement import BOUND
+from pipeline.config import MOST
+from pipeline.ranges import Range, within
 from storage.__main__ import main as storage_main
 
 
@@ -22,13 +24,18 @@ def main() -> int:
     parser.add_argument(
         "--against", metavar="MODEL", help="recompute rows with this model, which made the dump"
     )
-    parser.add_argument("--sample", type=int, default=10, help="rows to recompute (default: 10)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice of rows (default: 0)"
+        "--sample", type=within(Range(1, MOST)), default=10, help="rows to recompute (default: 10)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=within(Range(0, 1 << 63)),
+        default=0,
+        help="seed of the choice of rows (default: 0)",
     )
     parser.add_argument(
         "--bound",
-        type=float,
+        type=within(Range(above=0.0)),
         default=BOUND,
         help=f"largest mean KL of a row, in nats (default: {BOUND})",
     )

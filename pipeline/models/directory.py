@@ -225,7 +225,7 @@ def check_values(given: dict[str, Any]) -> None:
             if name.endswith("_layers"):
                 most = MOST_LAYERS
             if most and isinstance(value, int) and not 0 <= value <= most:
-                raise ValueError(f"{name}: expected at most {most}, found {value}")
+                raise ValueError(f"{name}: expected 0 to {most}, found {value}")
             if "attn_implementation" in name and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
 

@@ -1,7 +1,11 @@
 """Every number among the settings has a range, and what is outside of it is refused by name."""
 
+import argparse
 import dataclasses
 import math
+import runpy
+import signal
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -20,8 +24,9 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.errors import ConfigError
-from pipeline.ranges import Range, check_ranges, range_of
+from pipeline.ranges import Range, check_ranges, range_of, within
 from pipeline.study.config import ArmConfig, StudyConfig
+from tests.helpers.paths import SCRIPTS
 
 
 def corpus(**changes: Any) -> CorpusConfig:
@@ -160,3 +165,42 @@ def test_a_number_without_a_range_would_be_found() -> None:
         bad: int | None = None
 
     assert [range_of(part, field) for part, field, _ in numbers(New())][1] is None
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("dump_logits", ["--estimate", "0"]),
+        ("dump_logits", ["--estimate=-5"]),
+        ("dump_logits", ["--run_tokens", "0"]),
+        ("dump_logits", ["--partition", "1/" + "9" * 5000]),
+        ("dump_logits", ["--partition", "2/2"]),
+        ("verify_dump", ["--sample", "0"]),
+        ("verify_dump", ["--seed=-1"]),
+        ("verify_dump", ["--bound", "nan"]),
+    ],
+)
+def test_numbers_of_a_script_have_ranges(
+    script: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    needed = ["--model=m", "--corpus.path=c", "--output=o"] if script == "dump_logits" else ["d"]
+    monkeypatch.setattr("pipeline.signals.die_with_parent", lambda: None)
+    main = runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"]
+    monkeypatch.setattr(sys, "argv", [script, *needed, *words])
+    before = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+    assert stopped.value.code == 2
+    assert words[0].partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_number_on_the_command_line() -> None:
+    assert within(Range(1, 9))("3") == 3
+    assert within(Range(above=0.0))("0.5") == 0.5
+    for text in ("0", "10", "x", "2.5"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            within(Range(1, 9))(text)
