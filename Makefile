@@ -37,7 +37,8 @@ FUZZ_SECONDS ?= 60
 	@$(SYSTEM_PYTHON) -m venv .venv-fuzz
 	@.venv-fuzz/bin/pip install -q atheris numpy numba pyarrow zstandard fsspec
 
-fuzz: .venv-fuzz  ## feed damaged bytes to the decoders for FUZZ_SECONDS, in an environment of its own
+fuzz: setup .venv-fuzz  ## forged dumps for FUZZ_SECONDS, then damaged bytes for the decoders as long
+	PYTHONPATH=. $(PYTHON) tests/fuzz/fuzz_dump.py --seconds $(FUZZ_SECONDS)
 	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
 		-max_total_time=$(FUZZ_SECONDS)
 

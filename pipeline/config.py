@@ -33,7 +33,8 @@ class CorpusConfig:
     text_column: str = "text"
     """Column with the text of each document. The column id, if there is one, names it."""
     messages_column: str | None = None
-    """Column of chat messages to use instead; the tokenizer's chat template renders them."""
+    """Column of chat messages to use instead; the tokenizer's chat template renders them. A
+    template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files

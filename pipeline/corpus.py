@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -17,13 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.chats import BadChat, ChatTemplate
 from pipeline.config import CorpusConfig
 from pipeline.corpus_cache import cached_documents
 from pipeline.corpus_files import find_files, relative
+from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
 from pipeline.errors import ConfigError
-from pipeline.types import Int32s, Int64s
+from pipeline.types import Int32s, Int64s, Json
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
+
+SAMPLED, SAMPLED_CHARACTERS = 16, 10_000  # documents whose tokens a plan holds the hash of
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,16 @@ class Corpus:
                 f"corpus {config.path}: no column {self.column!r}; it has "
                 f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
             )
-        if config.messages_column and not tokenizer.chat_template:
+        self.chat = self.chat_template() if config.messages_column else None
+
+    def chat_template(self) -> ChatTemplate:
+        try:
+            return ChatTemplate(self.tokenizer)
+        except BadChat as error:
             raise ConfigError(
-                f"corpus {config.path}: messages_column needs a chat template, and the tokenizer "
-                "has none; use the chat model's tokenizer, or a text column"
-            )
+                f"corpus {self.config.path}: messages_column needs a chat template, and the "
+                f"tokenizer has none ({error}); use the chat model's tokenizer, or a text column"
+            ) from None
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -96,6 +106,14 @@ class Corpus:
         else:
             found += [config.path, config.split, self.documents._fingerprint]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def rendering(self) -> Json:
+        """What shows how documents become tokens: a sample's ids, and the chat template."""
+        number = min(SAMPLED, len(self))
+        texts = [self.text(at * len(self) // number) for at in range(number)]
+        ids = self.tokenize([text[:SAMPLED_CHARACTERS] for text in texts])
+        sample = hashlib.sha256(json.dumps([each.tolist() for each in ids]).encode()).hexdigest()
+        return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
 
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
@@ -153,10 +171,8 @@ class Corpus:
         """A document's text; empty for null."""
         if value is None:
             return ""
-        if self.config.messages_column:
-            messages = json.loads(value) if self.files else value
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            return str(text)
+        if self.chat:
+            return self.render_chat(self.chat, value, document)
         if not isinstance(value, str):
             raise ConfigError(
                 f"corpus {self.config.path}, document {document}: expected text in column "
@@ -164,17 +180,48 @@ class Corpus:
             )
         return value
 
+    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> str:
+        place = f"corpus {self.config.path}, document {document}"
+        try:
+            text = chat.render(json.loads(value) if self.files else without_nulls(value))
+        except BadChat as error:
+            raise ConfigError(f"{place}: {error}") from error.__cause__
+        if len(text) > DOCUMENT_BYTES:
+            raise ConfigError(f"{place}: rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
+        return text
+
     def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
         """Yield the token ids of each text; a chat template adds its own special tokens."""
         plain = self.config.messages_column is None
         encoded = self.tokenizer(texts, add_special_tokens=plain, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id if self.add_eos and plain else None
         for text, ids in zip(texts, encoded, strict=True):
             if not text:
                 ids = []
-            elif eos is not None and (not ids or ids[-1] != eos):
-                ids = [*ids, eos]
+            elif plain:
+                ids = self.with_ends(ids)
             yield np.asarray(ids, np.int32)
+
+    def with_ends(self, ids: list[int]) -> list[int]:
+        """One begin-of-text and one end-of-text token, also where the text spells them itself."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.adds_bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if self.adds_eos and ids[-2:] == [eos, eos]:
+            ids = ids[:-1]
+        if self.add_eos and eos is not None and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        return ids
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins each text with the begin-of-text token."""
+        ids = self.tokenizer("a", verbose=False)["input_ids"]
+        return bool(ids[:1] == [self.tokenizer.bos_token_id])
+
+    @cached_property
+    def adds_eos(self) -> bool:
+        ids = self.tokenizer("a", verbose=False)["input_ids"]
+        return bool(ids[-1:] == [self.tokenizer.eos_token_id])
 
     def split(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
         """Chunks of max_length tokens; a last chunk of one token predicts nothing: drop it."""

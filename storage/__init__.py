@@ -4,6 +4,7 @@ Needs numpy, pyarrow, zstandard and fsspec; version 2 also needs numba. Does not
 """
 
 from storage.codec.codec import decode, encode
+from storage.codec.frames import Limits
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, Successors
 from storage.dataset import LogitDataset
@@ -30,6 +31,7 @@ __all__ = [
     "FormatVersionError",
     "IncompleteDump",
     "InvalidRecord",
+    "Limits",
     "LogitDataset",
     "Manifest",
     "Partition",

@@ -1,8 +1,10 @@
 """python -m storage inspect | verify | export | gc"""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import pyarrow as pa
 
@@ -11,9 +13,16 @@ from storage.errors import IncompleteDump, StorageError, StoreError
 from storage.export import export
 from storage.gc import DEFAULT_HOURS, leftovers, remove
 from storage.inspect import describe, describe_row, token_decoder
+from storage.text import one_line, printable
 from storage.verify import verify
 
 FAILED, BAD_INPUT, DAMAGED = 1, 2, 4  # exit codes: the store fails, wrong input, damaged data
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # an export may work later
+
+
+def say(line: object, file: TextIO | None = None) -> None:
+    """Print what may hold text of a dump."""
+    print(printable(str(line)), file=file)
 
 
 def inspect_command(args: argparse.Namespace) -> int:
@@ -22,53 +31,54 @@ def inspect_command(args: argparse.Namespace) -> int:
     except IncompleteDump:
         dataset = LogitDataset(args.dump, partial=True)
     if args.row is None:
-        print("\n".join(describe(dataset)))
+        say("\n".join(describe(dataset)))
         if len(dataset):
-            print(f"\n`python -m storage inspect {args.dump} --row 0` shows a row as text.")
+            say(f"\n`python -m storage inspect {args.dump} --row 0` shows a row as text.")
         return 0
     if not 0 <= args.row < len(dataset):
-        print(
+        say(
             f"--row {args.row}: the dump has {len(dataset):,} rows, numbered from 0",
             file=sys.stderr,
         )
         return BAD_INPUT
     decode, note = token_decoder(dataset)
     if note:
-        print(note)
-    print("\n".join(describe_row(dataset[args.row], decode, args.top, args.positions)))
+        say(note)
+    say("\n".join(describe_row(dataset[args.row], decode, args.top, args.positions)))
     return 0
 
 
 def verify_command(args: argparse.Namespace) -> int:
     report = verify(args.dump, partial=args.partial)
     for note in report.notes:
-        print(f"note   {note}")
+        say(one_line(f"note   {note}"))
     for fault in report.faults:
-        print(f"FAULT  {fault}")
+        say(one_line(f"FAULT  {fault}"))
     good = f"{report.rows:,} rows and {report.tokens:,} tokens in {report.shards:,} shards"
     if report.ok:
-        print(f"ok     {args.dump}: {good}, every byte read and every row decoded")
+        say(f"ok     {args.dump}: {good}, every byte read and every row decoded")
         return 0
-    print(f"{args.dump}: {len(report.faults)} faults; {good} were read", file=sys.stderr)
+    say(f"{args.dump}: {len(report.faults)} faults; {good} were read", file=sys.stderr)
     return DAMAGED
 
 
 def export_command(args: argparse.Namespace) -> int:
     rows = export(LogitDataset(args.dump), args.target, args.per)
-    print(f"{args.target}: {rows:,} rows, one per {args.per}")
+    say(f"{args.target}: {rows:,} rows, one per {args.per}")
     return 0
 
 
 def gc_command(args: argparse.Namespace) -> int:
     found = leftovers(args.dump, args.older_than)
     for leftover in found:
-        print(f"{leftover.bytes:>14,} bytes  {leftover.age / 3600:>8.1f} h  {leftover.name}")
+        name = one_line(leftover.name)
+        say(f"{leftover.bytes:>14,} bytes  {leftover.age / 3600:>8.1f} h  {name}")
     total = f"{len(found)} leftovers, {sum(leftover.bytes for leftover in found):,} bytes"
     if not args.delete:
-        print(f"{total}; no reader uses them, --delete removes them" if found else total)
+        say(f"{total}; no reader uses them, --delete removes them" if found else total)
         return 0
     remove(args.dump, found)
-    print(f"{total}: removed")
+    say(f"{total}: removed")
     return 0
 
 
@@ -129,17 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except IncompleteDump as error:
-        print(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         return BAD_INPUT
     except StoreError as error:
-        print(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         return FAILED
     except (StorageError, pa.ArrowException) as error:
-        print(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         return DAMAGED
     except OSError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+        say(error, file=sys.stderr)
+        return FAILED if error.errno in OUTSIDE else BAD_INPUT
     return code
 
 

@@ -13,17 +13,20 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from storage.errors import CorruptShard
+from storage.errors import CorruptShard, StoreError
 from storage.manifest import Shard
+from storage.parsing import SHA256
 from storage.store import Store
 
 FOLDER, LIMIT_GB = "MOL_CACHE", "MOL_CACHE_GB"
+CACHED_FILE = re.compile(rf"{SHA256.pattern}\.parquet")
 
 
 def open_source(store: Store, shard: Shard) -> Any:
@@ -33,12 +36,23 @@ def open_source(store: Store, shard: Shard) -> Any:
     the committed one, StoreError if the store cannot be read.
     """
     if store.local:  # memory-mapped: reading a row group copies nothing
-        return pa.memory_map(store / shard.file)
-    path = cached(store, shard.file, shard.marker["sha256"])
-    if path is not None:
-        return pa.memory_map(str(path))
+        path = store.regular(shard.file)
+        check_size(shard, os.path.getsize(path))
+        return pa.memory_map(path)
+    local = cached(store, shard.file, shard.marker["sha256"])
+    if local is not None:
+        return pa.memory_map(str(local))
     size = int(store.attempt("read", shard.file, lambda: store.fs.info(store / shard.file)["size"]))
+    check_size(shard, size)
     return pa.PythonFile(RangeFile(store, shard.file, size), mode="r")
+
+
+def check_size(shard: Shard, size: int) -> None:
+    """Raise CorruptShard unless the file has the bytes that the marker says."""
+    if size != shard.marker["bytes"]:
+        raise CorruptShard(
+            f"{size} bytes, the marker says {shard.marker['bytes']}: this is not the committed file"
+        )
 
 
 class RangeFile(io.RawIOBase):
@@ -109,15 +123,17 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Remove the least recently used files until `size` more bytes fit.
+    """Remove the least recently used files of the cache until `size` more bytes fit.
 
-    A process that has mapped a removed file can still read it.
+    A process that has mapped a removed file can still read it. Other files in the folder stay.
     """
-    limit = float(os.environ.get(LIMIT_GB, 100)) * 1e9
+    limit = limit_bytes()
     files = []
-    for file in folder.glob("*.parquet"):
+    for file in folder.iterdir():
+        if not CACHED_FILE.fullmatch(file.name):
+            continue
         with contextlib.suppress(FileNotFoundError):
-            status = file.stat()
+            status = file.lstat()
             files.append((status.st_mtime, status.st_size, file))
     total = sum(length for _, length, _ in files) + size
     for _, length, file in sorted(files):
@@ -125,3 +141,15 @@ def make_room(folder: Path, size: int) -> None:
             return
         file.unlink(missing_ok=True)
         total -= length
+
+
+def limit_bytes() -> float:
+    """The cache's limit. Raises StoreError unless MOL_CACHE_GB is a number."""
+    given = os.environ.get(LIMIT_GB, "100")
+    try:
+        limit = float(given) * 1e9
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:  # NaN too
+        raise StoreError(f"{LIMIT_GB}: expected a number of 1e9 bytes, 0 or more, found {given!r}")
+    return limit

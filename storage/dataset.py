@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage.manifest import Dump, Json, Manifest
+from storage.manifest import Dump, Manifest
+from storage.parsing import Json
 from storage.shard_reader import ShardReader
 from storage.topk import Int32s, Record
 
@@ -24,7 +25,7 @@ class LogitDataset:
     `samples=False` does not read the samples of the tails.
 
     Raises IncompleteDump if the dump is missing or unfinished, CorruptShard with file and row,
-    IndexError, and StoreError.
+    FormatVersionError for the data of a later release, IndexError, and StoreError.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class LogitDataset:
             self._forget()
         reader = self._readers.pop(number, None)
         if reader is None:
-            reader = ShardReader(self.dump.store, self.shards[number], self.samples)
+            reader = ShardReader(self.dump, self.shards[number], self.samples)
         self._readers[number] = reader
         if len(self._readers) > OPEN_SHARDS:
             self._readers.popitem(last=False)

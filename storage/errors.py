@@ -1,8 +1,13 @@
 """The errors of storage. Each message says what was expected, what was found and what to do."""
 
+from storage.text import printable
+
 
 class StorageError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Text of a dump in their messages is safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InvalidRecord(StorageError):

@@ -1,7 +1,10 @@
 """Export a dump to plain Parquet columns, for DuckDB, Polars and pandas."""
 
+import contextlib
 import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +48,8 @@ def export(dataset: LogitDataset, target: str | os.PathLike[str], per: str = "po
     """Write all rows to one Parquet file, 64 sequences at a time. Returns the rows written.
 
     per="position" writes one row per distribution, per="sequence" one per stored row. For a dump
-    with samples, more columns hold the ids drawn from the tail and how often each was drawn.
+    with samples, more columns hold the ids drawn from the tail and how often each was drawn. A
+    local file appears when it is whole. Raises OSError, also for a target inside the dump.
     """
     to_table, schema, sampled = {
         "position": (by_position, PER_POSITION, SAMPLED_PER_POSITION),
@@ -53,13 +57,30 @@ def export(dataset: LogitDataset, target: str | os.PathLike[str], per: str = "po
     }[per]
     if dataset.draws:
         schema = pa.schema([*schema, *sampled])
-    written = 0
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+    written, store = 0, dataset.dump.store
+    if store.local and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(store.root)):
+        raise OSError(f"{target} is inside the dump: choose a target outside {store.path}")
+    with appearing(target) as own, pq.ParquetWriter(own, schema, compression="zstd") as writer:
         for tables in batched((to_table(record, schema) for record in dataset), 64):
             table = pa.concat_tables(tables)
             writer.write_table(table)
             written += len(table)
     return written
+
+
+@contextlib.contextmanager
+def appearing(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+    """A name to write to, which becomes the target if all goes well, and else disappears."""
+    if "://" in os.fspath(target):  # pyarrow writes to an object store, which shows whole files
+        yield target
+        return
+    target = Path(target)
+    own = target.with_name(f".{target.name}.writing-{uuid.uuid4().hex}")
+    try:
+        yield own
+        os.replace(own, target)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def batched(tables: Iterator[pa.Table], size: int) -> Iterator[list[pa.Table]]:

@@ -5,17 +5,24 @@ had none when its age was measured. The files of a running writer are younger th
 writes to an open shard with every row group, and names a closed one in a marker within one commit.
 """
 
+import contextlib
 import os
 import re
-import time
 from dataclasses import dataclass
 
-from storage.manifest import Dump, Shard, from_json
+from storage.errors import IncompleteDump
+from storage.manifest import Dump, Shard
+from storage.parsing import MARKER_BYTES, SHARD_NAME, from_json
+from storage.store import is_own_folder, walk
 
 DEFAULT_HOURS = 24.0
-MARKER = re.compile(r"(\d{5,}/\d{5,})\.json")
-DATA_FILE = re.compile(r"\d{5,}/\d{5,}-[0-9a-f]+\.parquet")
-OPEN_FILE = re.compile(r"(.*/)?\.(writing|creating)-[^/]+")
+# The names that writers give: no other file is ever removed.
+MARKER = re.compile(rf"({SHARD_NAME.pattern})\.json", re.ASCII)
+DATA_FILE = re.compile(r"\d{5,9}/\d{5,9}-[0-9a-f]{12}\.parquet", re.ASCII)
+WRITING = r"\.writing-\d{5,9}-\d{5,9}-[0-9a-f]{32}"  # ShardWriter.flush
+CREATING = r"((\d{5,9}|tokenizer)/)?\.creating-[a-z0-9_]{8}"  # create_local
+OPEN_FILE = re.compile(rf"\d{{5,9}}/{WRITING}|{CREATING}", re.ASCII)
+STAGED_FILE = re.compile(WRITING, re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,33 +39,35 @@ class Leftover:
 
 
 def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> list[Leftover]:
-    """Files older than `hours` that no marker names.
+    """Files older than `hours` that neither a marker nor the manifest names.
 
     Raises IncompleteDump if there is no dump, StoreError, and CorruptShard for an unreadable
-    marker: any file may then be committed data.
+    marker: any file may then be committed data. Links are never followed or removed.
     """
-    store = Dump(path).store
-    ages = store.ages()
-    sizes = store.files()
-    named = set()
-    for name in sizes:  # every marker, also those after a missing one
+    dump = Dump(path)
+    store = dump.store
+    first, entries = store.entries(), store.entries()
+    named: set[str] = set()
+    with contextlib.suppress(IncompleteDump):
+        named.update(shard.file for shard in dump.manifest().shards)
+    for name in entries:  # every marker, also those after a missing one
         match = MARKER.fullmatch(name)
-        data = store.read(name) if match else None
-        if match and data:
+        data = store.read(name, MARKER_BYTES) if match else None
+        if match and data is not None:
             named.add(Shard(match[1], from_json(data, name)).file)
     found = [
-        Leftover(name, sizes[name], age)
-        for name, age in sorted(ages.items())
-        if age > 3600 * hours
-        and name in sizes
+        Leftover(name, entries[name].bytes, entry.age)
+        for name, entry in sorted(first.items())
+        if entry.age > 3600 * hours
+        and name in entries
+        and not (entry.link or entries[name].link)
         and (OPEN_FILE.fullmatch(name) or (DATA_FILE.fullmatch(name) and name not in named))
     ]
-    if not store.local and store.remote_staging.is_dir():
-        for file in sorted(store.remote_staging.glob(".writing-*")):
-            status = file.stat()
-            age = time.time() - status.st_mtime
-            if age > 3600 * hours:
-                found.append(Leftover(str(file), status.st_size, age, staged=True))
+    if not store.local and is_own_folder(store.remote_staging):
+        for name, entry in sorted(walk(str(store.remote_staging))):
+            if entry.age > 3600 * hours and STAGED_FILE.fullmatch(name) and not entry.link:
+                file = str(store.remote_staging / name)
+                found.append(Leftover(file, entry.bytes, entry.age, staged=True))
     return found
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from storage.dataset import LogitDataset
-from storage.manifest import Json, Totals
-from storage.shard import MASS_BINS
+from storage.manifest import Totals
+from storage.parsing import MANIFEST_BYTES, MASS_BINS, Json
+from storage.text import one_line, printable
 from storage.topk import Record
 
 BAR = 40
@@ -16,7 +17,7 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
     """The plan, the totals, bytes per token, and the distribution of the kept mass."""
     yield f"dump       {dataset.dump.store.path}"
     for name, value in flatten(dataset.plan):
-        yield f"  {name:<22} {value}"
+        yield f"  {one_line(name):<22} {one_line(str(value))}"
     markers = [shard.marker for shard in dataset.shards]
     totals = Totals.of(markers)
     yield ""
@@ -61,7 +62,8 @@ def describe_row(
     A star marks the candidate that is the next token.
     """
     tokens = [decode(int(token)) for token in record.input_ids]
-    yield f"document {record.doc_id}, chunk {record.chunk}, {len(record.input_ids)} tokens"
+    name, chunk = one_line(record.doc_id), record.chunk
+    yield f"document {name}, chunk {chunk}, {len(record.input_ids)} tokens"
     yield "".join(tokens[:200]) + (" …" if len(tokens) > 200 else "")
     yield ""
     yield f"{'at':>4} {'token':<14} {'next':<14} {'tail':>6}  the teacher's candidates for next"
@@ -75,8 +77,8 @@ def describe_row(
         ]
         tail = np.exp(record.topk.tail_logprob[at])
         candidates += [
-            f"{'*' if token == following else ''}{show(decode(token))} {times}/{draws} of the tail"
-            for token, times, draws in most_drawn(record, at, top)
+            f"{'*' if token == following else ''}{show(decode(token))} {share} of the tail"
+            for token, share in most_drawn(record, at, top)
         ]
         yield (
             f"{at:>4} {show(tokens[at]):<14} {show(tokens[at + 1]):<14} {tail:6.3f}  "
@@ -86,8 +88,8 @@ def describe_row(
         yield f"  … {len(record.topk) - positions} more positions; --positions N shows more"
 
 
-def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
-    """(id, times drawn, draws) of the `top` ids drawn most often at a position."""
+def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, str]]:
+    """The `top` ids drawn most often at a position, each with its share, such as "3/16"."""
     samples = record.topk.samples
     if samples is None:
         return []
@@ -95,25 +97,29 @@ def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, int, int]]:
     here = slice(end - int(samples.counts[at]), end)
     ids, times = samples.ids[here].tolist(), samples.times[here].tolist()
     most = np.argsort(-samples.times[here].astype(int), kind="stable")[:top]
-    return [(ids[at], times[at], samples.draws) for at in most]
+    return [(ids[number], f"{times[number]}/{samples.draws}") for number in most]
 
 
 def show(token: str, width: int = 14) -> str:
     """A token on one line, with visible spaces and line ends, at most `width` long."""
     text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def token_decoder(dataset: LogitDataset) -> tuple[Callable[[int], str], str | None]:
     """A function from token id to text, and a note if it can only show ids."""
-    data = dataset.dump.store.read("tokenizer/tokenizer.json")
+    data = dataset.dump.store.read("tokenizer/tokenizer.json", MANIFEST_BYTES)
     if data is None:
         return (lambda token: f"<{token}>"), "The dump has no tokenizer.json: showing ids."
     try:
         from tokenizers import Tokenizer
     except ImportError:
         return (lambda token: f"<{token}>"), "For text, pip install tokenizers: showing ids."
-    tokenizer = Tokenizer.from_str(data.decode())
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception as error:  # tokenizers raises no type of its own
+        return (lambda token: f"<{token}>"), f"tokenizer/tokenizer.json: {error}: showing ids."
 
     def text_of(token: int) -> str:
         text: str = tokenizer.decode([token], skip_special_tokens=False)

@@ -15,46 +15,43 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import (
-    CorruptShard,
-    FormatVersionError,
-    IncompleteDump,
-    PlanMismatch,
-    StoreError,
+from storage.errors import FormatVersionError, IncompleteDump, PlanMismatch, StoreError
+from storage.parsing import (
+    MANIFEST_BYTES,
+    MARKER_BYTES,
+    PLAN_BYTES,
+    SHA256,
+    Json,
+    check_marker,
+    check_names,
+    check_plan,
+    check_summary,
+    from_json,
+    matched,
+    objects,
+    to_json,
 )
 from storage.store import Store
 
 FORMAT_VERSION = 1
-Json = dict[str, Any]
-
-
-def to_json(value: Json) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def from_json(data: bytes, name: str) -> Json:
-    """Parse a JSON object. Raises CorruptShard that names the file."""
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise CorruptShard(
-            f"{name}: not valid JSON ({error}): the file is damaged, restore it from a copy"
-        ) from None
-    if not isinstance(value, dict):
-        raise CorruptShard(f"{name}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard: its name ("00003/00007") and its marker."""
+    """A committed shard: its name ("00003/00007") and its marker, checked.
+
+    Raises CorruptShard for a marker that no writer can have made.
+    """
 
     name: str
     marker: Json
+
+    def __post_init__(self) -> None:
+        check_marker(self.marker, self.name)
 
     @property
     def file(self) -> str:
@@ -181,7 +178,7 @@ class Partition:
     def shard(self, index: int) -> Shard:
         """One committed shard. Raises IncompleteDump if it is not committed."""
         name = f"{self.name}/{index:05d}"
-        data = self.dump.store.read(f"{name}.json")
+        data = self.dump.store.read(f"{name}.json", MARKER_BYTES)
         if data is None:
             raise IncompleteDump(f"{name}.json: not committed yet")
         return Shard(name, from_json(data, f"{name}.json"))
@@ -189,8 +186,13 @@ class Partition:
     @property
     def summary(self) -> Json | None:
         """Contents of complete.json, or None while the partition is not complete."""
-        data = self.dump.store.read(f"{self.name}/complete.json")
-        return None if data is None else from_json(data, f"{self.name}/complete.json")
+        name = f"{self.name}/complete.json"
+        data = self.dump.store.read(name, MARKER_BYTES)
+        if data is None:
+            return None
+        summary = from_json(data, name)
+        check_summary(summary, name)
+        return summary
 
     def finish(self, summary: Json) -> None:
         """Mark the partition complete: no more shards follow. `summary` adds entries."""
@@ -207,12 +209,13 @@ class Partition:
 class Dump:
     """A dump directory, finished or not.
 
-    Raises IncompleteDump without plan.json, FormatVersionError for another format version.
+    Raises IncompleteDump without plan.json, FormatVersionError for another format version,
+    CorruptShard for a plan with impossible values.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.store = Store(path)
-        data = self.store.read("plan.json")
+        data = self.store.read("plan.json", PLAN_BYTES)
         if data is None:
             raise IncompleteDump(
                 f"{self.store.path}: no plan.json, so this is not a dump; check the path, or make "
@@ -224,13 +227,15 @@ class Dump:
                 f"{self.store.path}: format version {self.plan.get('format_version')}, this "
                 f"release reads version {FORMAT_VERSION}; use the release that wrote the dump"
             )
+        check_plan(self.plan)
+        self.plan_sha256 = hashlib.sha256(to_json(self.plan)).hexdigest()
 
     def check_plan(self) -> None:
         """Raise StoreError if plan.json is gone, PlanMismatch if it has changed.
 
         A directory that was removed, or reused for another dump, must not get shards of this one.
         """
-        data = self.store.read("plan.json")
+        data = self.store.read("plan.json", PLAN_BYTES)
         if data is None:
             raise StoreError(
                 f"{self.store.path}: plan.json is gone. Was the directory removed or unmounted "
@@ -270,7 +275,7 @@ class Dump:
         shards = self.shards()
         body = {
             "format_version": FORMAT_VERSION,
-            "plan_sha256": hashlib.sha256(to_json(self.plan)).hexdigest(),
+            "plan_sha256": self.plan_sha256,
             "partitions": summaries,
             "shards": [{"name": shard.name, **shard.marker} for shard in shards],
             "rows": sum(shard.rows for shard in shards),
@@ -282,51 +287,62 @@ class Dump:
     def manifest(self) -> Manifest:
         """The finished dump.
 
-        Raises IncompleteDump without manifest.json, PlanMismatch if it belongs to another plan.
+        Raises IncompleteDump without manifest.json, PlanMismatch if it belongs to another plan,
+        CorruptShard for impossible values.
         """
-        data = self.store.read("manifest.json")
+        data = self.store.read("manifest.json", MANIFEST_BYTES)
         if data is None:
             raise IncompleteDump(
                 f"{self.store.path}: no manifest.json, so the dump is not finished; run "
                 "scripts/dump_logits.py again with the same config to resume it"
             )
         body = from_json(data, "manifest.json")
-        if body["plan_sha256"] != hashlib.sha256(to_json(self.plan)).hexdigest():
+        plan = matched(body, "plan_sha256", "manifest.json", SHA256, "64 hexadecimal digits")
+        if plan[0] != self.plan_sha256:
             raise PlanMismatch(
                 f"{self.store.path}: manifest.json belongs to another plan.json; restore the file "
                 "that was replaced"
             )
-        shards = tuple(
-            Shard(entry["name"], {key: value for key, value in entry.items() if key != "name"})
-            for entry in body["shards"]
-        )
+        entries = objects(body, "shards", "manifest.json")
+        check_names([entry.get("name") for entry in entries], self.plan["partitions"])
+        shards = tuple(Shard(entry.pop("name"), entry) for entry in entries)
+        summaries = objects(body, "partitions", "manifest.json")
+        for summary in summaries:
+            check_summary(summary, "manifest.json")
         fingerprint = hashlib.sha256(data).hexdigest()
-        return Manifest(self.plan, shards, tuple(body["partitions"]), fingerprint)
+        return Manifest(self.plan, shards, tuple(summaries), fingerprint)
 
 
 def create_dump(
-    path: str | os.PathLike[str], plan: Json, tokenizer_files: dict[str, bytes] | None = None
+    path: str | os.PathLike[str],
+    plan: Json,
+    tokenizer_files: dict[str, bytes] | None = None,
+    compare: Callable[[Json, Json], list[str]] | None = None,
 ) -> Dump:
     """Start a dump, or open the existing one if its plan is the same.
 
-    `tokenizer_files` maps names to contents. Raises PlanMismatch that lists every difference if
-    the directory holds a dump made from another plan, and StoreError.
+    `tokenizer_files` maps names to contents; only a dump of this plan gets them. `compare` gives a
+    line for each difference between the existing plan and this one that forbids to resume; by
+    default any difference does. Raises PlanMismatch that lists every difference if the directory
+    holds a dump made from another plan, CorruptShard for a plan with impossible values, and
+    StoreError.
     """
     plan = {"format_version": FORMAT_VERSION, **plan}
+    check_plan(plan)
     store = Store(path)
     store.make_root()
-    for name, data in (tokenizer_files or {}).items():
-        if store.read("plan.json") is None:
-            store.create(f"tokenizer/{name}", data)
     store.create("plan.json", to_json(plan))
     dump = Dump(path)
-    lines = differences(dump.plan, json.loads(to_json(plan)))
+    lines = (compare or differences)(dump.plan, json.loads(to_json(plan)))
     if lines:
         raise PlanMismatch(
             f"{dump.store.path} holds a dump made from another plan:\n"
             + "\n".join(f"  {line}" for line in lines)
             + "\nUse the old settings to resume it, or choose another output directory."
         )
+    for name, data in (tokenizer_files or {}).items():
+        if not store.exists(f"tokenizer/{name}"):
+            store.create(f"tokenizer/{name}", data)
     return dump
 
 

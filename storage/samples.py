@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 UInt16s = npt.NDArray[np.uint16]
 Int32s = npt.NDArray[np.int32]
+MOST_DRAWS = 65_535
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ def fault(samples: Samples, vocab_size: int) -> str | None:
     """What is wrong with the samples, naming the first position; None if they are valid."""
     counts, ids, times = samples.counts, samples.ids, samples.times
     entries = int(counts.sum(dtype=np.int64))
-    if not 1 <= samples.draws <= 65535:
-        return f"{samples.draws} draws, expected 1 to 65535"
+    if not 1 <= samples.draws <= MOST_DRAWS:
+        return f"{samples.draws} draws, expected 1 to {MOST_DRAWS}"
     if not entries == len(ids) == len(times):
         return f"counts sum to {entries} samples, found {len(ids)} ids and {len(times)} times"
     position = np.repeat(np.arange(len(counts)), counts)

@@ -23,7 +23,6 @@ SCHEMA = pa.schema(
 SUCCESSORS = pa.field("successors", pa.binary())  # version 2's tables: one value, in the first row
 SAMPLES = pa.field("samples", pa.binary(), nullable=False)  # only if the plan has samples
 FORMATS = {b"mol-topk/1": "v1", b"mol-topk/2": "v2"}
-MASS_BINS = 20  # bins of the histogram of kept mass, over [0, 1]
 
 
 def schema_of(codec: str, has_samples: bool) -> pa.Schema:
@@ -49,13 +48,17 @@ def pack_ranks(ranks: Ranks) -> bytes:
     return (struct.pack("<I", ranks.vocab_size) + packed).hex().encode()
 
 
-def unpack_ranks(value: bytes) -> Ranks:
-    """The inverse of pack_ranks. Raises CorruptPayload."""
+def unpack_ranks(value: bytes, expected: int) -> Ranks:
+    """The inverse of pack_ranks, for a vocabulary of `expected` ids. Raises CorruptPayload."""
     try:
         raw = bytes.fromhex(value.decode())
         (vocab_size,) = struct.unpack("<I", raw[:4])
+        if vocab_size != expected:
+            raise CorruptPayload(
+                f"rank table for a vocabulary of {vocab_size} ids, the plan says {expected}"
+            )
         size = zstandard.frame_content_size(raw[4:])
-        if not 0 <= size <= 4 * vocab_size <= 1 << 26:
+        if not 0 <= size <= 4 * vocab_size:
             raise CorruptPayload(f"rank table of {size} bytes for a vocabulary of {vocab_size}")
         frequent = zstandard.ZstdDecompressor().decompress(raw[4:], max_output_size=size)
         return Ranks(np.frombuffer(frequent, "<i4"), vocab_size)

@@ -1,5 +1,15 @@
-"""ShardReader: the rows of one committed data file."""
+"""ShardReader: the rows of one committed data file, and the gate that foreign bytes must pass.
 
+A dump may come from anyone, with every checksum right. So what a file says is compared with its
+marker and its plan before memory is allocated for it:
+
+    check_footer     schema, rows, encodings and sizes of all columns, from the footer
+    check_metadata   format, codec, shard and plan that the file was written for
+    Limits           positions, entries and vocabulary of a row, before its payload is inflated
+    ShardReader.row  what a decoded row must be
+"""
+
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,66 +20,67 @@ import pyarrow.parquet as pq
 
 from storage.codec import samples as sampled
 from storage.codec.codec import decode
+from storage.codec.frames import Limits
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, Successors
 from storage.data_file import open_source
-from storage.errors import CorruptPayload, CorruptShard, StorageError
-from storage.manifest import Shard
-from storage.shard import FORMATS, SCHEMA, footer_crc32, unpack_ranks
-from storage.store import Store
+from storage.errors import CorruptShard, FormatVersionError, StorageError, StoreError
+from storage.manifest import Dump, Shard
+from storage.parsing import MOST_K, Json
+from storage.shard import FORMATS, footer_crc32, schema_of, unpack_ranks
 from storage.topk import Int32s, Record, TopK, check_samples_belong
+
+MOST_RATIO = 64  # of a column's bytes after and before decompression
+FREE_BYTES = 1 << 24  # that a small column may inflate to, whatever the ratio
+ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the others can give any number of values for a byte
 
 
 class ShardReader:
     """The rows of one committed data file; `samples=False` does not read their samples.
 
-    Raises CorruptShard that names the file, and the row where one row is damaged, and StoreError.
+    Raises CorruptShard that names the file, and the row where one row is damaged;
+    FormatVersionError for the format of a later release; StoreError.
     """
 
-    def __init__(self, store: Store, shard: Shard, samples: bool = True) -> None:
-        self.shard, self.name = shard, shard.file
-        try:
-            source = open_source(store, shard)
+    def __init__(self, dump: Dump, shard: Shard, samples: bool = True) -> None:
+        self.dump, self.shard, self.name = dump, shard, shard.file
+        plan = dump.plan
+        self.vocab_size = int(plan["vocab_size"])
+        self.k = entries_of_a_position(shard, plan)
+        self.draws = int(plan.get("samples", 0))
+        self.has_samples = samples and self.draws > 0
+        self._tables: Ranks | Successors | None = None
+        with gate(self.name):
+            try:
+                source = open_source(dump.store, shard)
+            except FileNotFoundError:
+                raise CorruptShard(
+                    "the data file is missing, but its marker exists; restore the file, or remove "
+                    "the marker and run the dump again"
+                ) from None
             expected = shard.marker.get("footer_crc32")
             if expected is not None and footer_crc32(source) != expected:
                 raise CorruptShard("the CRC-32 of the footer is not the marker's")
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
-            if metadata.get(b"format") not in FORMATS:
-                raise CorruptShard(
-                    f"format {metadata.get(b'format')!r}, this release reads "
-                    f"{', '.join(name.decode() for name in FORMATS)}"
-                )
-            self.codec = FORMATS[metadata[b"format"]]
-            self._tables: Ranks | Successors | None = None
+            self.codec = check_metadata(metadata, shard, dump)
+            self.columns = schema_of(self.codec, self.draws > 0).names
+            check_footer(self.file, shard, schema_of(self.codec, self.draws > 0))
             if self.codec == "v1":
-                self._tables = unpack_ranks(metadata[b"ranks"])
-            self.has_samples = samples and "samples" in self.file.schema_arrow.names
-        except FileNotFoundError:
-            raise CorruptShard(
-                f"{self.name}: the data file is missing, but its marker exists; restore the file, "
-                "or remove the marker and run the dump again"
-            ) from None
-        except (pa.ArrowException, OSError, KeyError, ValueError, StorageError) as error:
-            raise CorruptShard(f"{self.name}: cannot be read as a shard ({error})") from None
-        groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
-        self.starts = np.cumsum([0, *groups])
-        if self.starts[-1] != shard.rows:
-            raise CorruptShard(
-                f"{self.name}: {self.starts[-1]} rows, the marker says {shard.rows}: this is not "
-                "the committed file"
-            )
+                self._tables = unpack_ranks(metadata[b"ranks"], self.vocab_size)
+            groups = range(self.file.num_row_groups)
+            rows = [self.file.metadata.row_group(group).num_rows for group in groups]
+            self.starts = np.cumsum([0, *rows])
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """int32 [rows]: tokens of each row. Reads no payloads."""
-        return np.asarray(self.read(columns=["tokens"]).column(0).to_numpy(), np.int32)
-
-    def read(self, columns: list[str]) -> pa.Table:
-        """These columns of all rows."""
-        try:
-            return self.file.read(columns=columns)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptShard(f"{self.name}: {error}") from None
+        with gate(self.name):
+            tokens = self.file.read(columns=["tokens"]).column(0).to_numpy()
+            if tokens.dtype != np.int32 or (tokens < 1).any() or tokens.sum() != self.shard.tokens:
+                raise CorruptShard(
+                    f"the column tokens does not add up to the marker's {self.shard.tokens} tokens"
+                )
+        return np.asarray(tokens)
 
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""
@@ -77,47 +88,155 @@ class ShardReader:
 
     def read_group(self, group: int) -> pa.Table:
         """The rows of a row group, still encoded."""
-        try:
-            names = [*SCHEMA.names, "samples"] if self.has_samples else SCHEMA.names
-            return self.file.read_row_group(group, columns=names)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptShard(f"{self.name}, row group {group}: {error}") from None
+        unread = {"successors"} if self.has_samples else {"successors", "samples"}
+        names = [name for name in self.columns if name not in unread]
+        with gate(f"{self.name}, row group {group}"):
+            table = self.file.read_row_group(group, columns=names)
+            for name in names:
+                if table.column(name).null_count:
+                    raise CorruptShard(f"the column {name} holds nulls")
+        return table
 
     def ranks(self, input_ids: Int32s) -> Ranks | Row:
         """The tables that decode the payload of the row with these input_ids."""
         if self._tables is None:
-            try:
-                first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
-                self._tables = Successors.unpack(first.as_py() or b"")
-            except (pa.ArrowException, OSError, ValueError, IndexError, CorruptPayload) as error:
-                raise CorruptShard(f"{self.name}: {error}") from None
+            first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
+            self._tables = Successors.unpack(first.as_py() or b"", self.vocab_size)
         return self._tables if isinstance(self._tables, Ranks) else self._tables.row(input_ids)
 
     def record(self, table: pa.Table, group: int, row: int) -> Record:
         """Decode row `row` of the file from the table of its row group."""
         at = row - int(self.starts[group])
-        doc_id, chunk = table.column("doc_id")[at].as_py(), table.column("chunk")[at].as_py()
-        where = f"{self.name}, row {row} (document {doc_id!r}, chunk {chunk})"
+        with gate(f"{self.name}, row {row}"):
+            doc_id, chunk = table.column("doc_id")[at].as_py(), table.column("chunk")[at].as_py()
+        with gate(f"{self.name}, row {row} (document {doc_id!r}, chunk {chunk})"):
+            return Record(doc_id, chunk, *self.row(table, at))
+
+    def row(self, table: pa.Table, at: int) -> tuple[Int32s, TopK]:
+        """(input_ids, distributions) of one row of a table, both checked."""
         input_ids = table.column("input_ids")[at].values.to_numpy()
-        try:
-            payload = table.column("payload")[at].as_buffer().to_pybytes()
-            topk: TopK = decode(payload, self.ranks(input_ids))
-            if self.has_samples:
-                found = sampled.unpack(table.column("samples")[at].as_buffer().to_pybytes())
-                check_samples_belong(topk, found)
-                topk = replace(topk, samples=found)
-        except StorageError as error:
-            raise CorruptShard(f"{where}: {error}") from None
         tokens = table.column("tokens")[at].as_py()
-        if len(topk) != len(input_ids) - 1 or tokens != len(input_ids):
+        if tokens != len(input_ids) or not tokens:
+            raise CorruptShard(f"{tokens} tokens, {len(input_ids)} input ids; expected as many")
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
             raise CorruptShard(
-                f"{where}: {tokens} tokens, {len(input_ids)} input ids, {len(topk)} distributions; "
-                "n tokens need n input ids and n - 1 distributions"
+                f"expected input ids from 0 to {self.vocab_size - 1}, found {input_ids.min()} to "
+                f"{input_ids.max()}"
             )
-        return Record(doc_id, chunk, input_ids, topk)
+        limits = Limits(tokens - 1, self.k, self.vocab_size, self.shard.marker["entries"])
+        payload = table.column("payload")[at].as_buffer().to_pybytes()
+        topk: TopK = decode(payload, self.ranks(input_ids), limits)
+        if self.has_samples:
+            data = table.column("samples")[at].as_buffer().to_pybytes()
+            found = sampled.unpack(data, Limits(tokens - 1, self.draws, self.vocab_size))
+            check_samples_belong(topk, found)
+            topk = replace(topk, samples=found)
+        return input_ids, topk
 
     def __iter__(self) -> Iterator[Record]:
         for group in range(self.file.num_row_groups):
             table = self.read_group(group)
             for row in range(int(self.starts[group]), int(self.starts[group + 1])):
                 yield self.record(table, group, row)
+
+
+def entries_of_a_position(shard: Shard, plan: Json) -> int:
+    """The most entries that a position of this shard may hold.
+
+    It is the plan's k. A marker that counts more than k per position is from before writers kept to
+    it, and then the vocabulary alone limits a position.
+    """
+    any_number = min(int(plan["vocab_size"]), MOST_K)
+    k = int(plan.get("k", any_number))
+    return k if shard.marker["entries"] <= k * shard.marker["positions"] else any_number
+
+
+@contextlib.contextmanager
+def gate(where: str) -> Iterator[None]:
+    """Whatever foreign bytes raise becomes CorruptShard that says where."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except FormatVersionError as error:
+        raise FormatVersionError(f"{where}: {error}") from None
+    except StorageError as error:
+        raise CorruptShard(f"{where}: {error}") from None
+    except Exception as error:  # every library raises types of its own
+        raise CorruptShard(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def check_metadata(metadata: dict[bytes, bytes], shard: Shard, dump: Dump) -> str:
+    """The codec of a file. Raises CorruptShard unless it was written for this shard and plan."""
+    found = metadata.get(b"format", b"")
+    if found not in FORMATS and found.startswith(b"mol-topk/"):
+        raise FormatVersionError(
+            f"format {found!r}, this release reads {', '.join(map(bytes.decode, FORMATS))}; update "
+            "mol-distill"
+        )
+    if found not in FORMATS:
+        raise CorruptShard(f"format {found!r}: this Parquet file is not a shard")
+    if metadata.get(b"shard") != shard.name.encode():
+        raise CorruptShard(f"holds shard {metadata.get(b'shard')!r}: data files were swapped")
+    if metadata.get(b"plan_sha256") != dump.plan_sha256.encode():
+        raise CorruptShard("belongs to a dump made from another plan")
+    codec, planned = FORMATS[found], dump.plan.get("codec", "v1")
+    if codec != planned:
+        raise CorruptShard(f"its codec is {codec}, the plan says {planned}")
+    return codec
+
+
+def check_footer(file: pq.ParquetFile, shard: Shard, expected: pa.Schema) -> None:
+    """Raise CorruptShard unless the columns are a shard's, and no larger than rows allow."""
+    found, metadata = file.schema_arrow, file.metadata
+    for field in expected:
+        types = [found.field(at).type for at in found.get_all_field_indices(field.name)]
+        if len(types) != 1 or not same_type(types[0], field.type):
+            raise CorruptShard(
+                f"expected one column {field.name} of type {field.type}, found "
+                f"{', '.join(map(str, types)) or 'none'}"
+            )
+    if metadata.num_rows != shard.rows:
+        raise CorruptShard(
+            f"{metadata.num_rows} rows, the marker says {shard.rows}: this is not the committed "
+            "file"
+        )
+    rows = 0
+    for group in range(metadata.num_row_groups):
+        part = metadata.row_group(group)
+        if part.num_rows < 0:
+            raise CorruptShard(f"row group {group} claims {part.num_rows} rows")
+        rows += part.num_rows
+        for at in range(part.num_columns):
+            column = part.column(at)
+            if column.path_in_schema.split(".")[0] in expected.names:
+                check_column(column, part.num_rows, shard)
+    if rows != shard.rows:
+        raise CorruptShard(f"row groups of {rows} rows, the marker says {shard.rows}")
+
+
+def check_column(column: pq.ColumnChunkMetaData, rows: int, shard: Shard) -> None:
+    """Raise CorruptShard if a column of a row group would be larger than its file allows."""
+    name, size = column.path_in_schema, column.total_uncompressed_size
+    if not set(column.encodings) <= ENCODINGS or column.has_dictionary_page:
+        raise CorruptShard(
+            f"the column {name} has encodings {', '.join(column.encodings)}, expected "
+            f"{', '.join(sorted(ENCODINGS))}"
+        )
+    if not 0 <= column.total_compressed_size <= shard.marker["bytes"]:
+        raise CorruptShard(f"the column {name} claims {column.total_compressed_size} bytes")
+    if not 0 <= size <= MOST_RATIO * column.total_compressed_size + FREE_BYTES:
+        raise CorruptShard(
+            f"the column {name} of {column.total_compressed_size} bytes claims {size} when "
+            f"decompressed, expected at most {MOST_RATIO} times as many"
+        )
+    most = shard.tokens if name.startswith("input_ids.") else rows
+    if not 0 <= column.num_values <= most or 4 * (column.num_values - rows) > size:
+        raise CorruptShard(f"the column {name} claims {column.num_values} values, at most {most}")
+
+
+def same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether two columns hold the same; the name of a list's element may differ."""
+    if pa.types.is_list(expected):
+        return pa.types.is_list(found) and bool(found.value_type == expected.value_type)
+    return bool(found == expected)

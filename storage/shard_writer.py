@@ -13,12 +13,15 @@ import pyarrow.parquet as pq
 
 from storage.codec import samples as sampled
 from storage.codec.codec import pack, unpack
+from storage.codec.frames import Limits
 from storage.codec.grid import Grid, dequantise, quantise
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Successors
-from storage.errors import CorruptShard, FormatVersionError, InvalidRecord
-from storage.manifest import Json, Partition, to_json
-from storage.shard import FORMATS, MASS_BINS, SCHEMA, footer_crc32, pack_ranks, schema_of
+from storage.errors import CorruptPayload, CorruptShard, FormatVersionError, InvalidRecord
+from storage.manifest import Partition, Shard
+from storage.parsing import MASS_BINS, MOST_K, Json, to_json
+from storage.shard import FORMATS, SCHEMA, footer_crc32, pack_ranks, schema_of
+from storage.shard_reader import check_footer, gate
 from storage.topk import Int32s, Record, TopK, codec_kl
 
 # One random read costs one row group. Version 1 learns its ranks from the first one.
@@ -59,6 +62,7 @@ class ShardWriter:
         self.name = f"{partition.name}/{self.index:05d}"
         plan = partition.dump.plan
         self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
+        self.k = int(plan.get("k", min(self.vocab_size, MOST_K)))
         self.codec = str(plan.get("codec", "v1"))
         self.draws = int(plan.get("samples", 0))
         if self.codec not in FORMATS.values():
@@ -98,6 +102,11 @@ class ShardWriter:
             raise InvalidRecord(
                 f"{where}: expected input ids from 0 to {self.vocab_size - 1}, found {ids.min()} "
                 f"to {ids.max()}; use the model's own tokenizer"
+            )
+        longest = int(record.topk.counts.max(initial=0))
+        if longest > self.k:
+            raise InvalidRecord(
+                f"{where}: {longest} entries at a position, the plan has k {self.k}"
             )
         drawn = record.topk.samples.draws if record.topk.samples else 0
         if drawn != self.draws:
@@ -141,7 +150,7 @@ class ShardWriter:
             metadata = {
                 "format": f"mol-topk/{self.codec[1:]}".encode(),
                 "shard": self.name.encode(),
-                "plan_sha256": hashlib.sha256(to_json(self.partition.dump.plan)).digest().hex(),
+                "plan_sha256": self.partition.dump.plan_sha256,
             }
             if self.codec == "v1":
                 self.tables = Ranks.learn((row.grid for row in self.pending), self.vocab_size)
@@ -204,10 +213,15 @@ class ShardWriter:
         tables = self.tables
         ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
         data = pack(row.grid, ranks)
-        if not unpack(data, ranks).same(row.grid):
+        limits = Limits(len(row.input_ids) - 1, self.k, self.vocab_size)
+        try:
+            fault = "" if unpack(data, ranks, limits).same(row.grid) else "another row"
+        except CorruptPayload as error:
+            fault = str(error)
+        if fault:
             raise CorruptShard(
                 f"{self.name}: document {row.doc_id!r}, chunk {row.chunk} does not decode to the "
-                "same row; nothing is committed. Please report this"
+                f"same row ({fault}); nothing is committed. Please report this"
             )
         return data
 
@@ -251,7 +265,7 @@ class ShardWriter:
                 "cursor": cursor,
                 **(stats or {}),
             }
-            check_rows(self.local, marker)
+            check_rows(self.local, Shard(self.name, marker), self.file.schema)
             target = f"{self.partition.name}/{marker['file']}"
             self.partition.dump.check_plan()
             store.publish(self.local, target)
@@ -275,15 +289,16 @@ class ShardWriter:
         self.pending, self.file, self.local = [], None, None
 
 
-def check_rows(local: Path, marker: Json) -> None:
-    """Read a file back before it is published. Raises CorruptShard if it is not complete."""
-    with pq.ParquetFile(local, page_checksum_verification=True) as file:
+def check_rows(local: Path, shard: Shard, schema: pa.Schema) -> None:
+    """Read a file back before it is published. Raises CorruptShard if readers would refuse it."""
+    with gate(shard.name), pq.ParquetFile(local, page_checksum_verification=True) as file:
+        check_footer(file, shard, schema)
         tokens = file.read(columns=["tokens"]).column(0).to_numpy()
-    if (len(tokens), int(tokens.sum())) != (marker["rows"], marker["tokens"]):
-        raise CorruptShard(
-            f"{local.name}: wrote {marker['rows']} rows and {marker['tokens']} tokens, read back "
-            f"{len(tokens)} and {int(tokens.sum())}: is the disk full?"
-        )
+        if (len(tokens), int(tokens.sum())) != (shard.rows, shard.tokens):
+            raise CorruptShard(
+                f"wrote {shard.rows} rows and {shard.tokens} tokens, read back {len(tokens)} and "
+                f"{int(tokens.sum())}: is the disk full?"
+            )
 
 
 def footer_of(path: Path) -> int:

@@ -8,20 +8,22 @@ fails, or if a local operation fails, a StoreError names the file and says what 
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import random
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import StoreError
+from storage.errors import CorruptShard, StorageError, StoreError
 
 PATIENCE = float(
     os.environ.get("MOL_STORE_PATIENCE", 300)
@@ -36,11 +38,24 @@ ADVICE = {
     errno.EPERM: "permission denied: make it writable for this user",
     errno.ENOENT: "the directory is gone: was it removed or unmounted during the run? Restore it",
     errno.ENOTDIR: "a file exists where a directory is expected: choose another path",
+    errno.EOPNOTSUPP: "the file system has no hard links and cannot rename without replacing; the "
+    "commit protocol needs one of the two: choose a directory on another file system",
     errno.EIO: "the disk or the network file system failed: check it",
     errno.ESTALE: "the network file system is gone: mount it again",
 }
 
+# What os.link raises where the file system has none; a folder that is not writable fails before.
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+
 Result = TypeVar("Result")
+
+
+class Entry(NamedTuple):
+    """A file below the root: its bytes, seconds since it was last written, whether it is a link."""
+
+    bytes: int
+    age: float
+    link: bool
 
 
 class Store:
@@ -77,13 +92,14 @@ class Store:
     def attempt(self, doing: str, name: str, work: Callable[[], Result]) -> Result:
         """Do `work`; retry it while a remote store fails.
 
-        Raises StoreError. FileNotFoundError and FileExistsError are answers and pass unchanged.
+        Raises StoreError. FileNotFoundError, FileExistsError and errors of this package are
+        answers and pass unchanged.
         """
         pause, deadline = FIRST_PAUSE, time.monotonic() + PATIENCE
         while True:
             try:
                 return work()
-            except (FileNotFoundError, FileExistsError):
+            except (FileNotFoundError, FileExistsError, StorageError):
                 raise
             except Exception as error:  # every file system library raises its own types
                 left = deadline - time.monotonic()
@@ -102,13 +118,45 @@ class Store:
             advice = f"the store did not answer for {PATIENCE:.0f} s ({describe(error)})"
         return StoreError(f"cannot {doing} {self.path.rstrip('/')}/{name}: {advice}")
 
-    def read(self, name: str) -> bytes | None:
-        """A file's bytes, or None if it does not exist."""
+    def read(self, name: str, most: int = 1 << 30) -> bytes | None:
+        """A file's bytes, or None if it does not exist.
+
+        Raises CorruptShard for a local file of more than `most` bytes, and for what is not a
+        regular file.
+        """
         try:
+            if self.local and os.path.getsize(self.regular(name)) > most:
+                raise CorruptShard(f"{name}: expected at most {most:,} bytes, found more: not ours")
             data: bytes = self.attempt("read", name, lambda: self.fs.cat_file(self / name))
         except FileNotFoundError:
             return None
         return data
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of this name exists."""
+        found: bool = self.attempt("read", name, lambda: self.fs.exists(self / name))
+        return found
+
+    def regular(self, name: str) -> str:
+        """The local path of a file that may be opened.
+
+        Raises FileNotFoundError if there is none, CorruptShard for a pipe, a device or a folder,
+        and for a link that leaves the directory. Links of the Hugging Face cache, from its
+        `snapshots` to its `blobs`, are allowed.
+        """
+        path = self / name
+        with self.explaining("read", name, but=FileNotFoundError):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise CorruptShard(f"{name}: expected a regular file, found something else")
+        real, roots = os.path.realpath(path), [os.path.realpath(self.root)]
+        snapshots = Path(roots[0]).parent
+        if snapshots.name == "snapshots":
+            roots.append(str(snapshots.parent / "blobs"))
+        if not any(Path(real).is_relative_to(root) for root in roots):
+            raise CorruptShard(
+                f"{name}: a link to {real}, outside the dump: copy the file to where the link is"
+            )
+        return path
 
     def make_root(self) -> None:
         """Make the directory. Only this does: one that is removed during a run stays removed."""
@@ -164,7 +212,13 @@ class Store:
             with self.explaining("write to", name):
                 return self.folder_of(f"{name}/file")
         folder = self.remote_staging
-        folder.mkdir(exist_ok=True)
+        with self.explaining("write to", str(folder)):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if not is_own_folder(folder):
+            raise StoreError(
+                f"cannot write to {folder}: it is a link or belongs to another user; remove it, or "
+                "set TMPDIR to another folder"
+            )
         return folder
 
     @property
@@ -178,28 +232,31 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.attempt("remove", name, lambda: self.fs.rm_file(self / name))
 
-    def files(self) -> dict[str, int]:
-        """Every file below the root, with its size in bytes."""
-        return {name: int(info["size"]) for name, info in self._find().items()}
+    def entries(self) -> dict[str, Entry]:
+        """Every file below the root. Linked folders are not entered."""
+        if self.local:
+            with self.explaining("list", ""):
+                return dict(walk(self.root))
 
-    def ages(self) -> dict[str, float]:
-        """Every file below the root, with the seconds since it was last written."""
-        now = time.time()
-        return {name: now - modified(info) for name, info in self._find().items()}
-
-    def _find(self) -> dict[str, dict[str, Any]]:
         def find() -> dict[str, dict[str, Any]]:
             found: dict[str, dict[str, Any]] = self.fs.find(self.root, detail=True)
             return found
 
-        found = self.attempt("list", "", find)
-        return {name[len(self.root) + 1 :]: info for name, info in found.items()}
+        now = time.time()
+        return {
+            name[len(self.root) + 1 :]: Entry(int(info["size"]), now - modified(info), False)
+            for name, info in self.attempt("list", "", find).items()
+        }
 
     @contextlib.contextmanager
-    def explaining(self, doing: str, name: str) -> Iterator[None]:
-        """Turn an OSError into a StoreError that says what to do."""
+    def explaining(
+        self, doing: str, name: str, but: type[Exception] | tuple[()] = ()
+    ) -> Iterator[None]:
+        """Turn an OSError into a StoreError that says what to do; `but` passes unchanged."""
         try:
             yield
+        except but:
+            raise
         except OSError as error:
             raise self.failure(doing, name, error) from error
 
@@ -207,8 +264,37 @@ class Store:
         return (Store, (self.path,))
 
 
+def walk(root: str) -> Iterator[tuple[str, Entry]]:
+    """(name, Entry) of each regular file below a local folder, and of each link to one."""
+    now = time.time()
+    for folder, _, names in os.walk(root, onerror=throw):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+                link, status = os.path.islink(path), os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    entry = Entry(status.st_size, now - status.st_mtime, link)
+                    yield os.path.relpath(path, root).replace(os.sep, "/"), entry
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether it is a folder of this user, not a link to one: anyone can write to /tmp."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(folder)
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return False
+
+
+def throw(error: OSError) -> None:
+    raise error
+
+
 def create_local(target: Path, data: bytes) -> bool:
-    """Write a durable file next to the target and link it: a link never replaces a file."""
+    """Write a durable file next to the target and link it: a link never replaces a file.
+
+    Without hard links (exFAT, some network and FUSE file systems) it is renamed, also without
+    replacing a file. Raises OSError with EOPNOTSUPP where the file system can do neither.
+    """
     handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -216,13 +302,31 @@ def create_local(target: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.link(temporary, target)
+        try:
+            os.link(temporary, target)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            rename_new(temporary, target)
     except FileExistsError:
         return False
     finally:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # renamed
+            os.unlink(temporary)
     sync_folder(target.parent)
     return True
+
+
+def rename_new(source: str, target: Path) -> None:
+    """Rename a file; FileExistsError if the target exists (Linux: renameat2, RENAME_NOREPLACE)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, no_replace = -100, 1
+    if rename and not rename(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), no_replace):
+        return
+    number = ctypes.get_errno() if rename else errno.ENOSYS
+    if number in {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}:
+        number = errno.EOPNOTSUPP
+    raise OSError(number, os.strerror(number), str(target))
 
 
 def sync_folder(folder: Path) -> None:

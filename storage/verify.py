@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage.errors import IncompleteDump, InvalidRecord, StorageError, StoreError
 from storage.gc import MARKER
-from storage.manifest import Dump, Shard, to_json
+from storage.manifest import Dump, Shard
+from storage.parsing import MARKER_BYTES, to_json
 from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
@@ -40,21 +42,19 @@ def verify(
     each fault is one line of the report, which names the file and, if known, the row. Raises
     IncompleteDump if the dump is missing or not finished, and StoreError.
     """
-    dump = Dump(path)
     report = Report()
     try:
+        dump = Dump(path)
         shards = dump.shards() if partial else list(dump.manifest().shards)
     except (IncompleteDump, StoreError):
         raise
     except StorageError as error:
         report.faults.append(str(error))
         return report
-    files = dump.store.files()
-    vocab_size = int(dump.plan["vocab_size"])
-    plan_sha256 = hashlib.sha256(to_json(dump.plan)).hexdigest()
+    files = {name: entry.bytes for name, entry in dump.store.entries().items()}
     seen: dict[tuple[str, int], str] = {}
     for shard in shards:
-        fault = check_shard(dump.store, shard, files, plan_sha256, vocab_size, seen, report)
+        fault = check_shard(dump, shard, files, seen, report)
         if fault:
             report.faults.append(fault)
         report.shards += 1
@@ -75,16 +75,26 @@ def verify(
 
 
 def check_shard(
-    store: Store,
+    dump: Dump,
     shard: Shard,
     files: dict[str, int],
-    plan_sha256: str,
-    vocab_size: int,
     seen: dict[tuple[str, int], str],
     report: Report,
 ) -> str | None:
     """One line that says what is wrong with the shard, or None."""
-    marker = store.read(f"{shard.name}.json")
+    try:
+        return missing(dump.store, shard, files) or check_rows(dump, shard, seen, report)
+    except StoreError:
+        raise
+    except StorageError as error:
+        return str(error)
+    except FileNotFoundError:
+        return f"{shard.file}: removed while it was read"
+
+
+def missing(store: Store, shard: Shard, files: dict[str, int]) -> str | None:
+    """What is wrong with marker and size, or None."""
+    marker = store.read(f"{shard.name}.json", MARKER_BYTES)
     if marker is None and shard.file not in files:
         return f"{shard.name}.json: missing, and so is its data file {shard.file}"
     if marker is None:
@@ -95,47 +105,46 @@ def check_shard(
         return f"{shard.file}: missing, though {shard.name}.json names it"
     if files[shard.file] != shard.marker["bytes"]:
         return f"{shard.file}: {files[shard.file]} bytes, the marker says {shard.marker['bytes']}"
+    return None
+
+
+def check_rows(
+    dump: Dump, shard: Shard, seen: dict[tuple[str, int], str], report: Report
+) -> str | None:
+    """What is wrong with the data file, or None; adds what was read to the report."""
+    store = dump.store
     sha256 = store.attempt("read", shard.file, lambda: sha256_of(store, shard.file))
-    damaged = sha256 != shard.marker["sha256"]
-    try:
-        reader = ShardReader(store, shard)
-        metadata = reader.file.metadata.metadata
-        if metadata[b"shard"].decode() != shard.name:
+    reader = ShardReader(dump, shard)
+    found: Counter[str] = Counter()
+    for number, record in enumerate(reader):
+        key = (record.doc_id, record.chunk)
+        if key in seen:
             return (
-                f"{shard.file}: holds shard {metadata[b'shard'].decode()}: data files were swapped"
+                f"{shard.file}, row {number}: document {record.doc_id!r}, chunk "
+                f"{record.chunk} is already in {seen[key]}"
             )
-        if metadata[b"plan_sha256"].decode() != plan_sha256:
-            return f"{shard.file}: belongs to a dump made from another plan"
-        tokens = 0
-        for number, record in enumerate(reader):
-            key = (record.doc_id, record.chunk)
-            if key in seen:
-                return (
-                    f"{shard.file}, row {number}: document {record.doc_id!r}, chunk "
-                    f"{record.chunk} is already in {seen[key]}"
-                )
-            seen[key] = shard.file
-            try:  # readers skip these slow checks, such as an id that appears twice
-                check_topk(record.topk, vocab_size)
-            except InvalidRecord as error:
-                return f"{shard.file}, row {number}: {error}"
-            tokens += len(record.input_ids)
-    except StoreError:
-        raise
-    except StorageError as error:
-        return str(error)
-    if damaged:
+        seen[key] = shard.file
+        try:  # readers skip these slow checks, such as an id that appears twice
+            check_topk(record.topk, reader.vocab_size)
+        except InvalidRecord as error:
+            return f"{shard.file}, row {number}: {error}"
+        found["tokens"] += len(record.input_ids)
+        found["positions"] += len(record.topk)
+        found["entries"] += len(record.topk.ids)
+    if sha256 != shard.marker["sha256"]:
         return f"{shard.file}: the sha256 is not the marker's: the file was changed after commit"
-    if tokens != shard.tokens:
-        return f"{shard.file}: {tokens} tokens, the marker says {shard.tokens}"
+    for what in ("tokens", "positions", "entries"):
+        if found[what] != shard.marker[what]:
+            return f"{shard.file}: {found[what]} {what}, the marker says {shard.marker[what]}"
     report.rows += shard.rows
-    report.tokens += tokens
+    report.tokens += shard.tokens
     return None
 
 
 def sha256_of(store: Store, name: str) -> str:
     digest = hashlib.sha256()
-    with store.fs.open(store / name, "rb") as file:
+    path = store.regular(name) if store.local else store / name
+    with store.fs.open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

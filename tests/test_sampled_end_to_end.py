@@ -122,8 +122,8 @@ def config_of(tmp_path: Path, model: Path, dumps: Any, domain: Path, **loss: Any
 @pytest.mark.parametrize(
     ("shape", "loss", "message"),
     [
-        ((8, 16), {"direction": "reverse"}, "unbiased for the forward direction alone"),
-        ((0, 24), {"direction": "reverse"}, "unbiased for the forward direction alone"),
+        ((8, 16), {"direction": "reverse"}, "unbiased in the forward direction alone"),
+        ((0, 24), {"direction": "reverse"}, "unbiased in the forward direction alone"),
         ((0, 24), {"targets": "topk"}, "holds samples alone"),
     ],
 )

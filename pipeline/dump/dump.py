@@ -15,7 +15,7 @@ from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import workers
 from pipeline.dump.partitions import Meter, write_partitions
-from pipeline.dump.plan import make_plan
+from pipeline.dump.plan import make_plan, plan_differences
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import Progress, say
@@ -95,7 +95,7 @@ def run_with(
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
     plan = make_plan(config, corpus, model)
-    dump = create_dump(config.output, plan, model.tokenizer_files())
+    dump = create_dump(config.output, plan, model.tokenizer_files(), plan_differences)
     if only == "plan":
         say(f"{config.output}: plan for {len(corpus)} documents, {config.partitions} partitions")
         return {"partitions": config.partitions, "documents": len(corpus)}

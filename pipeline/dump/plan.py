@@ -6,6 +6,10 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.teacher.vllm_engine import engine_version
 from pipeline.types import Json
+from storage.manifest import differences
+
+NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
+"""Spellings of what the plan also has the content of, as a fingerprint."""
 
 
 def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
@@ -44,11 +48,33 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
             "column": corpus.column,
             "documents": len(corpus),
             "fingerprint": corpus.fingerprint(),
+            "rendering": corpus.rendering(),
         },
         "partitions": config.partitions,
         "shard_tokens": config.shard_tokens,
         "engine": engine_version(config.engine),
     }
+
+
+def plan_differences(there: Json, here: Json) -> list[str]:
+    """Why a dump of the plan `there` cannot be resumed by the plan `here`; a line for each reason.
+
+    Another spelling of the same content is none. Plans of earlier releases do not say how documents
+    were rendered.
+    """
+    if "rendering" not in there.get("corpus", {}):
+        here = without(here, "corpus", "rendering")
+    one, other = there, here
+    for part, name in NAMES:
+        one, other = without(one, part, name), without(other, part, name)
+    return differences(there, here) if differences(one, other) else []
+
+
+def without(plan: Json, part: str, name: str) -> Json:
+    own = plan.get(part)
+    if not isinstance(own, dict):
+        return plan
+    return {**plan, part: {key: value for key, value in own.items() if key != name}}
 
 
 def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:

@@ -12,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
 from pipeline.errors import ConfigError
 from pipeline.training import fsdp
+from pipeline.training.argument_table import FIXED, REFUSED
 from pipeline.types import Json
 
 GENERAL_KL = "general_kl"
@@ -30,13 +31,13 @@ def metrics_of(held_out: HeldOutConfig) -> list[str]:
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Raises ConfigError for a name or value that transformers lacks or this trainer cannot use."""
-    fixed = {
+    fixed: Json = {
         "output_dir": config.output,
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would wait for the device at each micro-step
     }
-    check_names(config, fixed)
+    check_names(config)
     # YAML reads a bare `no` as false.
     given = {
         name: "no" if value is False and name.endswith("_strategy") else value
@@ -66,22 +67,22 @@ def defaults(config: TrainConfig) -> Json:
     }
 
 
-def check_names(config: TrainConfig, fixed: Json) -> None:
-    """ConfigError for a name that transformers does not know, or that this script sets itself."""
+def check_names(config: TrainConfig) -> None:
+    """ConfigError for a name that transformers does not know, that this script sets itself, or
+    that would have no effect."""
     known = inspect.signature(TrainingArguments).parameters
-    for name in config.training:
+    for name, value in config.training.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             raise ConfigError(
                 f"training.{name}: no such argument of transformers.TrainingArguments"
                 + (f"; did you mean {close[0]}?" if close else "")
             )
-    clash = sorted(set(config.training) & set(fixed))
-    if clash:
-        raise ConfigError(
-            f"training.{clash[0]}: is set by this script"
-            + "; set output" * (clash[0] == "output_dir")
-        )
+        if name in FIXED:
+            raise ConfigError(f"training.{name}: is set by this script: {FIXED[name]}")
+        # The default may be a factory, of something empty.
+        if name in REFUSED and value != known[name].default and value not in ([], {}):
+            raise ConfigError(f"training.{name}: cannot be {value!r} here: {REFUSED[name]}")
 
 
 def check_evaluation(args: TrainingArguments, metrics: list[str]) -> None:

@@ -21,6 +21,7 @@ FREE = (
     "run_name",
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+LATER = ("domain_rendering",)  # what runs of earlier releases did not record
 
 
 def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
@@ -33,6 +34,7 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
         "model": inputs.model.weights_fingerprint,
         "dump": ", ".join(f"{d.fingerprint} × {weight:g}" for d, weight in inputs.dumps.items()),
         "domain": inputs.corpus.fingerprint(),
+        "domain_rendering": inputs.corpus.rendering(),
         "mix": config.mix,
         "mix_by": config.mix_by,
         "max_length": inputs.max_length,
@@ -48,3 +50,8 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
     }
     plain: Json = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def completed(there: Json, here: Json) -> Json:
+    """The identity of a run, with what an earlier release did not record taken to be the same."""
+    return {**{name: here[name] for name in LATER if name in here}, **there}

@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.errors import RefusedError
 from pipeline.json_files import read_object, write_json
 from pipeline.recorded import refuse_other_settings
+from pipeline.training.identity import completed
 from pipeline.types import Json
 from storage.manifest import differences
 
@@ -52,13 +53,17 @@ class Output:
         """RefusedError unless this run made the directory, or it is empty."""
         there = made_by(path)
         if there is not None:
-            refuse_other_settings(path, there, self.identity)
+            self.refuse_other(path, there)
         elif path.is_symlink() or not path.is_dir() or any(path.iterdir()):
             raise RefusedError(in_the_way(path))
 
     def is_own(self, path: Path) -> bool:
         there = made_by(path)
-        return there is not None and not differences(there, self.identity)
+        return there is not None and not differences(completed(there, self.identity), self.identity)
+
+    def refuse_other(self, path: Path, there: Json) -> None:
+        """RefusedError where `there`, the identity that is recorded at `path`, is another run's."""
+        refuse_other_settings(path, completed(there, self.identity), self.identity)
 
     def make(self, name: str) -> Path:
         """A directory with this run's marker. One that this run made may be there already."""

@@ -17,7 +17,6 @@ from pipeline.data.mixing import MixedDataset
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
 from pipeline.progress import say
-from pipeline.recorded import refuse_other_settings
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory
 from pipeline.training.arguments import items_per_step, training_arguments
@@ -57,7 +56,7 @@ def finished(output: Path, identity: Json) -> Json | None:
     """
     summary = read_object(output / SUMMARY)
     if summary is not None and "identity" in summary:
-        refuse_other_settings(output, summary["identity"], identity)
+        Output(output, identity).refuse_other(output, summary["identity"])
         say(f"{output}: nothing left to do; the student is in {output / FINAL}")
         return summary
     Output(output, identity).check()

@@ -32,7 +32,6 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
 from pipeline.json_files import read_object, write_json
-from pipeline.recorded import refuse_other_settings
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.gradients import gradient_parts
@@ -349,7 +348,7 @@ class DistillTrainer(Trainer):
         for folder in self.output.checkpoints():
             marker = read_object(folder / COMPLETE)
             if marker is not None:
-                refuse_other_settings(self.output.folder, marker["identity"], self.identity)
+                self.output.refuse_other(self.output.folder, marker["identity"])
                 whole.append((folder, marker))
             elif self.args.should_save:
                 self.output.remove(folder)

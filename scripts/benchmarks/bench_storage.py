@@ -139,10 +139,10 @@ def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, ste
             writer.write(row)
         marker = writer.commit(cursor={})
         (committed,) = writer.partition.shards
-        store = writer.partition.dump.store
+        dump = writer.partition.dump
 
         def opening() -> None:
-            ShardReader(store, committed).ranks(rows[0].input_ids)
+            ShardReader(dump, committed).ranks(rows[0].input_ids)
 
         opened = 1000 / speed(opening, 1)
     kl, mass = marker["kl_sum"] / marker["positions"], marker["mass"] / marker["positions"]

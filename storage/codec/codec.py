@@ -8,7 +8,7 @@ import numpy as np
 
 from storage.codec import v1 as ranked
 from storage.codec import v2 as contextual
-from storage.codec.frames import Header
+from storage.codec.frames import Header, Limits
 from storage.codec.grid import Grid, dequantise, quantise
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, fits
@@ -32,13 +32,14 @@ def encode(
     return pack(quantise(topk, vocab_size, step), ranks)
 
 
-def decode(data: bytes, ranks: Ranks | Row | None = None) -> TopK:
+def decode(data: bytes, ranks: Ranks | Row | None = None, limits: Limits | None = None) -> TopK:
     """The inverse of encode, up to the grid; each position, with its tail, sums to one.
 
-    `ranks` must be those that encoded the payload. Whatever the bytes, raises only CorruptPayload
-    or FormatVersionError.
+    `ranks` must be those that encoded the payload. `limits` are those of its row; without them, a
+    payload may hold what its size allows. All numbers are finite, but for tails of -inf. Whatever
+    the bytes, raises only CorruptPayload or FormatVersionError.
     """
-    return dequantise(unpack(data, ranks))
+    return dequantise(unpack(data, ranks, limits))
 
 
 def pack(grid: Grid, ranks: Ranks | Row | None = None) -> bytes:
@@ -50,16 +51,32 @@ def pack(grid: Grid, ranks: Ranks | Row | None = None) -> bytes:
     return ranked.pack(grid, ranks)
 
 
-def unpack(data: bytes, ranks: Ranks | Row | None = None) -> Grid:
+def unpack(data: bytes, ranks: Ranks | Row | None = None, limits: Limits | None = None) -> Grid:
     """Decode a payload to its grid, see decode."""
-    header = Header.unpack(data, VERSIONS)
+    header = Header.unpack(data, VERSIONS, limits)
     if header.version == contextual.VERSION:
         grid = contextual.unpack(header, data, ranks if isinstance(ranks, Row) else None)
     else:
         grid = ranked.unpack(
             header, data, ranks.successors.ranks if isinstance(ranks, Row) else ranks
         )
-    if bool(((grid.counts == 0) & (grid.tails == 0)).any()):
-        at = int(np.flatnonzero((grid.counts == 0) & (grid.tails == 0))[0])
-        raise CorruptPayload(f"position {at}: no entry and no tail")
+    check_grid(grid, limits)
     return grid
+
+
+def check_grid(grid: Grid, limits: Limits | None) -> None:
+    """Raise CorruptPayload unless each position is a distribution, whose numbers are then finite.
+
+    The best entry of a position stands at 0 points below itself. Without one, all entries could
+    round to a mass of 0.
+    """
+    counts = grid.counts
+    nothing = np.flatnonzero((counts == 0) & (grid.tails == 0))
+    if len(nothing):
+        raise CorruptPayload(f"position {nothing[0]}: no entry and no tail")
+    if limits is not None and int(counts.max(initial=0)) > limits.k:
+        raise CorruptPayload(f"a position has {counts.max()} entries, the plan says k {limits.k}")
+    first = (np.cumsum(counts, dtype=np.int64) - counts)[counts > 0]
+    if grid.below[first].any():
+        at = np.flatnonzero(counts > 0)[np.flatnonzero(grid.below[first])[0]]
+        raise CorruptPayload(f"position {at}: its best entry is below itself")

@@ -23,6 +23,48 @@ MAX_POSITIONS, MAX_ENTRIES = 1 << 24, 1 << 31
 MAX_RATIO = 1 << 15  # zstd: a block of four bytes gives at most 128 KiB
 
 
+# What a payload may claim for each of its bytes, and whatever its size. Real payloads hold about
+# one entry per byte; only constants come near the limit.
+MOST_PER_BYTE, FREE_POSITIONS, FREE_ENTRIES = 1 << 10, 1 << 20, 1 << 22
+
+
+class Limits(NamedTuple):
+    """What the row of a payload allows."""
+
+    positions: int  # tokens of the row, less one
+    k: int  # entries of a position at most; of samples: the number of draws
+    vocab_size: int
+    entries: int = MAX_ENTRIES  # of the row at most
+
+
+def check_size(size: int, positions: int, entries: int, most_each: int) -> None:
+    """Raise CorruptPayload for a header whose arrays cannot be in `size` bytes."""
+    most_positions = min(MAX_POSITIONS, max(FREE_POSITIONS, MOST_PER_BYTE * size))
+    most_entries = min(MAX_ENTRIES, max(FREE_ENTRIES, MOST_PER_BYTE * size), positions * most_each)
+    if positions > most_positions or entries > most_entries:
+        raise CorruptPayload(
+            f"impossible header: {positions} positions, {entries} entries in {size} bytes; "
+            f"expected at most {most_positions} and {most_entries}"
+        )
+
+
+def check_limits(positions: int, entries: int, vocab_size: int, limits: Limits | None) -> None:
+    """Raise CorruptPayload for a header that does not fit its row."""
+    if limits is None:
+        return
+    if positions != limits.positions:
+        raise CorruptPayload(
+            f"{positions} positions; a row of {limits.positions + 1} tokens has {limits.positions}"
+        )
+    if entries > min(limits.entries, positions * limits.k):
+        raise CorruptPayload(
+            f"{entries} entries in a row, expected at most {limits.k} at each of {positions} "
+            f"positions, and at most {limits.entries} in all"
+        )
+    if vocab_size != limits.vocab_size:
+        raise CorruptPayload(f"a vocabulary of {vocab_size} ids, the plan says {limits.vocab_size}")
+
+
 class Planes(NamedTuple):
     """Bytes per number of each array of a payload; 0 if all its numbers are zero."""
 
@@ -55,7 +97,9 @@ class Header(NamedTuple):
         return head + struct.pack("<I", zlib.crc32(head))
 
     @classmethod
-    def unpack(cls, data: bytes, versions: tuple[int, ...]) -> "Header":
+    def unpack(
+        cls, data: bytes, versions: tuple[int, ...], limits: Limits | None = None
+    ) -> "Header":
         """Read and check a header. Raises CorruptPayload or FormatVersionError."""
         if len(data) < HEADER.size or data[:4] != MAGIC:
             raise CorruptPayload(
@@ -73,9 +117,10 @@ class Header(NamedTuple):
             )
         if zlib.crc32(data[: HEADER.size - 4]) != checksum:
             raise CorruptPayload("header checksum does not match: the payload is damaged")
-        most = min(MAX_ENTRIES, positions * min(vocab_size, 65535))
-        if positions > MAX_POSITIONS or entries > most:
-            raise CorruptPayload(f"impossible header: {positions} positions, {entries} entries")
+        check_limits(positions, entries, vocab_size, limits)
+        check_size(len(data), positions, entries, min(vocab_size, 65535))
+        if vocab_size > 1 << 31:
+            raise CorruptPayload(f"impossible header: a vocabulary of {vocab_size} ids")
         if not 0 < step < MAX_STEP:  # false for NaN too
             raise CorruptPayload(f"impossible header: step {step}")
         if planes.counts not in (0, 2) or max(planes[1:]) > 4:

@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.codec.frames import MAX_ENTRIES, MAX_POSITIONS, Frames, deflate, join, split_planes
+from storage.codec.frames import (
+    Frames,
+    Limits,
+    check_limits,
+    check_size,
+    deflate,
+    join,
+    split_planes,
+)
 from storage.errors import CorruptPayload, FormatVersionError
 from storage.samples import Samples, fault
 
@@ -41,7 +49,7 @@ class Header(NamedTuple):
         return head + struct.pack("<I", zlib.crc32(head))
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Header":
+    def unpack(cls, data: bytes, limits: Limits | None = None) -> "Header":
         """Read and check a header. Raises CorruptPayload or FormatVersionError."""
         if len(data) < HEADER.size or data[:4] != MAGIC:
             raise CorruptPayload(
@@ -59,9 +67,10 @@ class Header(NamedTuple):
             )
         if zlib.crc32(data[: HEADER.size - 4]) != checksum:
             raise CorruptPayload("samples: header checksum does not match: they are damaged")
-        most = min(MAX_ENTRIES, positions * min(draws, vocab_size))
-        if positions > MAX_POSITIONS or entries > most:
-            raise CorruptPayload(f"impossible samples: {positions} positions, {entries} entries")
+        check_limits(positions, entries, vocab_size, limits)
+        check_size(len(data), positions, entries, min(draws, vocab_size))
+        if limits is not None and draws != limits.k:
+            raise CorruptPayload(f"samples: {draws} draws, the plan says {limits.k}")
         # Gaps always have a plane, whose frame limits what a false number of entries can allocate.
         if max(planes.counts, planes.times) > 2 or not 1 <= planes.gaps <= 4:
             raise CorruptPayload(f"impossible samples: planes {tuple(planes)}")
@@ -84,9 +93,9 @@ def pack(samples: Samples, vocab_size: int) -> bytes:
     return join(header.pack(), deflate(groups))
 
 
-def unpack(data: bytes) -> Samples:
+def unpack(data: bytes, limits: Limits | None = None) -> Samples:
     """The inverse of pack. Whatever the bytes, raises only CorruptPayload or FormatVersionError."""
-    header = Header.unpack(data)
+    header = Header.unpack(data, limits)
     frames = Frames(data, sum(header.planes), HEADER.size)
     counts = frames.take(header.planes.counts, header.positions).astype(np.uint16)
     entries = int(counts.sum(dtype=np.int64))

@@ -96,6 +96,10 @@ def unpack(header: Header, data: bytes, ranks: Ranks | None) -> Grid:
             f"the payload needs the rank table with checksum {header.needs:08x}, found {here:08x}: "
             "use the one in the footer of its own shard"
         )
+    if ranks is not None and ranks.vocab_size != header.vocab_size:
+        raise CorruptPayload(
+            f"a vocabulary of {header.vocab_size} ids, the rank table has {ranks.vocab_size}"
+        )
     planes, entries = header.planes, header.entries
     if not planes.ids and entries > header.positions:  # all ids are 0, at most one per position
         raise CorruptPayload(f"impossible header: {entries} entries of the same id")

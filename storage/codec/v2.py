@@ -67,6 +67,11 @@ def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
             f"(checksum {header.needs:08x}, found {row.checksum if row else 0:08x}): "
             "pass successors.row(input_ids)"
         )
+    if row.successors.ranks.vocab_size != header.vocab_size:
+        raise CorruptPayload(
+            f"a vocabulary of {header.vocab_size} ids, the tables have "
+            f"{row.successors.ranks.vocab_size}"
+        )
     if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
         raise CorruptPayload("checksum does not match: the payload is damaged")
     planes = header.planes

@@ -24,6 +24,7 @@ from storage.topk import Int32s, UInt16s
 MAX_LEVEL = 4096  # grid points between the best and the last entry, exclusive
 MOST_LISTED = 256  # successors of one token
 SEEN = 3  # times; listing a successor seen less often costs more than it saves
+MOST_LISTED_PER_BYTE, FREE_LISTED = 64, 1 << 20  # a table's claim; real ones: less than one a byte
 LEARN_ENTRIES = 1 << 24  # to learn probabilities from, evenly over the shard
 KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
 RANK_KINDS = (32, 128, 512, 2048, 8192)
@@ -137,8 +138,8 @@ class Successors:
         return body + struct.pack("<I", zlib.crc32(body))
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Successors":
-        """The inverse of pack. Raises CorruptPayload."""
+    def unpack(cls, data: bytes, vocab_size: int | None = None) -> "Successors":
+        """The inverse of pack; `vocab_size` is the one they must have. Raises CorruptPayload."""
         kernels = compiled()
         checksum = int.from_bytes(data[-4:], "little")
         if len(data) < PARTS.size + 4 or zlib.crc32(data[:-4]) != checksum:
@@ -147,6 +148,12 @@ class Successors:
         tables = kernels.RAW - kernels.LEVEL
         if not 0 < vocab <= 1 << 24 or frequent > vocab or total > vocab * MOST_LISTED or shift > 8:
             raise CorruptPayload(f"table of successors: impossible header {(shift, vocab, total)}")
+        if vocab_size not in (None, vocab):
+            raise CorruptPayload(
+                f"table of successors: a vocabulary of {vocab} ids, the plan says {vocab_size}"
+            )
+        if total > max(FREE_LISTED, MOST_LISTED_PER_BYTE * len(data)):
+            raise CorruptPayload(f"table of successors: {total} listed ids in {len(data)} bytes")
         if PARTS.size + sum(sizes) + 4 != len(data):
             raise CorruptPayload("table of successors: cut short")
         raw_sizes = (
@@ -160,6 +167,8 @@ class Successors:
         leading, length_planes, gap_planes, kinds, level_kinds, probabilities = parts
         ranks = Ranks(leading.view("<i4"), vocab)
         lengths = from_planes(length_planes, 2)
+        if int(lengths.max()) > MOST_LISTED:
+            raise CorruptPayload(f"table of successors: {lengths.max()} listed after one token")
         if int(lengths.sum()) != total:
             raise CorruptPayload(
                 f"table of successors: {lengths.sum()} listed ids, header says {total}"

@@ -38,7 +38,7 @@ def corrupt(dump: Dump, changes: int, rng: np.random.Generator) -> dict[str, int
     (shard,) = dump.shards()
     file = Path(dump.store / shard.file)
     good = file.read_bytes()
-    truth = contents(ShardReader(dump.store, shard))
+    truth = contents(ShardReader(dump, shard))
     found = {"by the hash and by reading": 0, "by the hash; reads the same": 0}
     for _ in range(changes):
         bad = bytearray(good)
@@ -47,7 +47,7 @@ def corrupt(dump: Dump, changes: int, rng: np.random.Generator) -> dict[str, int
         assert hashlib.sha256(bad).hexdigest() != shard.marker["sha256"]
         file.write_bytes(bad)
         try:
-            same = contents(ShardReader(dump.store, shard)) == truth
+            same = contents(ShardReader(dump, shard)) == truth
         except StorageError as error:
             if shard.file not in str(error):
                 raise AssertionError(f"byte {at}: {error} does not name the file") from None

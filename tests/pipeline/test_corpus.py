@@ -1,5 +1,6 @@
 """Documents of every format become token sequences, and errors name what is wrong."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
@@ -112,6 +114,68 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, open_corpus) -> N
     corpus = open_corpus(path, messages_column="messages")
     (sequence,) = corpus.sequences()
     assert corpus.tokenizer.decode(sequence.input_ids) == "user: hi\nassistant: ho\n"
+
+
+def test_a_bad_chat_names_its_document(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    good = {"messages": [{"role": "user", "content": "hi"}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [good, good, {"messages": ["x"]}])
+    with pytest.raises(ConfigError, match=r"a\.jsonl, document 2: message 0: expected an object"):
+        list(open_corpus(path, messages_column="messages").sequences())
+
+
+def test_empty_chats_have_no_sequence(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    chats = [[], None, [{"role": "user", "content": "hi"}]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
+    corpus = open_corpus(path, messages_column="messages")
+    assert [sequence.document for sequence in corpus.sequences()] == [2]
+
+
+@pytest.fixture(scope="module")
+def framing(tokenizer):  # type: ignore[no-untyped-def]
+    """A tokenizer that puts <bos> before each text and <eos> behind it."""
+    fast = copy.deepcopy(tokenizer)
+    fast.add_special_tokens({"bos_token": "<bos>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", fast.bos_token_id), ("<eos>", EOS)]
+    )
+    return fast
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b", "<bos>a b<eos>"),
+        ("<bos>a b", "<bos>a b<eos>"),
+        ("<bos>a b<eos>", "<bos>a b<eos>"),
+        ("<bos><bos>a b", "<bos><bos>a b<eos>"),
+        ("a <bos>b", "<bos>a <bos>b<eos>"),
+    ],
+)
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_bos_and_eos_are_not_doubled(
+    tmp_path: Path,
+    framing,  # type: ignore[no-untyped-def]
+    text: str,
+    expected: str,
+    add_eos: bool,
+) -> None:
+    path = write_texts(tmp_path / "a.jsonl", [text])
+    (sequence,) = Corpus(CorpusConfig(str(path)), framing, 99, add_eos).sequences()
+    assert framing.decode(sequence.input_ids) == expected
+
+
+def test_large_documents_go_to_the_tokenizer_one_by_one(
+    tmp_path: Path,
+    open_corpus,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    whole = open_corpus(path)
+    assert [len(batch) for batch in whole.batches(0, 5)] == [5]
+    expected = [sequence.input_ids.tolist() for sequence in whole.sequences()]
+    monkeypatch.setattr("pipeline.corpus.CHARACTERS_AT_ONCE", 60)
+    assert [len(batch) for batch in whole.batches(0, 5)] == [1] * 5
+    assert [sequence.input_ids.tolist() for sequence in whole.sequences()] == expected
 
 
 def test_skip_limit_and_ranges_select_documents(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]

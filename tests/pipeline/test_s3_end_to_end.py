@@ -86,7 +86,7 @@ def test_dump_resume_verify_and_gc_on_s3(
     before = {key for key in keys(client) if key.endswith(".json")}
     assert "dump/manifest.json" not in before
     # A writer that dies between its data file and its marker leaves such a file.
-    client.put_object(Bucket=BUCKET, Key="dump/00000/00003-feedbeef.parquet", Body=b"half")
+    client.put_object(Bucket=BUCKET, Key="dump/00000/00003-feedbeef0123.parquet", Body=b"half")
     dump.run(settings(tmp_path, model_path, corpus, output=output))
     assert before <= keys(client)
     assert rows(output) == rows(tmp_path / "dump")
@@ -94,7 +94,7 @@ def test_dump_resume_verify_and_gc_on_s3(
     assert report.ok
     assert any("feedbeef" in note for note in report.notes)
     assert storage_main(["gc", output, "--older-than=-1"]) == 0
-    assert "00003-feedbeef" in capsys.readouterr().out
+    assert "00003-feedbeef0123" in capsys.readouterr().out
     assert storage_main(["gc", output, "--older-than=-1", "--delete"]) == 0
     assert not verify(output).notes
     assert rows(output) == rows(tmp_path / "dump")

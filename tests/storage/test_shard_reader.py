@@ -1,12 +1,16 @@
 """ShardReader: old files stay readable, and damage is an error that names the file."""
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from storage import (
     CorruptShard,
+    FormatVersionError,
     LogitDataset,
     Record,
     Samples,
@@ -16,8 +20,25 @@ from storage import (
     create_dump,
     verify,
 )
+from storage.codec import samples as sampled
+from storage.codec.codec import pack
+from storage.codec.frames import Header, Planes, deflate, join, split_planes
+from storage.codec.grid import quantise
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import Successors
+from storage.shard import pack_ranks
 from tests.fuzz.corrupt_shard import corrupt
-from tests.helpers.records import assert_same, cut_short, flip_byte, make_dump, plan, random_record
+from tests.helpers.forged import SHAPES, data_file, first_is, rewrite, with_column, zeros
+from tests.helpers.records import (
+    VOCAB,
+    assert_same,
+    cut_short,
+    flip_byte,
+    make_dump,
+    plan,
+    random_record,
+    some_samples,
+)
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 DRAWS = 12
@@ -92,7 +113,151 @@ def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
     dump.partition(0).finish({})
     dump.finish()
     with pytest.raises(
-        StorageError, match=rf"{marker['file']}, row 0 .*19 positions, but the samples have 29"
+        StorageError, match=rf"{marker['file']}, row 0 .*29 positions; a row of 20 tokens has 19"
     ):
         LogitDataset(tmp_path)[0]
     assert marker["file"] in verify(tmp_path).faults[0]
+
+
+VALID = {
+    "as it is",
+    "a column more",
+    "columns in another order",
+    "a row per row group",
+    "not compressed",
+    "pages of version 2",
+    "no page checksums",
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_odd_shapes_are_read_or_named(tmp_path: Path, shape: str) -> None:
+    """Parquet files that are no shards, or shards that another writer made."""
+    make_dump(tmp_path, shards=1, rows=3)
+    change, options = SHAPES[shape]
+    rewrite(tmp_path, change, **options)
+    report = verify(tmp_path)
+    assert report.ok == (shape in VALID), report
+    assert all(fault.startswith("00000/00000") for fault in report.faults)
+    if report.ok:
+        assert_same(LogitDataset(tmp_path)[2], random_record(2))
+
+
+def read_fails(path: Path, message: str) -> None:
+    """Reading row 0 is refused with this message, in little memory."""
+    tracemalloc.start()
+    with pytest.raises(CorruptShard, match=message) as refused:
+        LogitDataset(path)[0]
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+    assert data_file(path).name in str(refused.value)
+    assert data_file(path).name in verify(path).faults[0]
+
+
+def first_payload(path: Path, payload: bytes, **more: object) -> None:
+    rewrite(path, first_is("payload", payload), **more)  # type: ignore[arg-type]
+
+
+def constant(positions: int, k: int, vocab: int = VOCAB, needs: int = 0) -> bytes:
+    """A payload of k zeros at each position, a few bytes long."""
+    planes = [split_planes(np.array([k]), 2), [bytes(positions * k)], [bytes([1]) * positions]]
+    header = Header(1, Planes(0, 1, 0, 0, 1), 1 / 16, vocab, positions, positions * k, needs)
+    return join(header.pack(), deflate(planes))
+
+
+@pytest.mark.parametrize(
+    ("positions", "k", "marker", "message"),
+    [
+        (2048, 300, {}, "2048 positions; a row of 20 tokens has 19"),
+        (19, 300, {}, "5700 entries in a row, expected at most 8 at each of 19 positions"),
+        (19, 300, {"entries": 1000}, "expected at most 300 at .* and at most 1000 in all"),
+    ],
+)
+def test_a_row_bounds_its_payload(
+    tmp_path: Path, positions: int, k: int, marker: dict, message: str
+) -> None:
+    make_dump(tmp_path, shards=1, rows=3)
+    first_payload(tmp_path, constant(positions, k), marker=marker)
+    read_fails(tmp_path, message)
+
+
+def test_a_header_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    for name, payload in (("a", constant(19, 8, 1 << 20)), ("b", constant(19, 8, 100))):
+        make_dump(tmp_path / name, shards=1, rows=3)
+        first_payload(tmp_path / name, payload)
+        read_fails(tmp_path / name, "a vocabulary of .* ids, the plan says 300")
+
+
+def test_tables_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    """As a hostile writer would make them: payloads and tables that agree, and no plan."""
+    vocab = 1 << 20
+    rows = [(record.input_ids, quantise(record.topk, vocab, 1 / 16)) for record in RECORDS]
+    ranks, tables = Ranks.learn((grid for _, grid in rows), vocab), Successors.learn(rows, vocab)
+    make_dump(tmp_path / "v1", shards=1, rows=3)
+    payloads = [pack(grid, ranks) for _, grid in rows]
+    column = with_column("payload", lambda _: pa.array(payloads, pa.binary()))
+    rewrite(tmp_path / "v1", column, {b"ranks": pack_ranks(ranks)})
+    read_fails(tmp_path / "v1", "rank table for a vocabulary of 1048576 ids, the plan says 300")
+    make_dump(tmp_path / "v2", shards=1, rows=3, codec="v2")
+    rewrite(tmp_path / "v2", first_is("successors", tables.pack()))
+    read_fails(tmp_path / "v2", "a vocabulary of 1048576 ids, the plan says 300")
+    make_dump(tmp_path / "s", shards=1, rows=3, samples=DRAWS)
+    rewrite(tmp_path / "s", first_is("samples", sampled.pack(some_samples(DRAWS, 19), vocab)))
+    read_fails(tmp_path / "s", "a vocabulary of 1048576 ids, the plan says 300")
+    rewrite(tmp_path / "s", first_is("samples", sampled.pack(some_samples(7, 19), VOCAB)))
+    read_fails(tmp_path / "s", "7 draws, the plan says 12|at most 12|133 entries")
+
+
+RECORDS = [random_record(number) for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (first_is("payload", bytes(60_000_000)), "payload of .* claims 600.* when decompressed"),
+        (with_column("input_ids", lambda c: zeros(c, 30_000_000)), "input_ids.* when decompressed"),
+        (with_column("doc_id", lambda c: pa.array(["x" * 40_000_000] * len(c))), "doc_id.* claims"),
+    ],
+)
+def test_columns_that_inflate_are_not_read(tmp_path: Path, change: Callable, message: str) -> None:
+    make_dump(tmp_path, shards=1, rows=3)
+    rewrite(tmp_path, change)
+    read_fails(tmp_path, message)
+
+
+def test_a_dictionary_cannot_repeat_a_value(tmp_path: Path) -> None:
+    make_dump(tmp_path, shards=1, rows=3)
+    rewrite(tmp_path, with_column("input_ids", lambda c: zeros(c, 3_000_000)), use_dictionary=True)
+    read_fails(tmp_path, "has encodings .*DICTIONARY")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "message"),
+    [
+        ({b"format": b"mol-topk/9"}, FormatVersionError, "mol-topk/9.* update mol-distill"),
+        ({b"format": b"pandas"}, CorruptShard, "this Parquet file is not a shard"),
+        ({b"format": None}, CorruptShard, "not a shard"),
+        ({b"format": b"mol-topk/2"}, CorruptShard, "its codec is v2, the plan says v1"),
+        ({b"shard": b"00000/00001"}, CorruptShard, "data files were swapped"),
+        ({b"shard": None}, CorruptShard, "data files were swapped"),
+        ({b"plan_sha256": None}, CorruptShard, "another plan"),
+        ({b"ranks": None}, CorruptShard, "ranks"),
+        ({b"ranks": b"00"}, CorruptShard, "rank table in the footer is damaged"),
+        ({b"ranks": b"\xff"}, CorruptShard, "rank table in the footer is damaged"),
+    ],
+)
+def test_metadata_that_are_not_this_shards(
+    tmp_path: Path, metadata: dict, error: type, message: str
+) -> None:
+    make_dump(tmp_path, shards=1, rows=3)
+    rewrite(tmp_path, metadata=metadata)
+    with pytest.raises(error, match=rf"{data_file(tmp_path).name}.*{message}"):
+        LogitDataset(tmp_path)[0]
+    assert not verify(tmp_path).ok
+
+
+def test_tokens_must_add_up_before_they_are_trusted(tmp_path: Path) -> None:
+    make_dump(tmp_path, shards=1, rows=3)
+    rewrite(tmp_path, first_is("tokens", 1 << 30))
+    with pytest.raises(CorruptShard, match="does not add up to the marker's 60 tokens"):
+        LogitDataset(tmp_path).lengths  # noqa: B018

@@ -1,5 +1,6 @@
 """Store: create-if-absent on a remote store whose answers may be lost."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from storage import LogitDataset, ShardWriter, StoreError, create_dump, verify
-from storage.store import Store
+from storage.store import Store, rename_new
 from tests.helpers.records import assert_same, plan, random_record
 
 
@@ -99,3 +100,56 @@ def test_only_the_start_of_a_dump_makes_its_directory(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="the directory is gone"):
         store.staging_folder("00000")
     assert not os.path.exists(tmp_path / "gone")
+
+
+def no_links(*_: Any, **__: Any) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    dump = create_dump(tmp_path, plan())
+    first, second = (ShardWriter(dump.partition(0)) for _ in range(2))
+    for writer in (first, second):
+        writer.write(random_record(0))
+    won = first.commit({})
+    assert second.commit({}) == won, "the first writer wins"
+    dump.partition(0).finish({})
+    dump.finish()
+    assert verify(tmp_path).ok
+    store = Store(tmp_path)
+    assert not store.create("plan.json", b"{}")
+    assert store.read("plan.json") != b"{}"
+    assert not list(tmp_path.rglob(".creating-*"))
+
+
+def test_a_file_system_that_can_do_neither_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr("storage.store.ctypes.CDLL", lambda *_, **__: object())
+    with pytest.raises(StoreError, match=r"plan\.json: the file system has no hard links"):
+        create_dump(tmp_path, plan())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    rename_new(str(tmp_path / "a"), tmp_path / "b")
+    (tmp_path / "c").write_text("c")
+    with pytest.raises(FileExistsError):
+        rename_new(str(tmp_path / "c"), tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a"
+
+
+def test_staging_is_a_folder_of_ones_own(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.store.tempfile.gettempdir", lambda: str(tmp_path))
+    store = Store(place)
+    (tmp_path / "elsewhere").mkdir()
+    store.remote_staging.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="a link or belongs to another user"):
+        store.staging_folder("00000")
+    store.remote_staging.unlink()
+    assert store.staging_folder("00000").stat().st_mode & 0o077 == 0

@@ -88,7 +88,7 @@ def damage_other_plan(dump: Dump, path: Path) -> str:
     other = create_dump(path.parent / "other", plan(k=3, codec=dump.plan["codec"]))
     writer = ShardWriter(other.partition(0), index=1)
     for number in range(5, 10):
-        writer.write(random_record(number))
+        writer.write(random_record(number, k=3))
     marker = writer.commit({})
     (path / "manifest.json").unlink()
     (path / "00000" / marker["file"]).write_bytes(

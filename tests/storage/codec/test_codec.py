@@ -1,12 +1,15 @@
 """encode and decode: round trips, bounds against fp64, damage."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
-from storage.codec.frames import HEADER
+from storage.codec.frames import HEADER, Header, Limits, Planes, deflate, join, split_planes
 from storage.topk import codec_kl
 from tests.helpers.records import VOCAB, random_topk
 
@@ -139,6 +142,63 @@ def test_a_lying_header_allocates_nothing() -> None:
     header = HEADER.pack(*fields[:-1], zlib.crc32(HEADER.pack(*fields)[:-4]))
     with pytest.raises(CorruptPayload):
         decode(header + data[HEADER.size :])
+
+
+def forged(ids: list[int], steps: list[int], tails: list[int], count: int, vocab: int) -> bytes:
+    """A version 1 payload of any planes, for positions of `count` entries."""
+    groups = [split_planes(np.array([count]), 2)]
+    groups += [split_planes(np.array(part, np.int64)) for part in (ids, steps, [], tails)]
+    planes = Planes(0, *(len(group) for group in groups[1:]))
+    header = Header(1, planes, 1 / 16, vocab, len(tails), len(ids), 0)
+    return join(header.pack(), deflate(groups))
+
+
+def test_what_would_decode_to_inf_is_refused() -> None:
+    """Entries so far below the best one that their mass is 0, and no best one."""
+    assert np.isfinite(decode(forged([1, 2], [0, 9], [0], 2, VOCAB)).logprobs).all()
+    for tails in ([0], [1]):
+        with pytest.raises(CorruptPayload, match="position 0: its best entry is below itself"):
+            decode(forged([1, 2], [5_000_000, 0], tails, 2, VOCAB))
+
+
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6),
+    st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2),
+)
+@settings(deadline=None)
+def test_whatever_decodes_is_finite(steps: list[int], tails: list[int]) -> None:
+    steps[:2] = [0, 0]
+    found = decode(forged(list(range(6)), steps, tails, 3, VOCAB))
+    assert np.isfinite(found.logprobs).all()
+    assert (found.logprobs <= 1e-3).all()
+    assert not np.isnan(found.tail_logprob).any()
+    assert (np.isneginf(found.tail_logprob) == (np.array(tails) == 0)).all()
+
+
+def test_few_bytes_do_not_become_gigabytes() -> None:
+    positions, count = 1 << 14, 1 << 13  # 2^27 entries
+    ids = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(positions * count))
+    planes = deflate([split_planes(np.array([count]), 2)])
+    last = deflate([[b"\1" * positions]])
+    header = Header(1, Planes(0, 1, 0, 0, 1), 1 / 16, 1 << 20, positions, positions * count, 0)
+    data = join(header.pack(), [*planes, ids, *last])
+    assert len(data) < 20_000
+    tracemalloc.start()
+    with pytest.raises(CorruptPayload, match=r"134217728 entries in .* bytes; expected at most"):
+        decode(data)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_limits_are_those_of_the_row() -> None:
+    data = encode(random_topk(20, 8), vocab_size=VOCAB)
+    assert len(decode(data, limits=Limits(20, 8, VOCAB, 160))) == 20
+    for wrong in ((19, 8, VOCAB), (20, 7, VOCAB), (20, 8, VOCAB + 1), (20, 8, VOCAB, 159)):
+        with pytest.raises(CorruptPayload):
+            decode(data, limits=Limits(*wrong))
+    ragged = encode(random_topk(3, [9, 3, 0]), vocab_size=VOCAB)
+    with pytest.raises(CorruptPayload, match="a position has 9 entries, the plan says k 8"):
+        decode(ragged, limits=Limits(3, 8, VOCAB))
 
 
 @given(st.integers(0, 1000), st.integers(1, 40), st.sampled_from([1 / 32, 1 / 16, 1 / 4]))

@@ -1,0 +1,164 @@
+"""Dumps as a hostile writer makes them: anything changed, and every checksum right again."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.parsing import to_json
+from storage.shard_writer import footer_of, sha256_of
+
+Change = Callable[[pa.Table], pa.Table]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def seal(
+    path: Path,
+    plan: dict[str, Any] | None = None,
+    marker: dict[str, Any] | None = None,
+    manifest: dict[str, Any] | None = None,
+) -> None:
+    """Make the hashes, sizes and rows of all markers right, then apply these changes."""
+    there = {**read_json(path / "plan.json"), **(plan or {})}
+    (path / "plan.json").write_bytes(to_json(there))
+    whole = read_json(path / "manifest.json")
+    for number, entry in enumerate(whole["shards"]):
+        name = entry["name"]
+        found = read_json(path / f"{name}.json")
+        file = path / name.split("/")[0] / found["file"]
+        found |= {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+        found |= {"footer_crc32": footer_of(file)}
+        found |= marker or {}
+        (path / f"{name}.json").write_bytes(to_json(found))
+        whole["shards"][number] = {"name": name, **found}
+    whole["plan_sha256"] = hashlib.sha256(to_json(there)).hexdigest()
+    (path / "manifest.json").write_bytes(to_json({**whole, **(manifest or {})}))
+
+
+def data_file(path: Path, name: str = "00000/00000") -> Path:
+    return path / name.split("/")[0] / read_json(path / f"{name}.json")["file"]
+
+
+def rewrite(
+    path: Path,
+    change: Change | None = None,
+    metadata: dict[bytes, bytes | None] | None = None,
+    marker: dict[str, Any] | None = None,
+    plan: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Change the table and the metadata of the first shard; None removes a key."""
+    file = data_file(path)
+    with pq.ParquetFile(file) as source:
+        table, kept = source.read(), dict(source.metadata.metadata)
+    table = table if change is None else change(table)
+    if plan is not None:
+        there = {**read_json(path / "plan.json"), **plan}
+        kept[b"plan_sha256"] = hashlib.sha256(to_json(there)).hexdigest().encode()
+    for key, value in (metadata or {}).items():
+        kept[key] = value
+    given = {
+        "compression": "zstd", "use_dictionary": False, "write_statistics": False,
+        "write_page_checksum": True, "store_schema": False, **options,
+    }  # fmt: skip
+    rows = given.pop("row_group_size", None)
+    table = table.replace_schema_metadata(None)
+    with pq.ParquetWriter(file, table.schema, **given) as writer:
+        writer.write_table(table, row_group_size=rows)
+        writer.add_key_value_metadata({k: v for k, v in kept.items() if v is not None})
+    seal(path, plan, {"rows": len(table), **(marker or {})})
+
+
+def with_column(name: str, make: Callable[[pa.ChunkedArray], Any]) -> Change:
+    """Replace a column of the table."""
+
+    def change(table: pa.Table) -> pa.Table:
+        return table.set_column(table.schema.names.index(name), name, make(table.column(name)))
+
+    return change
+
+
+def cast(name: str, kind: pa.DataType) -> Change:
+    return with_column(name, lambda column: column.cast(kind))
+
+
+def first_is(name: str, value: Any, kind: pa.DataType | None = None) -> Change:
+    """The first row of a column becomes `value`."""
+    return with_column(
+        name, lambda column: pa.array([value, *column.to_pylist()[1:]], kind or column.type)
+    )
+
+
+def not_text(column: pa.ChunkedArray) -> pa.Array:
+    """Strings that are not UTF-8."""
+    values = pa.array([b"\xff\xfe"] * len(column), pa.binary())
+    return pa.StringArray.from_buffers(len(column), *values.buffers()[1:])
+
+
+def twice(table: pa.Table) -> pa.Table:
+    return table.append_column("payload", table.column("payload"))
+
+
+def structs(column: pa.ChunkedArray) -> pa.Array:
+    return pa.StructArray.from_arrays([column.combine_chunks()], ["x"])
+
+
+NULL_IDS = pa.list_(pa.int32())
+# Shape -> how the table is changed, and the options it is written with
+SHAPES: dict[str, tuple[Change | None, dict[str, Any]]] = {
+    "as it is": (None, {}),
+    "no rows": (lambda table: table.slice(0, 0), {}),
+    "a row fewer": (lambda table: table.slice(1), {}),
+    "a row twice": (lambda table: pa.concat_tables([table, table.slice(0, 1)]), {}),
+    "a column more": (lambda t: t.append_column("x", pa.array(range(len(t)))), {}),
+    "payload twice": (twice, {}),
+    "columns in another order": (lambda table: table.select(table.column_names[::-1]), {}),
+    **{
+        f"no {name}": (lambda table, name=name: table.drop_columns([name]), {})
+        for name in ("doc_id", "chunk", "tokens", "input_ids", "payload")
+    },
+    "doc_id a number": (with_column("doc_id", lambda c: pa.array(range(len(c)))), {}),
+    "doc_id binary": (cast("doc_id", pa.binary()), {}),
+    "doc_id null": (first_is("doc_id", None), {}),
+    "doc_id not UTF-8": (with_column("doc_id", not_text), {}),
+    "chunk a float": (cast("chunk", pa.float64()), {}),
+    "chunk null": (first_is("chunk", None), {}),
+    "tokens int64": (cast("tokens", pa.int64()), {}),
+    "tokens null": (first_is("tokens", None), {}),
+    "tokens negative": (first_is("tokens", -20), {}),
+    "tokens too many": (first_is("tokens", 1 << 30), {}),
+    "input_ids int64": (cast("input_ids", pa.list_(pa.int64())), {}),
+    "input_ids floats": (cast("input_ids", pa.list_(pa.float32())), {}),
+    "input_ids null": (first_is("input_ids", None, NULL_IDS), {}),
+    "input_ids with a null": (first_is("input_ids", [1, None] * 10, NULL_IDS), {}),
+    "input_ids empty": (first_is("input_ids", [], NULL_IDS), {}),
+    "input_ids outside": (first_is("input_ids", [10**9, -7] * 10, NULL_IDS), {}),
+    "input_ids lists of lists": (with_column("input_ids", lambda c: pa.array(
+        [[ids] for ids in c.to_pylist()], pa.list_(pa.list_(pa.int32())))), {}),
+    "payload text": (with_column("payload", lambda c: pa.array(["x"] * len(c))), {}),
+    "payload a struct": (with_column("payload", structs), {}),
+    "payload null": (first_is("payload", None), {}),
+    "payload empty": (first_is("payload", b""), {}),
+    "a row per row group": (None, {"row_group_size": 1}),
+    "dictionaries": (None, {"use_dictionary": True}),
+    "other encodings": (None, {"column_encoding": {"chunk": "DELTA_BINARY_PACKED"}}),
+    "not compressed": (None, {"compression": "none"}),
+    "pages of version 2": (None, {"data_page_version": "2.0"}),
+    "no page checksums": (None, {"write_page_checksum": False}),
+}  # fmt: skip
+
+
+def zeros(column: pa.ChunkedArray, length: int) -> pa.Array:
+    """Lists of zeros, the first one `length` long."""
+    offsets = [0, *range(length, length + len(column))]
+    values = np.zeros(offsets[-1], np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))

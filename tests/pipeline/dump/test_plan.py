@@ -1,0 +1,83 @@
+"""Plans hold what decides the rows: the rendered text, not how a path is spelled."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import CorpusConfig, DumpConfig
+from pipeline.corpus import Corpus
+from pipeline.dump.plan import make_plan, plan_differences
+from pipeline.models.directory import ModelFolder
+from pipeline.types import Json
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
+
+
+def plan_of(model: Path | str, corpus: Path | str, **more: str) -> Json:
+    config = DumpConfig(str(model), CorpusConfig(str(corpus), **more), "unused", k=8)  # type: ignore[arg-type]
+    folder = ModelFolder.find(config.model)
+    opened = Corpus(config.corpus, folder.tokenizer, config.max_length)
+    return dict(json.loads(json.dumps(make_plan(config, opened, folder))))
+
+
+@pytest.fixture
+def model(tmp_path: Path, model_path: Path) -> Path:
+    return Path(shutil.copytree(model_path, tmp_path / "m"))
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    messages = [{"role": "user", "content": "a small thing"}]
+    return write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages}] * 3)
+
+
+def test_another_spelling_is_the_same_plan(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    there = plan_of(model, corpus)
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for here in [plan_of("m", "c.jsonl"), plan_of(moved, f"file://{corpus}")]:
+        assert here != there
+        assert plan_differences(there, here) == []
+    write_texts(corpus, some_texts(5))
+    lines = "\n".join(plan_differences(there, plan_of("m", "c.jsonl")))
+    assert "corpus.documents: 4 in the dump, 5 asked for" in lines
+    assert f"corpus.path: '{corpus}' in the dump, 'c.jsonl' asked for" in lines
+
+
+def test_another_chat_template_is_another_plan(model: Path, chats: Path) -> None:
+    there = plan_of(model, chats, messages_column="messages")
+    assert plan_differences(there, plan_of(model, chats, messages_column="messages")) == []
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} END{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    lines = plan_differences(there, plan_of(model, chats, messages_column="messages"))
+    assert any(line.startswith("corpus.rendering.chat_template.fingerprint") for line in lines)
+    assert any(line.startswith("corpus.rendering.sample") for line in lines)
+
+
+def test_another_tokenizer_setting_is_another_plan(model: Path, tmp_path: Path) -> None:
+    """The probe of tokenizer_fingerprint has no ß; the corpus has."""
+    corpus = write_texts(tmp_path / "c.jsonl", ["a small thing", "straße"])
+    there = plan_of(model, corpus)
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "ß"}, "content": "ss"}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    (line,) = plan_differences(there, plan_of(model, corpus))
+    assert line.startswith("corpus.rendering.sample")
+
+
+def test_plans_of_earlier_releases_are_resumed(model: Path, chats: Path) -> None:
+    here = plan_of(model, chats, messages_column="messages")
+    there = {**here, "corpus": {**here["corpus"]}}
+    del there["corpus"]["rendering"]
+    assert plan_differences(there, here) == []
+    assert plan_differences({**there, "k": 9}, here) == ["k: 9 in the dump, 8 asked for"]
+
+
+def test_a_damaged_plan_is_another_plan(model: Path, chats: Path) -> None:
+    here = plan_of(model, chats, messages_column="messages")
+    for there in [{}, {"corpus": {}, "teacher": None}]:
+        assert plan_differences(there, here)
