@@ -18,6 +18,8 @@ SET_ELSEWHERE = {
     "hf_token": "a token does not belong into settings; set HF_TOKEN in the environment",
 }
 
+HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
+
 
 def check_engine_args(given: dict[str, Any]) -> None:
     """ConfigError for arguments of vLLM that run code, or that make plan and weights differ."""
@@ -33,6 +35,12 @@ def check_engine_args(given: dict[str, Any]) -> None:
         raise ConfigError(f"engine_args.{name}: {SET_ELSEWHERE[name]}")
     if given.get("load_format") == "dummy":
         raise ConfigError("engine_args.load_format: dummy makes the weights up. Leave it out")
+
+
+def reads_hugging_face(given: dict[str, Any]) -> bool:
+    """Whether vLLM reads files with transformers' names of the tensors. Its other formats have
+    names of their own."""
+    return given.get("load_format", "auto") in HUGGING_FACE_FORMATS
 
 
 def nested(settings: Any) -> Iterator[tuple[str, Any]]:

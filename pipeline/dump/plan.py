@@ -2,6 +2,7 @@
 
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
+from pipeline.engine_args import reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.teacher.vllm_engine import engine_version
@@ -78,7 +79,7 @@ def without(plan: Json, part: str, name: str) -> Json:
 
 
 def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:
-    """ConfigError where k, max_length or the tokenizer do not fit the model."""
+    """ConfigError where k, max_length, the tokenizer or the weights do not fit the model."""
     if config.k > model.vocab_size:
         raise ConfigError(f"k {config.k}: the model's vocabulary has only {model.vocab_size} ids")
     if model.longest and config.max_length > model.longest:
@@ -91,3 +92,6 @@ def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:
             f"model {config.model}: its tokenizer has {len(corpus.tokenizer)} tokens, its head "
             f"only {model.vocab_size}; they do not belong together"
         )
+    own = config.engine == "transformers"
+    if own or reads_hugging_face(config.engine_args):
+        model.check_weights(strict=own)

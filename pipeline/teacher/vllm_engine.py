@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engine_args import check_engine_args
+from pipeline.engine_args import check_engine_args, reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 
@@ -71,7 +71,7 @@ def engine_settings(
     Raises ConfigError for weights that lack a tensor, and for arguments that are refused.
     """
     check_engine_args(given)
-    if given.get("load_format", "auto") in HUGGING_FACE_FORMATS:
+    if reads_hugging_face(given):
         model.check_weights(strict=False)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.losses import sparse_divergence
+from pipeline.models.directory import ModelFolder
 from pipeline.teacher.sampling import Sampling, draw, places
 from storage import LogitDataset, Record, Samples, Successors
 from storage.codec import samples as sampled
@@ -118,7 +118,7 @@ def main() -> None:
     sizes = [bytes_per_token(rows, how, vocab) for how in CUTS]
     # Rows evenly spread over those that were read, and the first 256 tokens of each.
     chosen = [rows[i].input_ids[:256] for i in np.linspace(0, len(rows) - 1, given.rows, dtype=int)]
-    teacher = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    teacher = ModelFolder.find(given.model).load("float32").eval()
     truth = []
     with torch.no_grad():
         for ids in chosen:

@@ -184,9 +184,9 @@ def test_numbers_of_a_script_have_ranges(
     script: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     needed = ["--model=m", "--corpus.path=c", "--output=o"] if script == "dump_logits" else ["d"]
+    monkeypatch.setattr("pipeline.signals.die_with_parent", lambda: None)
     main = runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"]
     monkeypatch.setattr(sys, "argv", [script, *needed, *words])
-    monkeypatch.setattr("pipeline.signals.die_with_parent", lambda: None)
     before = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stopped:

@@ -253,6 +253,21 @@ def test_a_model_without_tokenizer_or_config_is_refused(tmp_path: Path, corpus: 
         dump.run(settings(tmp_path, model, corpus))
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_model_that_lacks_weights_makes_no_plan(
+    tmp_path: Path, corpus: Path, engine: str
+) -> None:
+    """A plan would hold the fingerprint of the incomplete weights, and refuse the whole ones."""
+    model = tiny_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    config = settings(tmp_path / "dump", model, corpus, engine=engine)
+    with pytest.raises(ConfigError, match=r"lack model\.layers\.1\.input_layernorm"):
+        dump.run(config)
+    assert not (tmp_path / "dump").exists()
+
+
 def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path, model_path: Path) -> None:
     corpus = write_texts(tmp_path / "corpus.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="no document has two tokens"):

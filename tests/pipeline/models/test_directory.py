@@ -1,7 +1,9 @@
 """What a model directory tells about the model."""
 
+import ast
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import ROOT
 
 
 def test_a_directory_says_what_it_is(tmp_path: Path) -> None:
@@ -172,3 +175,16 @@ def test_a_file_from_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ConfigError, match=r"merges\.txt is a link"):
         ModelFolder.find(str(tmp_path / "model"))
+
+
+def test_every_load_says_that_no_code_is_run() -> None:
+    """transformers' own default asks on the terminal."""
+    found = 0
+    for file in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "scripts" / "benchmarks").glob("*")]:
+        for node in ast.walk(ast.parse(file.read_text())) if file.suffix == ".py" else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                source = ast.unparse(node)
+                if re.match(r"Auto\w+\.from_", source):
+                    found += 1
+                    assert "trust_remote_code=False" in source, f"{file}: {source}"
+    assert found >= 4
