@@ -18,6 +18,7 @@ from pipeline.evaluation.compare import compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
 from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
+from pipeline.models.vocabulary import check_ids
 from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
@@ -35,6 +36,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
     expected = tokenizer_fingerprint(folders[config.base].tokenizer)
     for name, folder in folders.items():
+        check_ids(folder)
+        if folder.vocab_size != folders[config.base].vocab_size:
+            raise RefusedError(
+                f"model {name} ({folder}) has {folder.vocab_size} ids in its head, {config.base} "
+                f"has {folders[config.base].vocab_size}: their distributions cannot be compared"
+            )
         if tokenizer_fingerprint(folder.tokenizer) != expected:
             raise RefusedError(
                 f"model {name} ({folder}) has another tokenizer than {config.base}: their "

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from pipeline.models.directory import ModelFolder
+from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
 from pipeline.study.config import ArmConfig
 from pipeline.study.live_teacher import LiveTrainer
@@ -26,6 +27,7 @@ def interpolate(base: ModelFolder, student: ModelFolder, weight: float, output: 
     """Save (1 - weight) · base + weight · student as the student of an output directory."""
     output.check()
     mixed, other = (folder.load("float32") for folder in (base, student))
+    make_savable(mixed)
     if not other.config.get_text_config().tie_word_embeddings:
         untie_head(mixed)  # a student with adapted embeddings
     found = dict(other.named_parameters())
@@ -36,5 +38,6 @@ def interpolate(base: ModelFolder, student: ModelFolder, weight: float, output: 
     output.remove(output.folder / DRAFT)
     draft = output.make(DRAFT)
     mixed.to(getattr(torch, base.dtype())).save_pretrained(draft)
+    keep_own(base.path, draft)
     base.tokenizer.save_pretrained(draft)
     output.replace(draft, output.folder / FINAL)

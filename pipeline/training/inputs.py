@@ -9,6 +9,7 @@ from pipeline.corpus import Corpus, TokenSequences, read_tokens
 from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
+from pipeline.models.vocabulary import check_ids
 from storage import LogitDataset
 
 
@@ -105,6 +106,7 @@ def check(inputs: Inputs) -> None:
     Raises ConfigError for settings that cannot work, RefusedError for a student that cannot learn
     from a dump or be measured on the held-out one.
     """
+    check_ids(inputs.model)
     longest = inputs.model.longest
     if longest and inputs.max_length > longest:
         raise ConfigError(

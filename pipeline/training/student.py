@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
@@ -20,6 +21,7 @@ def load_student(
     """(the model to train, with the distilling forward; the dtype of its own weights)."""
     fsdp.load_on_one_rank(args)
     model = folder.load(config.dtype)
+    make_savable(model)
     came_in = getattr(torch, folder.dtype())
     add_distill_forward(model, config.loss.direction)
     fsdp.agree_on_attention(model)
@@ -75,14 +77,19 @@ def save_final(
     if not args.should_save:
         return
     if state is not None:
-        model = with_lora(base.load(config.dtype), config)
+        loaded = base.load(config.dtype)
+        make_savable(loaded)
+        model = with_lora(loaded, config)
         model.load_state_dict(state)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     check_same(trained, predict(model, probe), exact, "the merged student")
     output.remove(output.folder / DRAFT)
     draft = output.make(DRAFT)
+    if "use_cache" not in config.training:  # transformers turns it off while it trains
+        model.config.use_cache = getattr(base.config, "use_cache", True)
     model.to("cpu", dtype).save_pretrained(draft)
+    keep_own(base.path, draft)
     trainer.processing_class.save_pretrained(draft)
     check_reloaded(model, draft, probe, exact)
     output.replace(draft, output.folder / FINAL)

@@ -16,10 +16,12 @@ from pipeline.config import TrainConfig
 from pipeline.data.mixing import MixedDataset
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
+from pipeline.models.directory import WEIGHTS
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory
 from pipeline.training.arguments import items_per_step, training_arguments
+from pipeline.training.disk import writing
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
@@ -43,7 +45,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     check(inputs)
     check_place(config, inputs.model.path)
     args = training_arguments(config)
-    with hold(Path(config.output)):
+    with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
         summary = finished(Path(config.output), identity)
         return summary or train(inputs, args, identity, trainer_class)
@@ -57,8 +59,10 @@ def finished(output: Path, identity: Json) -> Json | None:
     summary = read_object(output / SUMMARY)
     if summary is not None and "identity" in summary:
         Output(output, identity).refuse_other(output, summary["identity"])
-        say(f"{output}: nothing left to do; the student is in {output / FINAL}")
-        return summary
+        if any(path for pattern in WEIGHTS for path in (output / FINAL).glob(pattern)):
+            say(f"{output}: nothing left to do; the student is in {output / FINAL}")
+            return summary
+        say(f"{output}: the run was finished, but {output / FINAL} is gone; making it again")
     Output(output, identity).check()
     return None
 

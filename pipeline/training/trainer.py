@@ -148,6 +148,16 @@ class DistillTrainer(Trainer):
             self.logged_at += time.perf_counter() - began  # not training time
         return batches, totals
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """An epoch, or what is left of it; nothing where a finished run is resumed.
+
+        transformers would take one more step, and look at max_steps after it.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **options)
+        else:
+            self.control.should_training_stop = True
+
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

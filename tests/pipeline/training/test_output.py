@@ -119,6 +119,31 @@ def test_a_model_is_replaced_by_the_same_run_alone(config: TrainConfig, tmp_path
     assert files(run / "model") == before
 
 
+def test_a_model_that_is_gone_is_made_again(config: TrainConfig, tmp_path: Path) -> None:
+    summary = train.run(config)
+    run = tmp_path / "run"
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    (run / "model" / "model.safetensors").unlink()
+    assert train.run(config)["steps"] == summary["steps"]
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(run / "model")
+    train.run(config)
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("content", ["", '{"identity": {"mod'])
+def test_files_that_were_cut_short(
+    config: TrainConfig, tmp_path: Path, capsys: Any, content: str
+) -> None:
+    config.training["save_total_limit"] = 2
+    train.run(config)
+    run = tmp_path / "run"
+    (run / "checkpoint-4" / COMPLETE).write_text(content)
+    (run / "summary.json").write_text(content)
+    train.run(config)
+    assert "resuming from checkpoint-2" in capsys.readouterr().err
+
+
 def test_a_link_is_never_followed(tmp_path: Path) -> None:
     output = Output(tmp_path / "run", {"model": "a"})
     theirs = output.make("theirs")
