@@ -28,6 +28,7 @@ from pipeline.types import Int32s, Int64s, Json
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
 
+IDS_AT_ONCE = 10_000
 SAMPLED, SAMPLED_CHARACTERS = 16, 10_000  # documents whose tokens a plan holds the hash of
 
 
@@ -161,11 +162,39 @@ class Corpus:
         return self.render(value, document)
 
     def ids(self, start: int, stop: int) -> list[str]:
-        """The id of each document; its number where it has none."""
+        """A different id for each document: its own, or its number where it has none.
+
+        Of documents with one id, such as ids that begin anew in each file, the first one keeps it;
+        the others get their number behind it, as 7#1003.
+        """
+        found = self.own_ids(start, stop)
+        repeats, known = self.repeats
+        for at in np.flatnonzero(repeats[start:stop]).tolist():
+            found[at] += f"#{start + at}"
+            while is_in(short_hash(found[at]), known):
+                found[at] += "#"
+        return found
+
+    def own_ids(self, start: int, stop: int) -> list[str]:
+        """The ids as the corpus has them; two documents may have the same."""
         own = [None] * (stop - start)
         if self.column != "id" and "id" in self.documents.column_names:
             own = self.arrow[start:stop]["id"].to_pylist()
         return [str(at if value is None else value) for at, value in enumerate(own, start)]
+
+    @cached_property
+    def repeats(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """([documents]: whether an earlier document has the id; sorted hashes of all ids)."""
+        repeats = np.zeros(len(self), bool)
+        if self.column == "id" or "id" not in self.documents.column_names:
+            return repeats, np.zeros(0, np.uint64)
+        spans = range(0, len(self), IDS_AT_ONCE)
+        ids = (each for at in spans for each in self.own_ids(at, min(at + IDS_AT_ONCE, len(self))))
+        hashes = np.fromiter(map(short_hash, ids), np.uint64, len(self))
+        known, first = np.unique(hashes, return_index=True)
+        repeats[:] = True
+        repeats[first] = False
+        return repeats, known
 
     def render(self, value: Any, document: int) -> str:
         """A document's text; empty for null."""
@@ -229,6 +258,16 @@ class Corpus:
             tokens[at : at + self.max_length] for at in range(0, len(tokens), self.max_length)
         ]
         return chunks if len(chunks[-1]) > 1 else chunks[:-1]
+
+
+def short_hash(text: str) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def is_in(value: int, ordered: npt.NDArray[np.uint64]) -> bool:
+    at = int(np.searchsorted(ordered, np.uint64(value)))
+    return at < len(ordered) and int(ordered[at]) == value
 
 
 def hub_documents(config: CorpusConfig) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import CorpusConfig
@@ -91,6 +94,50 @@ def test_documents_end_with_eos_and_keep_their_ids(tmp_path: Path, open_corpus) 
     sequences = list(open_corpus(path).sequences())
     assert [s.doc_id for s in sequences] == [f"x{i}" for i in range(5)]
     assert all(s.input_ids[-1] == EOS and s.input_ids.dtype == np.int32 for s in sequences)
+
+
+def ids_of(corpus: Corpus) -> list[str]:
+    return [sequence.doc_id for sequence in corpus.sequences()]
+
+
+def test_ids_that_begin_anew_in_each_file_are_made_different(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
+    for name in "ab":
+        rows = [{"id": number, "text": "a b"} for number in range(2)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    corpus = open_corpus(tmp_path)
+    assert ids_of(corpus) == ["0", "1", "0#2", "1#3"]
+    parts = [s.doc_id for at in range(4) for s in corpus.sequences(at, at + 1)]
+    assert parts == ids_of(corpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([1, None], ["1", "1#1"]),
+        (["", ""], ["", "#1"]),
+        (["a", "a", "a#1"], ["a", "a#1#", "a#1"]),
+        (["a#1", "a", "a"], ["a#1", "a", "a#2"]),
+        (["b", "a", "c", None], ["b", "a", "c", "3"]),
+        ([None, None], ["0", "1"]),
+    ],
+)
+def test_equal_ids(tmp_path: Path, open_corpus, given: list, expected: list[str]) -> None:  # type: ignore[no-untyped-def]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": id, "text": "a b"} for id in given])
+    assert ids_of(open_corpus(path)) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from([None, 0, 1, "", "0", "0#1", "0#2", "#1", "1#"]), min_size=1))
+def test_ids_are_different_and_ordinary_ones_stay(tokenizer, ids: list) -> None:  # type: ignore[no-untyped-def]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_jsonl(Path(folder) / "a.jsonl", [{"id": id, "text": "a b"} for id in ids])
+        corpus = Corpus(CorpusConfig(str(path)), tokenizer, 99)
+        found = ids_of(corpus)
+    own = [str(at if id is None else id) for at, id in enumerate(ids)]
+    assert len(set(found)) == len(ids)
+    assert [found[at] for at in range(len(own)) if own[at] not in own[:at]] == list(
+        dict.fromkeys(own)
+    )
 
 
 def test_long_documents_are_chunked_without_loss(tmp_path: Path, open_corpus) -> None:  # type: ignore[no-untyped-def]
