@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
+import math
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
+import yaml
 
 from pipeline.errors import (
     BAD_INPUT,
@@ -33,6 +36,33 @@ Config = TypeVar("Config")
 # The docstring under a field of a settings dataclass is its help text.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+MOST_VALUES = 100_000  # in a config file, once its aliases are written out
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it; YAMLError where aliases make too much of a small file."""
+    if "*" in text and written_out(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
+        raise yaml.YAMLError(
+            f"its aliases (*name) expand to more than {MOST_VALUES:,} values; write them out"
+        )
+    return plain_yaml(text)
+
+
+def written_out(node: Any, known: dict[int, float]) -> float:
+    """Values of a YAML node with its aliases written out; infinite where one holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is counted
+        parts = [part for pair in node.value for part in (pair if type(pair) is tuple else [pair])]
+        known[id(node)] = 1 + sum(written_out(part, known) for part in parts)
+    return known[id(node)]
+
+
+plain_yaml = jsonargparse.get_loader("yaml")
+jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError, RecursionError))
+
+NO_FILE = "Problems parsing config:"
 UNKNOWN = re.compile("unrecognized|not accepted|not accept option")
 TEMPERATURE = (
     "There is no temperature: top-k probabilities taken at 1 do not determine the distribution at "
@@ -59,6 +89,14 @@ class Parser(jsonargparse.ArgumentParser):
     """
 
     shown_groups: Callable[[], list[argparse._ArgumentGroup]] | None = None
+    files = ""
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        apart = [value for name, value in itertools.pairwise(words) if name == "--config"]
+        joined = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        self.files = ", ".join(apart + joined)
+        return super().parse_args(words, *others, **options)
 
     def format_help(self, *arguments: Any) -> str:
         groups = self._action_groups
@@ -70,6 +108,8 @@ class Parser(jsonargparse.ArgumentParser):
             self._action_groups = groups
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if message.startswith(NO_FILE):  # jsonargparse does not say which
+            message = f"--config {self.files}: {message.removeprefix(NO_FILE).strip()}"
         hint = self.hint(message) if UNKNOWN.search(message) else ""
         give_up(f"{message}{hint}\n{self.prog} --help lists the settings")
 

@@ -31,3 +31,36 @@ def test_a_summary_that_cannot_be_written_is_refused_at_once(
         cli.parse(parser, DumpConfig, [*WORDS, "--summary", str(tmp_path / place)])
     assert stopped.value.code == 2
     assert "error: --summary" in capsys.readouterr().err
+
+
+def bomb(levels: int) -> str:
+    lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(["engine_args:", *(f"  {line}" for line in lines)]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text", [bomb(9), "engine_args: &a {b: *a}\n", "engine_args: {a: &a [*a]}"]
+)
+def test_a_small_file_of_many_values_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bomb.yaml"
+    file.write_text(text)
+    parser = cli.script_parser(DumpConfig, "test")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
+    assert stopped.value.code == 2
+    found = capsys.readouterr().err
+    assert "aliases (*name) expand" in found
+    assert "bomb.yaml" in found
+
+
+def test_aliases_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "fine.yaml"
+    file.write_text(bomb(2) + "corpus: &c {path: '*.txt', limit: 3}\n")
+    parser = cli.script_parser(DumpConfig, "test")
+    config, _ = cli.parse(parser, DumpConfig, ["--config", str(file), "--model=m", "--output=*"])
+    assert (config.corpus.path, config.output) == ("*.txt", "*")
+    assert config.engine_args["a1"] == [["x"] * 9] * 9
