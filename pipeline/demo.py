@@ -10,8 +10,6 @@ import ast
 import hashlib
 import json
 import pydoc_data.topics
-import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from typing import Any
 import yaml
 
 from pipeline import script_files
-from pipeline.errors import ConfigError
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
 
@@ -54,7 +51,7 @@ def run(output: str, overrides: dict[str, list[str]]) -> dict[str, Any]:
         ("evaluation on held-out documents", "evaluate", "evaluate.py"),
     ]:
         step(title)
-        run_script(folder, script, stage, overrides.get(stage, []))
+        run_stage(folder, script, stage, overrides.get(stage, []))
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     plot(folder)
     say(f"\n{verdict(results)}")
@@ -87,14 +84,10 @@ def step(title: str) -> None:
     say(f"\n=== {title}")
 
 
-def run_script(folder: Path, script: str, stage: str, options: list[str]) -> None:
+def run_stage(folder: Path, script: str, stage: str, options: list[str]) -> None:
     """A script of the project, with paths relative to the demo's folder."""
     config = script_files.script(f"{CONFIGS}/{stage}.yaml")
-    file = script_files.script(script)
-    command = [sys.executable, str(file), "--config", str(config), *options]
-    code = subprocess.run(command, cwd=folder).returncode
-    if code:
-        raise ConfigError(f"{script} ended with {code}; its message is above. Run the demo again")
+    script_files.run_script(script, "--config", str(config), *options, folder=folder)
 
 
 def make_texts(folder: Path) -> None:

@@ -9,8 +9,8 @@ Python code (cross-entropy only, and MoL), and compares the three on held-out do
 results.json and perplexities.png. After an interruption, run the same command again to resume:
 finished stages are kept.
 
-Exit codes: 0 done, 2 bad input or a stage failed (its message is above), 3 refused (the directory
-holds a demo with other settings).
+Exit codes: 0 done, 1, 2, 3 or 75 as the stage that failed (its message is above), 3 refused (the
+directory holds a demo with other settings).
 """
 
 import argparse

@@ -5,21 +5,19 @@ is written last. The runs follow one another in this process.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
 from pipeline.config import EvalConfig, TrainConfig, held_out_texts
-from pipeline.errors import FAILED, INTERRUPTED, ConfigError, FailedError, Interrupted
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
 from pipeline.json_files import write_json
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import say, show
 from pipeline.recorded import refuse_other_settings
-from pipeline.script_files import script
+from pipeline.script_files import run_script
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
 from pipeline.study.config import StudyConfig
@@ -178,11 +176,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
         return
     say(f"\n=== dump {name}")
     write_json(file, settings)
-    command = [sys.executable, str(script("dump_logits.py")), "--config", str(file)]
-    code = subprocess.run(command).returncode
-    if code:
-        kind = {INTERRUPTED: Interrupted, FAILED: FailedError}.get(code, ConfigError)
-        raise kind(f"dump_logits.py ended with exit code {code}; see its message above")
+    run_script("dump_logits.py", "--config", str(file))
 
 
 class Study:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
-from pipeline.script_files import script
+from pipeline.errors import ConfigError, FailedError, Interrupted, RefusedError
+from pipeline.script_files import run_script, script
 from tests.helpers.paths import ROOT, SCRIPTS
 
 
@@ -39,3 +39,17 @@ def test_an_installed_package_uses_the_scripts_that_run(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout.split() == [str(mine / "dump_logits.py"), str(mine / "configs" / "demo")]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(1, FailedError), (2, ConfigError), (3, RefusedError), (4, ConfigError), (75, Interrupted)],
+)
+def test_the_exit_code_of_a_script_decides_the_error(
+    code: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(int(sys.argv[1]))\n")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "main.py")])
+    run_script("ends.py", "0")
+    with pytest.raises(error, match=rf"ends\.py ended with exit code {code}"):
+        run_script("ends.py", str(code), folder=tmp_path)
