@@ -76,7 +76,7 @@ def headers(file: Path) -> dict[str, Tensor]:
 
 
 def meta_tensor(part: object) -> Tensor:
-    """Of a tensor in a safetensors file. Only the shape counts, so every dtype is float32."""
+    """A safetensors tensor's shape. The dtype does not count, so it is always float32."""
     return torch.empty(part.get_shape(), dtype=torch.float32, device="meta")  # type: ignore[attr-defined]
 
 

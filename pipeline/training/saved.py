@@ -11,7 +11,7 @@ from pipeline.errors import RefusedError
 from pipeline.models.directory import ModelFolder
 
 TOKENS = 64
-"""Of the probe."""
+"""Length of the probe."""
 EXACT = 1e-4
 """Nats of mean KL where everything is float32. Elsewhere BOUND: two orders of bfloat16 sums differ
 by up to 1e-3."""
