@@ -80,8 +80,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_comments_in_configs_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = tmp_path / "configs"
-    shutil.copytree(demo.CONFIGS, configs)
-    monkeypatch.setattr(demo, "CONFIGS", configs)
+    shutil.copytree(SCRIPTS / demo.CONFIGS, configs)
+    monkeypatch.setattr(demo, "CONFIGS", str(configs))
     demo.check_same(tmp_path / "demo", {})
     dump = configs / "dump.yaml"
     dump.write_text("# other words\n" + dump.read_text())
