@@ -271,7 +271,9 @@ def test_a_new_call_works_after_one_was_closed_early(long_model: Path) -> None:
 def test_engine_processes_end_with_the_dump(long_model: Path, tmp_path: Path) -> None:
     """After SIGKILL for the process in front, vLLM's own processes end."""
     code = (
-        "import os, time, pathlib\n"
+        "import os, signal, time, pathlib\n"
+        # Under nohup, SIGHUP is ignored and engines outlive the front; these tests may run so.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from pipeline.models.directory import ModelFolder\n"
         "from pipeline.teacher.vllm_teacher import VllmTeacher\n"
         "if __name__ == '__main__':\n"
