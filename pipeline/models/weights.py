@@ -6,6 +6,7 @@ on the meta device, so its renaming, merging of experts and tying of weights app
 
 import contextlib
 import pickle
+import sys
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -162,7 +163,8 @@ def has_parts(name: str, there: Collection[str]) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own report, which has colours in it and asks for nothing."""
+    """Without transformers' own report, which has colours in it. Off a terminal, its progress bars
+    stay off afterwards too."""
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -171,5 +173,5 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(level)
-        if bars:
+        if bars and sys.stderr.isatty():
             transformers.utils.logging.enable_progress_bar()
