@@ -18,7 +18,9 @@ from pipeline.json_files import strict
 from pipeline.report import dump_page, report, study_page
 from pipeline.report.html import page, pairs, quote
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
+from tests.helpers.forged import replan
 from tests.helpers.paths import SCRIPTS
+from tests.helpers.records import make_dump
 
 SCRIPT = SCRIPTS / "report.py"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -175,15 +177,30 @@ def test_pages_of_what_diverged(
 
 def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
     record = LogitDataset(dump_path)[3]
-    mass, hits, entropy = dump_page.look(record, 8)
+    found_mass, found_hits, entropy = dump_page.look(record, 8)
     ids, logprobs = record.topk.dense()
+    mass, hits = [0.0] * 8, [0] * 8
     for t in range(len(record.topk)):
         p = [math.exp(value) for value in logprobs[t]]
         tail = math.exp(record.topk.tail_logprob[t])
-        assert mass[t] == pytest.approx([sum(p[: k + 1]) for k in range(8)])
-        expected = [record.input_ids[t + 1] in ids[t][: k + 1] for k in range(8)]
-        assert hits[t].tolist() == expected
+        for k in range(8):
+            mass[k] += sum(p[: k + 1])
+            hits[k] += record.input_ids[t + 1] in ids[t][: k + 1]
         assert entropy[t] == pytest.approx(-sum(x * math.log(x) for x in [*p, tail] if x > 0))
+    assert found_mass == pytest.approx(mass)
+    assert found_hits.tolist() == hits
+
+
+@pytest.mark.parametrize("k", [65_535, None])
+def test_the_page_goes_by_the_entries_of_the_rows(tmp_path: Path, k: int | None) -> None:
+    """A plan may name any k, or none: a column for each would be gigabytes."""
+    make_dump(tmp_path / "dump", shards=1, rows=3)
+    plan = LogitDataset(tmp_path / "dump").plan
+    changed = {**plan, "k": k} if k else {key: plan[key] for key in plan if key != "k"}
+    replan(tmp_path / "dump", changed)
+    text, _ = report.make(str(tmp_path / "dump"))
+    assert "<td>8</td>" in text
+    assert "65535</td><td>" not in text
 
 
 def empty_dump(folder: Path, source: Path, **changes: object) -> Dump:
