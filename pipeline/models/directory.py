@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import weights
 from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
+from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
@@ -115,7 +116,7 @@ class ModelFolder:
         """`name`, or for "auto" the dtype that config.json names: float32 where it names none."""
         own = self.config.get_text_config().dtype or self.config.dtype or "float32"
         found = name if name != "auto" else str(own).removeprefix("torch.")
-        if not isinstance(getattr(torch, found, None), torch.dtype):
+        if found not in DTYPES or found == "auto":
             where = "dtype" if name != "auto" else f"{self.path / 'config.json'}: dtype"
             raise ConfigError(f"{where}: expected bfloat16, float16 or float32, found {found!r}")
         return found
