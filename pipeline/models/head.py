@@ -18,6 +18,8 @@ POINTS = (0.0, 1e-3, 1e6, -1e6, 0.5, -3.0, 20.0, -70.0, 1e3)
 EXACT = 1e-4
 """Relative error of float32 operations on them: a scale, a tanh."""
 
+LORA = ". With LoRA, leave lm_head out of lora.target_modules and lora.modules_to_save"
+
 
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, sequence_lengths: list[int]
@@ -41,8 +43,8 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or type(head).__module__.startswith("peft"):
         raise ConfigError(
-            f"the model's head is a {type(head).__name__}; a plain linear layer is needed. With "
-            "LoRA, leave lm_head out of lora.target_modules and lora.modules_to_save"
+            f"the model's head is a {type(head).__name__}; a plain linear layer is needed"
+            + (LORA if head is not None and type(head).__module__.startswith("peft") else "")
         )
     return head
 

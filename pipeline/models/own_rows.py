@@ -58,9 +58,9 @@ class OwnRows:
         for name in POSITIONAL:
             options.pop(name, None)
         padded, real = places(lengths)
-        for name in ("input_ids", "inputs_embeds"):
-            if options.get(name) is not None:
-                options[name] = options[name][0][padded.to(options[name].device)]
+        for name, value in options.items():
+            if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)):
+                options[name] = value[0][padded.to(value.device)]
         output = self.decode(**options)
         hidden = output[0]
         row = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))[None]

@@ -180,8 +180,8 @@ def activation_bytes(
 ) -> int | None:
     """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
-    Layers that mix tokens without transformers' attention function cannot keep packed sequences
-    apart, so the padding of `own_rows` counts there, as its share of the tokens.
+    Layers that mix tokens without transformers' attention function, or with a state, cannot keep
+    packed sequences apart, so the padding of `own_rows` counts there, as its share of the tokens.
     With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
     None if the forward cannot run on the meta device.
     """
@@ -189,7 +189,8 @@ def activation_bytes(
     try:
         with noting() as notes:
             saved = saved_bytes(base)
-        own_rows = notes.calls < base.config.get_text_config().num_hidden_layers
+        layers = base.config.get_text_config().num_hidden_layers
+        own_rows = notes.calls < layers or base._is_stateful  # beside attention, or without it
         if own_rows:
             saved = saved_bytes(base, own_rows)
             row_tokens = int(row_tokens / (1 - padding))

@@ -195,7 +195,9 @@ def test_a_run_that_may_not_fit_gets_a_warning(
     assert "gradient_checkpointing: true" in talk
 
 
-@pytest.mark.parametrize(("kind", "times"), [("llama", 1), ("lfm2", 2), ("mamba2", 2)])
+@pytest.mark.parametrize(
+    ("kind", "times"), [("llama", 1), ("lfm2", 2), ("mamba2", 2), ("falcon_h1", 2)]
+)
 def test_padding_counts_where_sequences_have_rows_of_their_own(
     kind: str, times: int, tmp_path: Path
 ) -> None:
