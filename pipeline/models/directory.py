@@ -22,6 +22,7 @@ from transformers import (
 
 from pipeline.errors import ConfigError
 from pipeline.models import weights
+from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
 from storage.plan import DTYPES
 
@@ -178,7 +179,8 @@ class ModelFolder:
     def load(self, dtype: str) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
-        Every weight is one of the files': transformers itself would make up what is missing.
+        Every weight is one of the files': transformers itself would make up what is missing. Eager
+        attention is taken where sdpa would leave out what the model's attention does.
         """
         self.check_weights()
         generation = self.path / "generation_config.json"
@@ -193,6 +195,7 @@ class ModelFolder:
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
+        take_exact_attention(model)
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -27,7 +27,6 @@ def load_student(
     make_savable(model)
     came_in = getattr(torch, folder.dtype())
     add_distill_forward(model, config.loss.direction)
-    fsdp.agree_on_attention(model)
     set_seed(args.seed)  # the adapters' random start is the same on all ranks
     model = with_lora(model, config)
     if config.lora is not None and args.gradient_checkpointing:
