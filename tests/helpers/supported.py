@@ -1,0 +1,73 @@
+"""SUPPORTED.md: the table of what was measured, and why two engines differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.families import LEFT_OUT, SHARED
+from tests.helpers.paths import ROOT
+
+SUPPORTED = ROOT / "pipeline" / "models" / "SUPPORTED.md"
+SAME = {"float32": 4e-4, "bfloat16": 4e-3}
+"""Nats of null KL of one model in two engines, the codec included: a few times what most have."""
+STEPS = ["build", "dump", "pack", "train", "evaluate", "reload in vLLM", "compare"]
+CAUSES: dict[str, str] = {}
+"""Why vLLM and transformers differ or stop, where that is known."""
+
+
+def outcome(result: dict[str, Any] | None) -> str:
+    """whole, differs, stops, or not measured."""
+    if result is None:
+        return "not measured"
+    kl = result["null_kl"]
+    if kl is not None and abs(kl) > SAME[result["dtype"]]:
+        return "differs"
+    done = list(result["steps"]) == STEPS and not any(result["steps"].values())
+    return "whole" if done and kl is not None else "stops"
+
+
+def row(name: str, result: dict[str, Any] | None) -> str:
+    """A line of the table."""
+    result = result or {"way": "", "packing": "", "null_kl": None, "dtype": "", "steps": {}}
+    kl = result["null_kl"]
+    told = "" if kl is None else f"{kl:.1e}"
+    if result["dtype"] == "bfloat16":
+        told += " (bfloat16)"
+    kind = outcome(result) if result["steps"] else "not measured"
+    failed = next((step for step, code in result["steps"].items() if code), "")
+    notes = {"whole": "", "stops": f"stops at: {failed}", "differs": "differs"}
+    note = ". ".join(part for part in (notes.get(kind, kind), CAUSES.get(name, "")) if part)
+    return f"| {name} | {result['way']} | {result['packing']} | {told.strip()} | {note} |"
+
+
+def rows_of(page: str) -> list[str]:
+    """The architectures of the table, in its order."""
+    cells = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    return [cell for cell in cells if cell in SHARED]
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Replace the table of `page`, which stands between two comments, by one of these results."""
+    found = {}
+    for name in SHARED:
+        file = results / f"{name}.json"
+        found[name] = json.loads(file.read_text()) if file.exists() else None
+    counts = dict.fromkeys(("whole", "differs", "stops", "not measured"), 0)
+    for result in found.values():
+        counts[outcome(result)] += 1
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    lines = [
+        f"{len(SHARED)} architectures: {told}.",
+        "",
+        "| architecture | way | packing | null KL, nats | note |",
+        "|---|---|---|---|---|",
+        *(row(name, result) for name, result in found.items()),
+        "",
+        "Left out: "
+        + "; ".join(f"{name} ({reason})" for name, reason in sorted(LEFT_OUT.items()))
+        + ".",
+    ]
+    begin, end = "<!-- table -->\n", "<!-- end of the table -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after)
