@@ -47,10 +47,10 @@ Batch = dict[str, list[PackedRow]]
 class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
-    A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint
-    stores `identity`. Evaluation reports the perplexity of each text in `held_out`, and the KL to
-    the first `held_out_rows` rows of `held_out_dump` (all by default). Every
-    `gradient_cosine_steps` steps it compares the gradients of CE and KL (gradients.py).
+    A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint stores `identity`. Evaluation reports the
+    perplexity of each text in `held_out`, and the KL to the first `held_out_rows` rows of
+    `held_out_dump` (all by default). Every `gradient_cosine_steps` steps it compares the gradients
+    of CE and KL (gradients.py).
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class DistillTrainer(Trainer):
         self.waited = 0.0
         self.stop_asked = False  # a signal has reached this rank
         self.stopping = False  # the same on all ranks at each step
-        self.before_training: Callable[[], None] | None = None  # runs once the model is prepared
+        self.before_training: Callable[[], Json] | None = None  # runs once the model is prepared
+        self.null_test: Json | None = None  # what it returned, here or before the run was resumed
         super().__init__(
             model,
             args,
@@ -339,6 +340,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
         if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
+            marker["null_test"] = self.null_test
             write_json(self.output.folder / name / COMPLETE, marker)
             self.rotate()
 
@@ -351,7 +353,8 @@ class DistillTrainer(Trainer):
     def resume_point(self) -> Path | None:
         """The last whole checkpoint of this run; None if there is none.
 
-        Removes the run's own incomplete checkpoints and restores the token totals.
+        Removes the run's own incomplete checkpoints. Restores the token totals and what the null
+        test found.
         Raises RefusedError for a checkpoint that another run made.
         """
         whole = []
@@ -366,6 +369,7 @@ class DistillTrainer(Trainer):
             return None
         last, marker = whole[-1]
         self.totals = {name: marker[name] for name in self.totals}
+        self.null_test = marker.get("null_test")  # markers of earlier releases have none
         return last
 
 
@@ -386,7 +390,7 @@ class Hooks(TrainerCallback):
         trainer = self.trainer
         fsdp.say_shares(trainer.accelerator, trainer.model)
         if trainer.before_training is not None:
-            trainer.before_training()
+            trainer.null_test = trainer.before_training()
             fsdp.reshard(trainer.model)
         trainer.begin_log_interval()
 
