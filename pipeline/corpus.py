@@ -24,6 +24,7 @@ from pipeline.corpus_cache import cached_documents
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
 from pipeline.errors import ConfigError
+from pipeline.outside import failure
 from pipeline.types import Int32s, Int64s, Json
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
@@ -277,10 +278,11 @@ def hub_documents(config: CorpusConfig) -> datasets.Dataset:
         return datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # `datasets` raises whatever its readers raise
         reason = error.__cause__ or error
-        raise ConfigError(
+        message = (
             f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason} (not a local "
             "path, so it was read as a hub name)"
-        ) from error
+        )
+        raise failure(message, error) from error
 
 
 class TokenSequences:

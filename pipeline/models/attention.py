@@ -69,12 +69,11 @@ def take_exact_attention(model: PreTrainedModel) -> None:
     That is what the model's code hands to its attention (a soft cap, sinks), and whatever makes the
     logits of a probe differ. Does nothing for a model without weights.
     """
-    own = way_of(model)
-    if own.attention != "sdpa" or not switches(model) or on_meta(model):
+    if way_of(model).attention != "sdpa" or not switches(model) or on_meta(model):
         return
     with unchanged(model):
         notes = notes_of(model)
-        probes = probes_of(model, notes)
+        probes = probes_of(model, notes)[:1]
         found = alone(model, probes)
         take_way(model, Way("eager"))
         off = difference(found, alone(model, probes))
@@ -94,7 +93,8 @@ def enable_packing(model: PreTrainedModel) -> None:
     """
     if packing_arguments(model, PROBE):
         return
-    take_exact_attention(model)
+    if not hasattr(model, "attention_notes"):  # not loaded by ModelFolder
+        take_exact_attention(model)
     with unchanged(model) as own:
         notes = notes_of(model)
         probes = probes_of(model, notes)
@@ -159,13 +159,18 @@ def unchanged(model: PreTrainedModel) -> Iterator[Way]:
 
 def notes_of(model: PreTrainedModel) -> Notes | None:
     """What the model asks of its attention; None where that cannot be watched."""
+    if not hasattr(model, "attention_notes"):
+        model.attention_notes = watched(model) if switches(model) else None
+    notes: Notes | None = model.attention_notes
+    return notes
+
+
+def watched(model: PreTrainedModel) -> Notes | None:
     own = way_of(model)
-    if not switches(model):
-        return None
     try:
         take_way(model, Way(PACKED))
         with noting() as notes:
-            alone(model, probes_of(model, None))
+            alone(model, probes_of(model, None)[:1])
     except Exception:  # an architecture may raise whatever it likes
         return None
     finally:

@@ -13,8 +13,10 @@ from pipeline.errors import ConfigError
 from pipeline.models.attention import difference, packing_arguments, tolerance
 from pipeline.models.decoder import decoder_of
 
-POINTS = (0.0, 1e-3, 1e6, -1e6, 0.5, -3.0, 20.0, -70.0, 1e3)
-"""Outputs of the head at which the model is asked what it makes of them."""
+SMALL, LARGE = 2.0**-10, 2.0**15
+POINTS = (0.0, SMALL, LARGE, -LARGE, 0.5, -3.0, 20.0, -70.0, 1024.0)
+"""Outputs of the head at which the model is asked what it makes of them. The scale is taken at
+SMALL and the cap at LARGE; every dtype holds these."""
 EXACT = 1e-4
 """Relative error of float32 operations on them: a scale, a tanh."""
 
@@ -113,17 +115,18 @@ def scale_and_cap(model: PreTrainedModel, head: nn.Linear) -> tuple[float, float
     given = torch.cat([rows, mixed[None], mixed.flip(0)[None]])
     hook = head.register_forward_hook(lambda *_: given[None])
     try:
-        found = probe(model, len(given)).double()
+        found = probe(model, len(given))
     finally:
         hook.remove()
     if head.out_features != found.shape[1]:
         raise unknown(model, f"the head has {head.out_features} columns, not {found.shape[1]}")
-    scale, most = (found[POINTS.index(at), 0].item() for at in (1e-3, 1e6))
-    scale /= 1e-3
-    cap = None if abs(most - scale * 1e6) <= EXACT * abs(most) else abs(most)
+    exact, found = max(EXACT, 2 * torch.finfo(found.dtype).eps), found.double()
+    scale, most = (found[POINTS.index(at), 0].item() for at in (SMALL, LARGE))
+    scale /= SMALL
+    cap = None if abs(most - scale * LARGE) <= exact * abs(most) else abs(most)
     transform = LogitTransform(rounded(scale), None if cap is None else rounded(cap))
     expected = transform(given.double())
-    wrong = (found - expected).abs() > EXACT * expected.abs().clamp(min=abs(scale) * 1e-3)
+    wrong = (found - expected).abs() > exact * expected.abs().clamp(min=abs(scale) * SMALL)
     if scale == 0 or not found.isfinite().all() or wrong.any():
         row, column = wrong.nonzero()[0].tolist() if wrong.any() else (0, 0)
         raise unknown(
