@@ -57,7 +57,7 @@ def test_families_through_the_whole_pipeline(tmp_path: Path) -> None:
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in REAL}
     for name, result in found.items():
         assert not any(result["steps"].values()), (name, result)
-        assert result["null_kl"] < 4e-4, (name, result)
+        assert result["answer"] == "the same", (name, result)
         assert result["way"] == "plug-in", (name, result)
 
 
@@ -72,11 +72,15 @@ def test_every_shared_family_is_in_the_table() -> None:
 
 def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
     done = {"architecture": "", "way": "plug-in", "dtype": "float32", "packing": "packed"}
-    done |= {"null_kl": 1e-4, "steps": dict.fromkeys(STEPS, 0)}
+    done |= {"null_kl": 1e-4, "answer": "the same", "steps": dict.fromkeys(STEPS, 0)}
     results = {
         "GemmaForCausalLM": done,
-        "PhiForCausalLM": {**done, "null_kl": 0.3},
-        "OPTForCausalLM": {**done, "null_kl": None, "steps": {"build": 0, "dump": 2}},
+        "PhiForCausalLM": {
+            **done,
+            "null_kl": 0.3,
+            "answer": "computed differently by the two engines",
+        },
+        "OPTForCausalLM": {**done, "null_kl": None, "answer": "", "steps": {"build": 0, "dump": 2}},
         "GlmForCausalLM": {**done, "steps": {**done["steps"], "compare": 4}},
         "MambaForCausalLM": {**done, "null_kl": 1e-3, "dtype": "bfloat16"},
     }

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.agreement import Answer
 from tests.helpers.families import LEFT_OUT, SHARED
 from tests.helpers.paths import ROOT
 
 SUPPORTED = ROOT / "pipeline" / "models" / "SUPPORTED.md"
-SAME = {"float32": 4e-4, "bfloat16": 4e-3}
-"""Nats of null KL of one model in two engines, the codec included: a few times what most have."""
 STEPS = ["build", "dump", "pack", "train", "evaluate", "reload in vLLM", "compare"]
 CAUSES: dict[str, str] = {}
 """Why vLLM and transformers differ or stop, where that is known."""
@@ -19,11 +18,10 @@ def outcome(result: dict[str, Any] | None) -> str:
     """whole, differs, stops, or not measured."""
     if result is None:
         return "not measured"
-    kl = result["null_kl"]
-    if kl is not None and abs(kl) > SAME[result["dtype"]]:
+    if result["answer"] not in ("", Answer.SAME):
         return "differs"
     done = list(result["steps"]) == STEPS and not any(result["steps"].values())
-    return "whole" if done and kl is not None else "stops"
+    return "whole" if done and result["answer"] == Answer.SAME else "stops"
 
 
 def row(name: str, result: dict[str, Any] | None) -> str:
