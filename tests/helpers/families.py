@@ -80,7 +80,7 @@ EVEN_IF_NONE = {
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 0}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]}}
-NOAUX = {"topk_method": "noaux_tc"}
+NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 def alternating(*kinds: str) -> dict[str, Any]:
