@@ -102,7 +102,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {**NOAUX, "first_k_dense_replace": 1},
     "glm_moe_dsa": NOAUX,
-    "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
     "longcat_flash": {
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
@@ -121,7 +121,8 @@ OWN: dict[str, dict[str, Any]] = {
         "hybrid_layer_pattern": [0, 1, 0, 1],
         "moe_layer_freq": [0, 1, 1, 1],
         "swa_num_attention_heads": 2,
-        "swa_num_key_value_heads": 1,
+        "swa_num_key_value_heads": 2,
+        "add_swa_attention_sink_bias": True,
         "swa_head_dim": 32,
         "swa_v_head_dim": 32,
         "rope_theta": 5e6,

@@ -10,7 +10,25 @@ from tests.helpers.paths import ROOT
 
 SUPPORTED = ROOT / "pipeline" / "models" / "SUPPORTED.md"
 STEPS = ["build", "dump", "pack", "train", "evaluate", "reload in vLLM", "compare"]
-CAUSES: dict[str, str] = {}
+WINDOW = "vLLM's sliding window is one token longer than the config's (commandr.py, cohere2_moe.py)"
+SCAN = "vLLM's CPU build has no kernel for Mamba 1 (selective_scan_fwd)"
+ROUTER = "vLLM's CPU build routes to experts by softmax or in groups alone (cpu_router.py)"
+CAUSES = {
+    "Cohere2ForCausalLM": WINDOW,
+    "Cohere2MoeForCausalLM": WINDOW,
+    "Cohere2VisionForConditionalGeneration": WINDOW,
+    "DbrxForCausalLM": "vLLM 0.32 does not find its experts (blocks.0.ffn.experts.w13_weight)",
+    "FalconMambaForCausalLM": SCAN,
+    "Gemma3nForCausalLM": "the cause is not known",
+    "JambaForCausalLM": SCAN,
+    "LagunaForCausalLM": ROUTER,
+    "LongcatFlashForCausalLM": "transformers saves weights for experts that compute nothing, and "
+    "vLLM has no place for them",
+    "MambaForCausalLM": SCAN,
+    "MiniMaxM2ForCausalLM": ROUTER,
+    "NemotronHForCausalLM": "vLLM's CPU build has no experts without a gate (is_act_and_mul)",
+    "OlmoHybridForCausalLM": "vLLM's linear attention of it needs Triton",
+}
 """Why vLLM and transformers differ or stop, where that is known."""
 
 
