@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat_renderer import RENDERER, CannotRender
+from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
 from pipeline.types import Json
 
 TODAY = datetime(2024, 7, 26)
@@ -22,10 +23,15 @@ class BadChat(ValueError):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Raises BadChat where the tokenizer has none."""
+    """A tokenizer's chat template. Raises BadChat where the tokenizer has none.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    With `special`, the text of a chat that spells special tokens has them masked.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens | None = None
+    ) -> None:
+        self.tokenizer, self.special = tokenizer, special
         try:
             self.source = str(tokenizer.get_chat_template())
         except ValueError as error:
@@ -48,13 +54,21 @@ class ChatTemplate:
         if not checked:
             return ""
         try:
-            text = self.apply(checked)
+            text = self.masked(checked) if self.special else self.apply(checked)
             text.encode()
-        except (CannotRender, UnicodeError) as error:
+        except (CannotRender, CannotMask, UnicodeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             name = self.tokenizer.name_or_path
             raise BadChat(f"the chat template of {name} cannot render it: {reason}") from error
         return text
+
+    def masked(self, messages: list[Json]) -> str:
+        assert self.special is not None
+        messages, spelled = self.special.mask(messages, self.source)
+        text = self.apply(messages)
+        if any(f"\\u{ord(mask):04x}" in text for mask in spelled):
+            raise CannotMask("the template escapes characters, and a message spells special tokens")
+        return Masked.of(text, spelled) if spelled else text
 
     def apply(self, messages: list[Json]) -> str:
         return RENDERER.render(self.template, messages)
