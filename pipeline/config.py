@@ -34,6 +34,12 @@ class CorpusConfig:
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them. A
     template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
+    special_tokens: Literal["parse", "split"] = "parse"
+    """Special tokens that a document spells, such as <|endoftext|> in a web page. parse makes them
+    tokens, as transformers and vLLM do: text that holds rendered chats needs it. split takes them
+    as text, so that no document can end a sequence or forge a turn: use it for text from anyone. In
+    chats the template's own special tokens stay. Tokens that the tokenizer adds but does not call
+    special, such as <think>, are tokens in any case."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
