@@ -14,10 +14,15 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from pipeline.errors import ConfigError
@@ -168,15 +173,32 @@ class ModelFolder:
 
         Reads headers alone. `strict` is False for an engine that may know more layouts.
         """
+        _ = self.auto_class
         try:
-            kind = type(self.empty())
-        except Exception as error:  # whatever the values of config.json make transformers do
+            empty = self.empty()
+        except ConfigError:
             if strict:
-                raise ConfigError(
-                    f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
-                ) from error
+                raise
             return  # an engine's own architecture
-        weights.check(self.path, kind, copy.deepcopy(self.config), strict)
+        weights.check(self.path, type(empty), empty.config, strict)
+
+    @property
+    def auto_class(self) -> type[AutoModelForCausalLM]:
+        """transformers' maker of the model, a wrapper with other inputs too if config.json names
+        one; ConfigError for an encoder with a decoder."""
+        if self.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{self.path / 'config.json'}: model_type {self.config.model_type!r} is an encoder "
+                "with a decoder. Use a model that is a decoder alone"
+            )
+        kind = self.config.model_type
+        wrapper = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+        if wrapper in self.architectures or (
+            wrapper and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        ):
+            found: type[AutoModelForCausalLM] = AutoModelForMultimodalLM
+            return found
+        return AutoModelForCausalLM
 
     def load(self, dtype: str) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
@@ -191,7 +213,7 @@ class ModelFolder:
         try:
             with weights.quiet():
                 model: PreTrainedModel
-                model, found = AutoModelForCausalLM.from_pretrained(
+                model, found = self.auto_class.from_pretrained(
                     self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -201,11 +223,17 @@ class ModelFolder:
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model on the meta device: shapes without storage."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
-            )
+        """The model on the meta device: shapes without storage. ConfigError where config.json does
+        not make one."""
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = self.auto_class.from_config(
+                    copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
+                )
+        except Exception as error:  # whatever the values of config.json make transformers do
+            raise ConfigError(
+                f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
+            ) from error
         return model
 
 
