@@ -23,6 +23,8 @@ from transformers import (
 from pipeline.errors import ConfigError
 from pipeline.models import weights
 from pipeline.models.files import read_json, refuse_links_out
+from pipeline.models.quantization import keep_differentiable, quantization_config
+from pipeline.types import Json
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
@@ -174,12 +176,20 @@ class ModelFolder:
             return  # an engine's own architecture
         weights.check(self.path, kind, copy.deepcopy(self.config), strict)
 
-    def load(self, dtype: str) -> PreTrainedModel:
+    def load(
+        self, dtype: str, quantization: Json | None = None, device: str = "cpu"
+    ) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
         Every weight is one of the files': transformers itself would make up what is missing.
+        `quantization` has the settings of `models.quantization`; the model is then on `device`,
+        where its weights are quantised one by one as they are read.
         """
         self.check_weights()
+        options: Json = {}
+        if quantization is not None:
+            by = quantization_config(quantization)
+            options = {"quantization_config": by, "device_map": {"": device}}
         generation = self.path / "generation_config.json"
         if generation.exists():
             read_json(generation)
@@ -187,11 +197,16 @@ class ModelFolder:
             with weights.quiet():
                 model: PreTrainedModel
                 model, found = AutoModelForCausalLM.from_pretrained(
-                    self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                    self.path,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
+        keep_differentiable(model)
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -35,6 +35,11 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
             f"the model's head is a {type(head).__name__}; a plain linear layer is needed. With "
             "LoRA, leave lm_head out of lora.target_modules and lora.modules_to_save"
         )
+    if head.weight.shape != (head.out_features, head.in_features):
+        raise ConfigError(
+            f"the model's head is a {type(head).__name__}, which is quantised; the loss needs its "
+            "weights as they are. Add lm_head to quantization.llm_int8_skip_modules"
+        )
     return head
 
 

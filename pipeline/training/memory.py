@@ -1,12 +1,15 @@
 """Estimate the memory of a run from the model's config, before any weight is read."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline import losses
@@ -14,6 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.attention import PACKED
 from pipeline.models.directory import ModelFolder
+from pipeline.models.quantization import QuantisedSize, as_quantised
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
@@ -86,18 +90,25 @@ def estimate(
     are freed. Not included: the interpreter and CUDA's context, kernels' workspaces, fragmentation
     of the allocator, the batches, evaluation's logits and, on the CPU, the weights while they are
     loaded and saved. On a CPU the peak of a model with 26 million parameters was 1.1 to 1.4 times
-    the estimate (tests/pipeline/training/test_memory.py).
+    the estimate (tests/pipeline/training/test_memory.py), and on 4-bit weights within a tenth of it
+    where the allocator does not fragment.
     """
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
-    model = empty_student(config, folder, compute)
-    stored = weights_dtype(config, folder).itemsize
+    quantised = QuantisedSize()
+    if config.quantization is not None:
+        model, quantised = empty_quantised_student(config, folder)
+        stored = torch.float32.itemsize  # what is not quantised, as peft prepares it
+    else:
+        model = empty_student(config, folder, compute)
+        stored = weights_dtype(config, folder).itemsize
     sharded = fsdp.is_asked_for(args)
     ranks = args.world_size if sharded else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    frozen = sum(p.numel() for p in model.parameters()) - trained - quantised.weights
     # peft's adapters are float32, and FSDP keeps float32 copies of what bf16 trains.
     master = 4 if config.lora is not None or (sharded and args.bf16) else stored
     weights = (trained * master + frozen * stored) // ranks
+    weights += quantised.size + quantised.workspace
     used = compute.itemsize if compute is not None else stored
     vocabulary, width = model.get_output_embeddings().weight.shape
     if sharded:  # FSDP gathers a layer and the next one, and keeps the embeddings gathered
@@ -111,7 +122,7 @@ def estimate(
         gradients=gradients,
         optimizer=int(trained * optimizer_bytes(args.optim, master)) // ranks,
         loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
-        activations=activation_bytes(model, args, row_tokens),
+        activations=activation_bytes(model, args, row_tokens, config.quantization is not None),
     )
 
 
@@ -122,6 +133,16 @@ def empty_student(
     dtype = dtype or weights_dtype(config, folder)
     with torch.device("meta"):
         return with_lora(folder.empty(dtype), config)
+
+
+def empty_quantised_student(
+    config: TrainConfig, folder: ModelFolder
+) -> tuple[PreTrainedModel, QuantisedSize]:
+    """The adapters on stand-ins for quantised layers, on the meta device; what is quantised."""
+    model = folder.empty(torch.float32)
+    size = as_quantised(model, config.quantization or {})
+    with torch.device("meta"):
+        return with_lora(model, config), size
 
 
 def weights_dtype(config: TrainConfig, folder: ModelFolder) -> torch.dtype:
@@ -164,25 +185,43 @@ def loss_bytes(
 
 
 def activation_bytes(
-    model: PreTrainedModel, args: TrainingArguments, row_tokens: int
+    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, faked: bool = False
 ) -> int | None:
     """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
+    `faked`: under autocast, which the meta device does not have, as training does.
     With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
     None if the forward cannot run on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(PACKED)
     try:
-        saved = saved_bytes(base)
-        plugin: dict[str, Any] = args.fsdp_plugin_args or {}
-        if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
-            layer = saved // base.config.get_text_config().num_hidden_layers
-            base.gradient_checkpointing_enable()
-            saved = saved_bytes(base) + layer
+        with fake_pass(base, args) if faked else nullcontext():
+            saved = saved_bytes(base)
+            plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+            if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
+                layer = saved // base.config.get_text_config().num_hidden_layers
+                base.gradient_checkpointing_enable()
+                saved = saved_bytes(base) + layer
     except Exception:  # an architecture's forward may read values, which meta tensors lack
         return None
     return saved * row_tokens // sum(PROBE)
+
+
+@contextmanager
+def fake_pass(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Move a model from the meta device to fake tensors, which have no storage either, but are
+    taken for the CPU's, so that autocast works on them."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        if tensor is module._parameters.get(name):
+                            fake = nn.Parameter(fake, tensor.requires_grad)
+                        held[name] = fake
+        yield
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
@@ -197,7 +236,7 @@ def saved_bytes(model: PreTrainedModel) -> int:
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, sum(PROBE), dtype=torch.long, device="meta")
+    ids = torch.zeros(1, sum(PROBE), dtype=torch.long, device=model.device)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_decoder()(
@@ -213,6 +252,11 @@ def free_bytes(args: TrainingArguments) -> int:
     """Free bytes of this rank's GPU, or its share of the machine's free memory."""
     if args.device.type == "cuda":
         return int(torch.cuda.mem_get_info(args.device)[0])
+    return free_on_machine()
+
+
+def free_on_machine() -> int:
+    """This rank's share of the machine's free bytes."""
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -225,8 +269,10 @@ def advice(config: TrainConfig, args: TrainingArguments, found: Estimate) -> lis
         choices.append("shard it over GPUs (training.fsdp: true, accelerate launch)")
     elif found.lasting > (found.activations or 0):
         choices.append("start more ranks")
-    if config.dtype == "float32" and config.lora is not None:
+    if config.dtype == "float32" and config.lora is not None and config.quantization is None:
         choices.append("set dtype: bfloat16")
+    if config.quantization is None:
+        choices.append("train adapters on 4-bit weights (quantization: {load_in_4bit: true})")
     if found.activations is None or found.activations > found.total // 4:
         if not args.gradient_checkpointing:
             choices.append("set training.gradient_checkpointing: true")

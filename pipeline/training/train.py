@@ -19,13 +19,12 @@ from pipeline.json_files import read_object, write_json
 from pipeline.models.directory import WEIGHTS
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.training import memory
+from pipeline.training import memory, quantised
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.disk import writing
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
-from pipeline.training.null_test import null_test
 from pipeline.training.output import FINAL, SUMMARY, Output
 from pipeline.training.places import check_place
 from pipeline.training.student import load_student, save_final
@@ -45,6 +44,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     check(inputs)
     check_place(config, inputs.model.path)
     args = training_arguments(config)
+    quantised.check(config, args, inputs.model)
     with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
         summary = finished(Path(config.output), identity)
@@ -106,10 +106,11 @@ def train(
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
             say(f"{output}: resuming from {checkpoint.name}")
-        null_kl: list[float] = []
+        before: Json = {"null_test_kl": None}
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
-            test = partial(null_test, config, trainer, dataset.general, identity["model"])
-            trainer.before_training = lambda: null_kl.append(test())
+            own = (dataset.general, identity["model"], inputs.model)
+            test = partial(quantised.null_test_of, config, trainer, *own)
+            trainer.before_training = lambda: before.update(test())
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -122,11 +123,11 @@ def train(
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "best": best_checkpoint(trainer),
-        "null_test_kl": null_kl[0] if null_kl else None,
+        **before,
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
-    save_final(config, trainer, inputs.model, dtype)
+    summary |= save_final(config, trainer, inputs.model, dtype)
     if trainer.args.should_save:
         write_json(output / SUMMARY, summary)
         best = summary["best"]
