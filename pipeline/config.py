@@ -351,6 +351,11 @@ TRAINING = {
     "save_steps": Range(above=0),
     "save_total_limit": Range(1, MOST),
     "dataloader_num_workers": Range(0, 4096),
+    "dataloader_prefetch_factor": Range(1, MOST),
+    "ddp_bucket_cap_mb": Range(1, MOST),
+    "ddp_timeout": Range(1, MOST),
+    "neftune_noise_alpha": Range(0),
+    "torch_empty_cache_steps": Range(1, MOST),
     "seed": SEED,
     "data_seed": SEED,
 }

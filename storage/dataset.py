@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.manifest import Dump, Manifest
-from storage.parsing import Json
+from storage.parsing import MOST_K, Json
 from storage.shard_reader import ShardReader
 from storage.topk import Int32s, Record
 
@@ -52,6 +52,11 @@ class LogitDataset:
     @property
     def plan(self) -> Json:
         return self.dump.plan
+
+    @property
+    def k(self) -> int:
+        """Most entries of a position; 0 in a dump of samples alone."""
+        return int(self.plan.get("k", min(int(self.plan["vocab_size"]), MOST_K)))
 
     @property
     def draws(self) -> int:

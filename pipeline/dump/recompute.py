@@ -40,7 +40,7 @@ def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]
             f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}; "
             "give the model that made the dump"
         )
-    dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
+    dtype = dataset.plan.get("teacher", {}).get("dtype", "auto")
     loaded = folder.load(dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     rng = np.random.default_rng(seed)

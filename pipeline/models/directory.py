@@ -22,9 +22,11 @@ from transformers import (
 
 from pipeline.errors import ConfigError
 from pipeline.models import weights
+from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
 from pipeline.models.quantization import keep_differentiable, quantization_config
 from pipeline.types import Json
+from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
@@ -116,7 +118,7 @@ class ModelFolder:
         """`name`, or for "auto" the dtype that config.json names: float32 where it names none."""
         own = self.config.get_text_config().dtype or self.config.dtype or "float32"
         found = name if name != "auto" else str(own).removeprefix("torch.")
-        if not isinstance(getattr(torch, found, None), torch.dtype):
+        if found not in DTYPES or found == "auto":
             where = "dtype" if name != "auto" else f"{self.path / 'config.json'}: dtype"
             raise ConfigError(f"{where}: expected bfloat16, float16 or float32, found {found!r}")
         return found
@@ -181,7 +183,8 @@ class ModelFolder:
     ) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
-        Every weight is one of the files': transformers itself would make up what is missing.
+        Every weight is one of the files': transformers itself would make up what is missing. Eager
+        attention is taken where sdpa would leave out what the model's attention does.
         `quantization` has the settings of `models.quantization`; the model is then on `device`,
         where its weights are quantised one by one as they are read.
         """
@@ -207,6 +210,7 @@ class ModelFolder:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
         keep_differentiable(model)
+        take_exact_attention(model)
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from pipeline import losses
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.models.attention import PACKED
+from pipeline.models.decoder import decoder_of
 from pipeline.models.directory import ModelFolder
+from pipeline.models.packed_attention import PACKED_ON_META, noting
 from pipeline.models.quantization import QuantisedSize, as_quantised
+from pipeline.models.weights import quiet
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
@@ -58,7 +60,11 @@ def size_text(size: int | None) -> str:
 
 
 def check(
-    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
+    config: TrainConfig,
+    args: TrainingArguments,
+    folder: ModelFolder,
+    row_tokens: int,
+    padding: float = 0.0,
 ) -> Estimate | None:
     """Print the expected memory. Raises ConfigError if it cannot fit even without activations.
 
@@ -66,7 +72,7 @@ def check(
     """
     if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         return None
-    found = estimate(config, args, folder, row_tokens)
+    found = estimate(config, args, folder, row_tokens, padding)
     free = free_bytes(args)
     where = "GPU" if args.device.type == "cuda" else "machine"
     line = f"memory: {found} expected, {size_text(free)} free on the {where}"
@@ -80,9 +86,15 @@ def check(
 
 
 def estimate(
-    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
+    config: TrainConfig,
+    args: TrainingArguments,
+    folder: ModelFolder,
+    row_tokens: int,
+    padding: float = 0.0,
 ) -> Estimate:
     """Estimate for packed rows of `row_tokens` tokens, each with a loss.
+
+    `padding` is the share of padding in the decoder where each sequence has a row of its own.
 
     Weights, gradients and optimizer states follow from the number and dtypes of the parameters, the
     loss from its buffers, and activations from a forward on the meta device. The total assumes that
@@ -117,12 +129,14 @@ def estimate(
         weights += (trained + frozen) * used
     sets = 2 if config.gradient_cosine_steps else 1
     gradients = sets * trained * master // ranks
+    with nullcontext() if config.quantization is None else as_trained(model, args):
+        activations = activation_bytes(model, args, row_tokens, padding)
     return Estimate(
         weights=weights,
         gradients=gradients,
         optimizer=int(trained * optimizer_bytes(args.optim, master)) // ranks,
         loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
-        activations=activation_bytes(model, args, row_tokens, config.quantization is not None),
+        activations=activations,
     )
 
 
@@ -185,65 +199,75 @@ def loss_bytes(
 
 
 def activation_bytes(
-    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, faked: bool = False
+    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, padding: float = 0.0
 ) -> int | None:
     """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
-    `faked`: under autocast, which the meta device does not have, as training does.
+    Layers that mix tokens without transformers' attention function, or with a state, cannot keep
+    packed sequences apart, so the padding of `own_rows` counts there, as its share of the tokens.
     With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
     None if the forward cannot run on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(PACKED)
     try:
-        with fake_pass(base, args) if faked else nullcontext():
+        with noting() as notes:
             saved = saved_bytes(base)
-            plugin: dict[str, Any] = args.fsdp_plugin_args or {}
-            if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
-                layer = saved // base.config.get_text_config().num_hidden_layers
-                base.gradient_checkpointing_enable()
-                saved = saved_bytes(base) + layer
+        layers = base.config.get_text_config().num_hidden_layers
+        own_rows = notes.calls < layers or base._is_stateful  # beside attention, or without it
+        if own_rows:
+            saved = saved_bytes(base, own_rows)
+            row_tokens = int(row_tokens / (1 - padding))
+        plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+        if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
+            layer = saved // base.config.get_text_config().num_hidden_layers
+            base.gradient_checkpointing_enable()
+            saved = saved_bytes(base, own_rows) + layer
     except Exception:  # an architecture's forward may read values, which meta tensors lack
         return None
     return saved * row_tokens // sum(PROBE)
 
 
 @contextmanager
-def fake_pass(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
-    """Move a model from the meta device to fake tensors, which have no storage either, but are
-    taken for the CPU's, so that autocast works on them."""
+def as_trained(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Give a model on the meta device fake tensors, which have no storage either, but are taken for
+    the CPU's, so that training's autocast works on them. The model is of no use afterwards."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        if tensor is module._parameters.get(name):
-                            fake = nn.Parameter(fake, tensor.requires_grad)
-                        held[name] = fake
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    fake = torch.empty(weight.shape, dtype=weight.dtype)
+                    module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         yield
 
 
-def saved_bytes(model: PreTrainedModel) -> int:
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+def saved_bytes(model: PreTrainedModel, own_rows: bool = False) -> int:
+    """Bytes for PROBE, in a packed row or with a row for each sequence."""
+    with quiet():
+        model.set_attn_implementation(PACKED_ON_META)
+    lengths = {} if own_rows else {"sequence_lengths": PROBE}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no address is used again
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in own:
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, sum(PROBE), dtype=torch.long, device=model.device)
+    shape = (len(PROBE), PROBE[0]) if own_rows else (1, sum(PROBE))
+    ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.get_decoder()(
+        decoder_of(model)(
             inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(),
             position_ids=ids,
             use_cache=False,
-            sequence_lengths=PROBE,
+            **lengths,
         )
     return sum(sizes.values())
 

@@ -38,10 +38,10 @@ def null_test(
     """
     size = trainer.args.train_batch_size
     rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
-    plan = general.dumps[0].plan
-    teacher = plan["teacher"]
+    dump = general.dumps[0]
+    teacher = dump.plan["teacher"]  # checked with the other inputs
     what, noise = "KL", 0.0
-    if plan["k"] == 0:
+    if dump.k == 0:
         what = "cross-entropy, minus its own entropy,"
         kl, noise = sample_gap(trainer, general, rows)
     else:
@@ -59,9 +59,10 @@ def null_test(
             f"bound {bound:.3g}: the dump is this model's"
         )
         return kl
+    dumped = f"{dump.plan.get('engine')}, dtype {teacher.get('dtype')}"
     found = {
         shift: sample_gap(trainer, general, rows, shift)[0]
-        if plan["k"] == 0
+        if dump.k == 0
         else mean_kl(trainer, general, rows, size, shift)
         for shift in (-1, 1)
     }
@@ -71,8 +72,7 @@ def null_test(
         if abs(other) < abs(kl) / 2
     ] or [
         "What may differ: config.json (rope, norms), the engine's dtype or quantisation (dumped "
-        f"with {plan['engine']}, dtype {teacher['dtype']}; trained in {config.dtype}), the "
-        "attention between packed sequences"
+        f"with {dumped}; trained in {config.dtype}), the attention between packed sequences"
     ]
     raise RefusedError(
         f"null test: the student has the teacher's weights, but its {what} to the dump is {kl:.3g} "

@@ -124,7 +124,7 @@ def test_without_room_for_the_unquantised_weights_the_bound_is_wide(
     [
         ({"quantization": {**NF4, "load_in_4bi": True}}, "load_in_4bi: no such .* load_in_4bit"),
         ({"lora": {**LORA, "init_lora_weights": "olora"}}, "olora changes the base's own weights"),
-        ({"lora": {**LORA, "init_lora_weights": "pissa"}}, "lora: .*PiSSA"),
+        ({"lora": {**LORA, "init_lora_weights": "pissa"}}, "lora.*PiSSA"),
         ({"quantization": {**NF4, "llm_int8_skip_modules": ["x"]}}, "Add lm_head to"),
     ],
 )
