@@ -125,6 +125,8 @@ def estimate(
     vocabulary, width = model.get_output_embeddings().weight.shape
     if sharded:  # FSDP gathers a layer and the next one, and keeps the embeddings gathered
         weights += (2 * largest_layer(model) + 2 * vocabulary * width) * used
+    elif used < stored and quantised.weights:  # what is left are embeddings and head, see the loss
+        weights += trained * used
     elif used < stored:  # autocast keeps a cast of each weight between forward and backward
         weights += (trained + frozen) * used
     sets = 2 if config.gradient_cosine_steps else 1

@@ -5,6 +5,7 @@ looks at the model as its files hold it, and then says what quantisation adds to
 """
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,11 @@ def null_test_of(
     if config.quantization is None or not own:
         return {"null_test_kl": null_test(config, trainer, general, weights)}
     found = kl_of_student(config, trainer, general)
+    if not math.isfinite(found):
+        raise ConfigError(
+            f"quantization: the KL of the untrained student to the dump is {found}: its computation "
+            "overflows. Set another bnb_4bit_compute_dtype, such as bfloat16"
+        )
     device = place_of(config, trainer.args, folder)
     if device is None:
         return {"null_test_kl": within_wide_bound(found), "quantisation_kl": None}

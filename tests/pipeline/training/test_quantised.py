@@ -119,6 +119,14 @@ def test_without_room_for_the_unquantised_weights_the_bound_is_wide(
     assert "so the bound is wide: 0.5 nats" in capsys.readouterr().err
 
 
+def test_a_computation_that_overflows_is_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "mean_kl", lambda *_: float("nan"))
+    with pytest.raises(ConfigError, match="Set another bnb_4bit_compute_dtype"):
+        train.run(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
