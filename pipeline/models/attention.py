@@ -228,8 +228,10 @@ def tolerance(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) ->
     """Largest `difference` between two orders of the same sums.
 
     Measured: by how much one rounding of the embeddings changes the logits of the first probe.
+    Quantised layers may round in a dtype of their own.
     """
-    eps = max(torch.finfo(model.dtype).eps, FLOAT32)
+    layers = {getattr(module, "compute_dtype", None) for module in model.modules()} - {None}
+    eps = max(FLOAT32, *(torch.finfo(dtype).eps for dtype in {model.dtype, *layers}))
 
     def rounded(_: Any, __: Any, output: Tensor) -> Tensor:
         signs = torch.arange(output.numel(), device=output.device).reshape(output.shape) % 3 - 1

@@ -29,8 +29,10 @@ from pipeline.errors import ConfigError
 from pipeline.models import weights
 from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
+from pipeline.models.quantization import keep_differentiable, quantization_config
 from pipeline.outside import failure, is_outside
 from pipeline.passed import reason
+from pipeline.types import Json
 from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -200,13 +202,21 @@ class ModelFolder:
             return found
         return AutoModelForCausalLM
 
-    def load(self, dtype: str) -> PreTrainedModel:
+    def load(
+        self, dtype: str, quantization: Json | None = None, device: str = "cpu"
+    ) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
         Every weight is one of the files': transformers itself would make up what is missing. Eager
         attention is taken where sdpa would leave out what the model's attention does.
+        `quantization` has the settings of `models.quantization`; the model is then on `device`,
+        where its weights are quantised one by one as they are read.
         """
         self.check_weights()
+        options: Json = {}
+        if quantization is not None:
+            by = quantization_config(quantization)
+            options = {"quantization_config": by, "device_map": {"": device}}
         generation = self.path / "generation_config.json"
         if generation.exists():
             read_json(generation)
@@ -214,11 +224,16 @@ class ModelFolder:
             with weights.quiet():
                 model: PreTrainedModel
                 model, found = self.auto_class.from_pretrained(
-                    self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                    self.path,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
+        keep_differentiable(model)
         take_exact_attention(model)
         return model
 

@@ -51,6 +51,11 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
             f"the model's head is a {type(head).__name__}; a plain linear layer is needed"
             + (LORA if head is not None and type(head).__module__.startswith("peft") else "")
         )
+    if head.weight.shape != (head.out_features, head.in_features):
+        raise ConfigError(
+            f"the model's head is a {type(head).__name__}, which is quantised; the loss needs its "
+            "weights as they are. Add lm_head to quantization.llm_int8_skip_modules"
+        )
     return head
 
 

@@ -22,15 +22,15 @@ from pipeline.models.attention import way_of
 from pipeline.models.directory import WEIGHTS
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.training import memory
+from pipeline.training import memory, quantised
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.disk import writing
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
-from pipeline.training.null_test import null_test
 from pipeline.training.output import FINAL, SUMMARY, Output
 from pipeline.training.places import check_place
+from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
@@ -51,6 +51,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     check(inputs)
     check_place(config, inputs.model.path)
     args = training_arguments(config)
+    quantised.check(config, args, inputs.model)
     with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
         summary = finished(Path(config.output), identity)
@@ -136,7 +137,7 @@ def train(
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
-    save_final(config, trainer, inputs.model, dtype)
+    summary |= save_final(config, trainer, inputs.model, dtype)
     if trainer.args.should_save:
         write_json(output / SUMMARY, summary)
         best = summary["best"]
