@@ -13,7 +13,7 @@ from storage.errors import Unindexable
 from storage.index import Index
 from storage.index_files import made_once, open_index
 from storage.manifest import Dump, Manifest, Shard
-from storage.parsing import Json
+from storage.parsing import MOST_K, Json
 from storage.row_reader import RowReader
 from storage.scan import index_dump
 from storage.shard_reader import ShardReader
@@ -85,6 +85,11 @@ class LogitDataset:
     @property
     def plan(self) -> Json:
         return self.dump.plan
+
+    @property
+    def k(self) -> int:
+        """Most entries of a position; 0 in a dump of samples alone."""
+        return int(self.plan.get("k", min(int(self.plan["vocab_size"]), MOST_K)))
 
     @property
     def draws(self) -> int:

@@ -31,13 +31,13 @@ from storage.parsing import (
     Json,
     check_marker,
     check_names,
-    check_plan,
     check_summary,
     from_json,
     matched,
     objects,
     to_json,
 )
+from storage.plan import check_plan
 from storage.store import Store
 
 FORMAT_VERSION = 1

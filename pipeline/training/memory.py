@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from pipeline import losses
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.models.attention import PACKED
+from pipeline.models.decoder import decoder_of
 from pipeline.models.directory import ModelFolder
+from pipeline.models.packed_attention import PACKED_ON_META, noting
+from pipeline.models.weights import quiet
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
@@ -54,7 +56,11 @@ def size_text(size: int | None) -> str:
 
 
 def check(
-    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
+    config: TrainConfig,
+    args: TrainingArguments,
+    folder: ModelFolder,
+    row_tokens: int,
+    padding: float = 0.0,
 ) -> Estimate | None:
     """Print the expected memory. Raises ConfigError if it cannot fit even without activations.
 
@@ -62,7 +68,7 @@ def check(
     """
     if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         return None
-    found = estimate(config, args, folder, row_tokens)
+    found = estimate(config, args, folder, row_tokens, padding)
     free = free_bytes(args)
     where = "GPU" if args.device.type == "cuda" else "machine"
     line = f"memory: {found} expected, {size_text(free)} free on the {where}"
@@ -76,9 +82,15 @@ def check(
 
 
 def estimate(
-    config: TrainConfig, args: TrainingArguments, folder: ModelFolder, row_tokens: int
+    config: TrainConfig,
+    args: TrainingArguments,
+    folder: ModelFolder,
+    row_tokens: int,
+    padding: float = 0.0,
 ) -> Estimate:
     """Estimate for packed rows of `row_tokens` tokens, each with a loss.
+
+    `padding` is the share of padding in the decoder where each sequence has a row of its own.
 
     Weights, gradients and optimizer states follow from the number and dtypes of the parameters, the
     loss from its buffers, and activations from a forward on the meta device. The total assumes that
@@ -111,7 +123,7 @@ def estimate(
         gradients=gradients,
         optimizer=int(trained * optimizer_bytes(args.optim, master)) // ranks,
         loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
-        activations=activation_bytes(model, args, row_tokens),
+        activations=activation_bytes(model, args, row_tokens, padding),
     )
 
 
@@ -164,47 +176,59 @@ def loss_bytes(
 
 
 def activation_bytes(
-    model: PreTrainedModel, args: TrainingArguments, row_tokens: int
+    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, padding: float = 0.0
 ) -> int | None:
     """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
+    Layers that mix tokens without transformers' attention function, or with a state, cannot keep
+    packed sequences apart, so the padding of `own_rows` counts there, as its share of the tokens.
     With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
     None if the forward cannot run on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(PACKED)
     try:
-        saved = saved_bytes(base)
+        with noting() as notes:
+            saved = saved_bytes(base)
+        layers = base.config.get_text_config().num_hidden_layers
+        own_rows = notes.calls < layers or base._is_stateful  # beside attention, or without it
+        if own_rows:
+            saved = saved_bytes(base, own_rows)
+            row_tokens = int(row_tokens / (1 - padding))
         plugin: dict[str, Any] = args.fsdp_plugin_args or {}
         if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
             layer = saved // base.config.get_text_config().num_hidden_layers
             base.gradient_checkpointing_enable()
-            saved = saved_bytes(base) + layer
+            saved = saved_bytes(base, own_rows) + layer
     except Exception:  # an architecture's forward may read values, which meta tensors lack
         return None
     return saved * row_tokens // sum(PROBE)
 
 
-def saved_bytes(model: PreTrainedModel) -> int:
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+def saved_bytes(model: PreTrainedModel, own_rows: bool = False) -> int:
+    """Bytes for PROBE, in a packed row or with a row for each sequence, on the meta device."""
+    with quiet():
+        model.set_attn_implementation(PACKED_ON_META)
+    lengths = {} if own_rows else {"sequence_lengths": PROBE}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no address is used again
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in own:
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, sum(PROBE), dtype=torch.long, device="meta")
+    shape = (len(PROBE), PROBE[0]) if own_rows else (1, sum(PROBE))
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.get_decoder()(
+        decoder_of(model)(
             inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(),
             position_ids=ids,
             use_cache=False,
-            sequence_lengths=PROBE,
+            **lengths,
         )
     return sum(sizes.values())
 

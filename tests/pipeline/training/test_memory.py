@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.training import memory, train
 from pipeline.training.arguments import training_arguments
+from tests.helpers.architectures import saved, tiny
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import settings, yaml_of
@@ -192,3 +193,19 @@ def test_a_run_that_may_not_fit_gets_a_warning(
     talk = capsys.readouterr().err
     assert "It may not fit" in talk
     assert "gradient_checkpointing: true" in talk
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("llama", 1), ("lfm2", 2), ("mamba2", 2), ("falcon_h1", 2)]
+)
+def test_padding_counts_where_sequences_have_rows_of_their_own(
+    kind: str, times: int, tmp_path: Path
+) -> None:
+    """The activations of a row that is half padding are those of a row twice as long."""
+    folder = ModelFolder(saved(tiny(kind), tmp_path / "model"))
+    config = settings(tmp_path, folder.path, None, tmp_path / "d.jsonl", mix=0, max_length=50)
+    args = training_arguments(config)
+    packed, padded = (memory.estimate(config, args, folder, 200, share) for share in (0.0, 0.5))
+    assert packed.activations is not None
+    assert padded.activations == pytest.approx(times * packed.activations, rel=1e-3)
+    assert padded.lasting == packed.lasting
