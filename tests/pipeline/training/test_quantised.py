@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_without_room_for_the_unquantised_weights_the_bound_is_wide(
 def test_a_computation_that_overflows_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "mean_kl", lambda *_: float("nan"))
+    monkeypatch.setattr(quantised, "measure", lambda *_: SimpleNamespace(mean=float("nan")))
     with pytest.raises(ConfigError, match="Set another bnb_4bit_compute_dtype"):
         train.run(config)
 
