@@ -24,6 +24,8 @@ from pipeline.errors import ConfigError
 from pipeline.models import weights
 from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
+from pipeline.outside import failure, is_outside
+from pipeline.passed import reason
 from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -93,7 +95,7 @@ class ModelFolder:
             found = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the values make it do
             raise ConfigError(
-                f"{file}: cannot be used (model_type {kind!r}): {short(error)}"
+                f"{file}: cannot be used (model_type {kind!r}): {reason(error)}"
             ) from error
         return found
 
@@ -137,7 +139,7 @@ class ModelFolder:
         except Exception as error:  # the tokenizers library raises Exception itself
             files = ", ".join(file.name for file in there)
             raise ConfigError(
-                f"model {self}: no tokenizer ({short(error)}). "
+                f"model {self}: no tokenizer ({reason(error)}). "
                 + (f"Found {files}. " if files else "")
                 + "Put the base model's tokenizer.json and tokenizer_config.json into the directory"
             ) from None
@@ -171,7 +173,7 @@ class ModelFolder:
         except Exception as error:  # whatever the values of config.json make transformers do
             if strict:
                 raise ConfigError(
-                    f"{self.path / 'config.json'}: cannot be made a model: {short(error)}"
+                    f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
                 ) from error
             return  # an engine's own architecture
         weights.check(self.path, kind, copy.deepcopy(self.config), strict)
@@ -208,17 +210,17 @@ class ModelFolder:
 
 
 def download(model: str, revision: str | None) -> Path:
-    """The hub's model in the local cache; ConfigError where it cannot be had."""
+    """The hub's model in the local cache; ConfigError where the hub does not have it, FailedError
+    where the hub does not answer."""
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *WEIGHTS]
     try:
         return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
         )
-    except Exception as error:  # network, permission, name: all end the same for the user
-        raise ConfigError(
-            f"model {model}: not a directory, and the hub does not have it either "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:  # network, permission, name
+        answer = "did not answer" if is_outside(error) else "does not have it either"
+        message = f"model {model}: not a directory, and the hub {answer} ({reason(error)})"
+        raise failure(message, error) from error
 
 
 def check_values(given: dict[str, Any]) -> None:
@@ -232,11 +234,6 @@ def check_values(given: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: expected 0 to {most}, found {value}")
             if "attn_implementation" in name and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
-
-
-def short(error: Exception) -> str:
-    """The message in one line of bounded length."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,6 +12,7 @@ import torch
 from pipeline.engine_args import check_engine_args, reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.passed import blamed, reason
 
 # Values of load_format whose files name the tensors as transformers does.
 HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
@@ -101,7 +102,7 @@ def engine_settings(
 
 
 def start_engine(settings: dict[str, Any]) -> Any:
-    """Start vLLM's engine with these EngineArgs."""
+    """Start vLLM's engine with these EngineArgs. Raises ConfigError for those it refuses."""
     from vllm import EngineArgs, LLMEngine
 
     # On a CPU vLLM 0.32 searches all loaded modules for kernels to replace. It fails on a module of
@@ -109,9 +110,30 @@ def start_engine(settings: dict[str, Any]) -> Any:
     numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
     try:
         return LLMEngine.from_engine_args(EngineArgs(**settings))
+    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
+        name = blamed(config_of, settings) if refuses(settings) else ""
+        raise ConfigError(
+            f"engine_args{name}: vLLM does not start with these settings: {reason(error)}"
+        ) from error
     finally:
         if numba_library is not None:
             sys.modules["llvmlite.binding.ffi"] = numba_library
+
+
+def config_of(**settings: Any) -> Any:
+    """vLLM's configuration; the engine does not start."""
+    from vllm import EngineArgs
+
+    return EngineArgs(**settings).create_engine_config()
+
+
+def refuses(settings: dict[str, Any]) -> bool:
+    """Whether vLLM finds fault with the settings alone."""
+    try:
+        config_of(**settings)
+    except Exception:
+        return True
+    return False
 
 
 def check_interface() -> None:

@@ -1,5 +1,7 @@
 """The student: loaded from a model directory, and saved as one."""
 
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
@@ -8,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
+from pipeline.passed import blamed, reason
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
 from pipeline.training.output import DRAFT, FINAL
@@ -41,11 +44,14 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         return model
     import peft
 
+    kind = partial(peft.LoraConfig, task_type="CAUSAL_LM")
     try:
-        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        lora = kind(**config.lora)
         adapted: PreTrainedModel = peft.get_peft_model(model, lora)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the values make peft do
+        raise ConfigError(f"lora{blamed(kind, config.lora)}: {reason(error)}") from error
     if type(model.get_input_embeddings()).__module__.startswith("peft"):
         untie_head(model)
     return adapted

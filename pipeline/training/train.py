@@ -115,10 +115,10 @@ def train(
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
             say(f"{output}: resuming from {checkpoint.name}")
-        null_kl: list[float] = []
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
-            test = partial(null_test, config, trainer, dataset.general, identity["model"])
-            trainer.before_training = lambda: null_kl.append(test())
+            trainer.before_training = partial(
+                null_test, config, trainer, dataset.general, inputs.model, identity["model"]
+            )
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -131,7 +131,8 @@ def train(
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "best": best_checkpoint(trainer),
-        "null_test_kl": null_kl[0] if null_kl else None,
+        "null_test_kl": trainer.null_test["kl"] if trainer.null_test else None,
+        "null_test": trainer.null_test,
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
