@@ -30,6 +30,7 @@ from pipeline.errors import (
 from pipeline.foreign import printable, refuse_secrets
 from pipeline.json_files import write_json
 from pipeline.outside import is_outside
+from pipeline.places import check_file, inputs_of
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 Config = TypeVar("Config")
@@ -179,6 +180,7 @@ def parse(
         settings = config(**{name: made[name] for name in own})
         refuse_secrets(settings)
         if made.summary is not None:
+            check_file("--summary", made.summary, dict(inputs_of(settings)))
             prepare(Path(made.summary).expanduser())
     except ConfigError as error:
         give_up(str(error))

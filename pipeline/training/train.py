@@ -17,6 +17,7 @@ from pipeline.data.mixing import MixedDataset
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
 from pipeline.models.directory import WEIGHTS
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory
@@ -27,7 +28,6 @@ from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
 from pipeline.training.null_test import null_test
 from pipeline.training.output import FINAL, SUMMARY, Output
-from pipeline.training.places import check_place
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
@@ -43,7 +43,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     config = replace(config, output=str(Path(config.output).expanduser()))
     inputs = Inputs(config)
     check(inputs)
-    check_place(config, inputs.model.path)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(inputs.model.path)})
     args = training_arguments(config)
     with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
