@@ -13,6 +13,7 @@ from pipeline.config import GenerateConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import Progress, say
 from pipeline.recorded import recorded, refuse_other_settings
 from pipeline.signals import stop_on_signals
@@ -45,6 +46,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     from pipeline.teacher.vllm_generator import VllmGenerator
 
     model = ModelFolder.find(config.model, config.revision)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     dtype = model.dtype(config.dtype)
     progress = Progress(config.tokens, "token")
     progress.status = "starting vllm"

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
-from pipeline.config import EvalConfig, TrainConfig, held_out_texts
+from pipeline.config import EvalConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
 from pipeline.json_files import read_json, write_json
 from pipeline.models.directory import ModelFolder
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import say, show
 from pipeline.recorded import recorded, refuse_other_settings
 from pipeline.script_files import run_script
@@ -25,7 +26,6 @@ from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, Output
-from pipeline.training.places import refuse_inputs_inside
 from pipeline.types import Json
 
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
@@ -54,7 +54,7 @@ def run(config: StudyConfig) -> Json:
     output = Path(config.output)
     runs = list(plan(config))
     todo = [one for one in runs if config.only is None or one.arm in config.only]
-    check_place(config)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(study.folder.path)})
     with stop_on_signals(), hold(output):
         for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
@@ -69,17 +69,6 @@ def run(config: StudyConfig) -> Json:
     show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
     return results
-
-
-def check_place(config: StudyConfig) -> None:
-    """ConfigError for an output directory that contains an input."""
-    inputs: dict[str, str | Path] = {"model": config.model, "domain.path": config.domain.path}
-    texts = {"general": config.general}
-    texts |= {f"held_out.{kind}": text for kind, text in held_out_texts(config.held_out)}
-    inputs |= {f"{name}.path": text.path for name, text in texts.items() if text is not None}
-    given = {name: dump for name, dump in config.dumps.items() if isinstance(dump, str)}
-    inputs |= {f"dumps.{name}": dump for name, dump in given.items()}
-    refuse_inputs_inside(Path(config.output), inputs)
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:

@@ -20,6 +20,7 @@ from pipeline.json_files import read_object, write_json
 from pipeline.models import own_rows
 from pipeline.models.attention import way_of
 from pipeline.models.directory import WEIGHTS
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory, quantised
@@ -29,7 +30,6 @@ from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, SUMMARY, Output
-from pipeline.training.places import check_place
 from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
@@ -49,7 +49,7 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     config = replace(config, output=str(Path(config.output).expanduser()))
     inputs = Inputs(config)
     check(inputs)
-    check_place(config, inputs.model.path)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(inputs.model.path)})
     args = training_arguments(config)
     quantised.check(config, args, inputs.model)
     with writing(Path(config.output)), hold(Path(config.output)):
