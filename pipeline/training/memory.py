@@ -14,6 +14,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.attention import PACKED
 from pipeline.models.directory import ModelFolder
+from pipeline.models.language_part import freeze_other_parts
 from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
@@ -121,7 +122,9 @@ def empty_student(
     """The model to train, on the meta device; in config.dtype by default."""
     dtype = dtype or weights_dtype(config, folder)
     with torch.device("meta"):
-        return with_lora(folder.empty(dtype), config)
+        model = folder.empty(dtype)
+        freeze_other_parts(model)
+        return with_lora(model, config)
 
 
 def weights_dtype(config: TrainConfig, folder: ModelFolder) -> torch.dtype:

@@ -8,6 +8,9 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
+from pipeline.models.language_part import freeze_other_parts, lora_settings
+from pipeline.models.processor import copy_processor
+from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
 from pipeline.training.output import DRAFT, FINAL
@@ -23,6 +26,9 @@ def load_student(
     model = folder.load(config.dtype)
     make_savable(model)
     came_in = getattr(torch, folder.dtype())
+    kept = freeze_other_parts(model)
+    if kept and args.process_index == 0:
+        say(f"only the language model is trained; kept as they are: {', '.join(kept)}")
     add_distill_forward(model, config.loss.direction)
     fsdp.agree_on_attention(model)
     set_seed(args.seed)  # the adapters' random start is the same on all ranks
@@ -43,7 +49,8 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     import peft
 
     try:
-        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        settings = lora_settings(model, config.lora)
+        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
         adapted: PreTrainedModel = peft.get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}") from error
@@ -60,7 +67,8 @@ def save_final(
 ) -> None:
     """Save OUTPUT/model, a plain Hugging Face directory, in the dtype of the model's own weights.
 
-    LoRA is merged. What was saved is loaded again, on the CPU, and must predict what was trained;
+    It has the class that the student had, a wrapper with its towers and processor files too. LoRA
+    is merged. What was saved is loaded again, on the CPU, and must predict what was trained;
     only then does it become OUTPUT/model.
     `base` is the model that the student started from. All ranks must call this.
     Raises RefusedError where the saved model is another one.
@@ -87,9 +95,12 @@ def save_final(
     output.remove(output.folder / DRAFT)
     draft = output.make(DRAFT)
     if "use_cache" not in config.training:  # transformers turns it off while it trains
-        model.config.use_cache = getattr(base.config, "use_cache", True)
+        vars(model.config).pop("use_cache", None)
+        if hasattr(base.config, "use_cache"):  # a wrapper has it in the text's config
+            model.config.use_cache = base.config.use_cache
     model.to("cpu", dtype).save_pretrained(draft)
     keep_own(base.path, draft)
     trainer.processing_class.save_pretrained(draft)
+    copy_processor(base.path, draft)
     check_reloaded(model, draft, probe, exact)
     output.replace(draft, output.folder / FINAL)
