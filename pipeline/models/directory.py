@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    dynamic_module_utils,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -45,6 +46,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# Seconds for which transformers would ask on the terminal whether to run a model's own code, where
+# something calls it without saying so. 0: it refuses.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 MOST_LAYERS = 10_000
 # Its encoding differs between tokenizers that share a vocabulary and differ in their rules.
 PROBE = "The 12 cafés' naïve  test:\n\tdef f(x): return x**2  # 测试 🙂\r\n\n<s>[INST]<|im_end|>"

@@ -59,8 +59,8 @@ def register() -> None:
     """Keep vLLM's own classes at hand, and tie this process to the dump that owns the engine.
 
     vLLM calls this in each of its processes. Those of a dump get stand-ins for packages of images
-    and sound. Its engine processes die with the dump, and ignore SIGINT from a terminal: the dump
-    handles it.
+    and sound, and never ask whether to run a model's code. Its engine processes die with the dump,
+    and ignore SIGINT from a terminal: the dump handles it.
     """
     global registered
     registered = True
@@ -68,6 +68,7 @@ def register() -> None:
     owner = os.environ.get(OWNER)
     if owner:
         stand_in.install()
+        transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nor is anybody there to ask
     if owner and int(owner) != os.getpid():
         die_with_parent(signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

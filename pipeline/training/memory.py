@@ -17,6 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.decoder import decoder_of
 from pipeline.models.directory import ModelFolder
+from pipeline.models.language_part import freeze_other_parts
 from pipeline.models.own_rows import padding
 from pipeline.models.packed_attention import PACKED_ON_META, noting
 from pipeline.models.quantization import QuantisedSize, as_quantised
@@ -152,7 +153,9 @@ def empty_student(
     """The model to train, on the meta device; in config.dtype by default."""
     dtype = dtype or weights_dtype(config, folder)
     with torch.device("meta"):
-        return with_lora(folder.empty(dtype), config)
+        model = folder.empty(dtype)
+        freeze_other_parts(model)
+        return with_lora(model, config)
 
 
 def empty_quantised_student(
@@ -160,6 +163,7 @@ def empty_quantised_student(
 ) -> tuple[PreTrainedModel, QuantisedSize]:
     """The adapters on stand-ins for quantised layers, on the meta device; what is quantised."""
     model = folder.empty(torch.float32)
+    freeze_other_parts(model)
     size = as_quantised(model, config.quantization or {})
     with torch.device("meta"):
         return with_lora(model, config), size

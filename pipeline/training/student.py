@@ -10,6 +10,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
+from pipeline.models.language_part import freeze_other_parts, lora_settings
+from pipeline.models.processor import copy_processor
 from pipeline.passed import blamed, reason
 from pipeline.progress import say
 from pipeline.training import fsdp
@@ -28,6 +30,9 @@ def load_student(
     model = folder.load(config.dtype, config.quantization, str(args.device))
     make_savable(model)
     came_in = getattr(torch, folder.dtype())
+    kept = freeze_other_parts(model)
+    if kept and args.process_index == 0:
+        say(f"only the language model is trained; kept as they are: {', '.join(kept)}")
     add_distill_forward(model, config.loss.direction)
     set_seed(args.seed)  # the adapters' random start is the same on all ranks
     model = with_lora(model, config) if config.quantization is None else with_qlora(model, config)
@@ -48,7 +53,7 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
 
     kind = partial(peft.LoraConfig, task_type="CAUSAL_LM")
     try:
-        lora = kind(**config.lora)
+        lora = kind(**lora_settings(model, config.lora))
         adapted: PreTrainedModel = peft.get_peft_model(model, lora)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -86,8 +91,9 @@ def save_final(
 ) -> Json:
     """Save OUTPUT/model, a plain Hugging Face directory, in the dtype of the model's own weights.
 
-    LoRA is merged, that of a quantised base into the unquantised one. What was saved is loaded
-    again, on the CPU, and must predict what was trained; only then does it become OUTPUT/model.
+    It has the class that the student had, a wrapper with its towers and processor files too. LoRA
+    is merged, that of a quantised base into the unquantised one. What was saved is loaded again, on
+    the CPU, and must predict what was trained; only then does it become OUTPUT/model.
     `base` is the model that the student started from. All ranks must call this.
     Returns what a quantised student adds to the summary: {"merged_kl": KL in nats of
     the quantised student to the merged one, over the probe}.
@@ -125,10 +131,13 @@ def save_final(
     output.remove(output.folder / DRAFT)
     draft = output.make(DRAFT)
     if "use_cache" not in config.training:  # transformers turns it off while it trains
-        model.config.use_cache = getattr(base.config, "use_cache", True)
+        vars(model.config).pop("use_cache", None)
+        if hasattr(base.config, "use_cache"):  # a wrapper has it in the text's config
+            model.config.use_cache = base.config.use_cache
     model.to("cpu", dtype).save_pretrained(draft)
     keep_own(base.path, draft)
     trainer.processing_class.save_pretrained(draft)
+    copy_processor(base.path, draft)
     check_reloaded(model, draft, probe, exact)
     output.replace(draft, output.folder / FINAL)
     return found
