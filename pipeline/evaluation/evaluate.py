@@ -21,6 +21,7 @@ from pipeline.models import own_rows
 from pipeline.models.attention import way_of
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.models.vocabulary import check_ids
+from pipeline.places import check_file, inputs_of
 from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
@@ -36,6 +37,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises RefusedError if a model's tokenizer differs from the base's.
     """
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
+    if config.output:
+        found = {f"models.{name}": str(folder.path) for name, folder in folders.items()}
+        check_file("output", config.output, {**dict(inputs_of(config)), **found})
     expected = tokenizer_fingerprint(folders[config.base].tokenizer)
     for name, folder in folders.items():
         check_ids(folder)

@@ -38,6 +38,7 @@ class OwnRows:
         for module in self.wrapped:
             del module.forward
 
+    @torch.compiler.disable(recursive=False)  # or it compiles again for each list of lengths
     def model_forward(
         self, *arguments: Any, sequence_lengths: list[int] | None = None, **options: Any
     ) -> Any:
@@ -48,6 +49,7 @@ class OwnRows:
         finally:
             self.lengths = None
 
+    @torch.compiler.disable(recursive=False)
     def decoder_forward(
         self, *arguments: Any, sequence_lengths: list[int] | None = None, **options: Any
     ) -> Any:
@@ -97,7 +99,8 @@ def padded_tokens(lengths: Sequence[int]) -> int:
 
 def padding(rows: Sequence[Sequence[int]]) -> float:
     """Share of padding in the decoder for packed rows, each given as its sequences' lengths."""
-    return 1 - sum(map(sum, rows)) / max(sum(map(padded_tokens, rows)), 1)
+    through = sum(map(padded_tokens, rows))
+    return 1 - sum(map(sum, rows)) / through if through else 0.0
 
 
 def cost(model: PreTrainedModel, share: float) -> str:

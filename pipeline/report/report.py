@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.places import check_file
 from pipeline.progress import say
 
 
 def run(path: str, output: str) -> dict[str, Any]:
     """Write the page. Raises ConfigError if the directory holds none of the three."""
     text, kind = make(path)
+    if kind == "dump":  # which holds nothing but what stage one wrote
+        check_file("--output", output, {"the dump": path})
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

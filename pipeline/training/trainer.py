@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -320,7 +321,7 @@ class DistillTrainer(Trainer):
     def losses_of(self, row: PackedRow) -> Tensor:
         """float64 [N] on the CPU: the loss of each target of a packed row."""
         weights = torch.ones(len(row["targets"]["rows"]))
-        row = self._prepare_inputs(with_targets(row, row_weights=weights))
+        row = send_to_device(with_targets(row, row_weights=weights), self.model.device)
         with self.accelerator.autocast():
             losses: Tensor = self.model(**row)["losses"]
         return losses.double().cpu()
