@@ -17,8 +17,8 @@ from pipeline.errors import RefusedError
 from pipeline.evaluation.compare import compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
 from pipeline.json_files import write_json
-from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
-from pipeline.models.vocabulary import check_ids
+from pipeline.models.directory import ModelFolder
+from pipeline.models.vocabulary import check_ids, difference_between
 from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
@@ -34,18 +34,20 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises RefusedError if a model's tokenizer differs from the base's.
     """
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
-    expected = tokenizer_fingerprint(folders[config.base].tokenizer)
+    base = folders[config.base]
     for name, folder in folders.items():
         check_ids(folder)
-        if folder.vocab_size != folders[config.base].vocab_size:
+        difference = difference_between(base, folder, config.add_eos, (config.base, name))
+        if difference:
             raise RefusedError(
-                f"model {name} ({folder}) has {folder.vocab_size} ids in its head, {config.base} "
-                f"has {folders[config.base].vocab_size}: their distributions cannot be compared"
+                f"model {name} ({folder}) has another tokenizer than {config.base}: {difference}. "
+                "Their perplexities and distributions cannot be compared"
             )
-        if tokenizer_fingerprint(folder.tokenizer) != expected:
-            raise RefusedError(
-                f"model {name} ({folder}) has another tokenizer than {config.base}: their "
-                "perplexities and distributions cannot be compared"
+        added = len(folder.tokenizer) - len(base.tokenizer)
+        if added > 0:
+            say(
+                f"{name}: has {added:,} tokens that {config.base} lacks. All models read the "
+                f"tokens of {config.base}'s tokenizer, so its own do not occur"
             )
     comparison = Comparison(config, folders[config.base])
     results = {name: comparison.measure(name, folder) for name, folder in folders.items()}
