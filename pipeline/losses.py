@@ -13,6 +13,15 @@ one scalar times softmax(z) with k entries overwritten, whatever the loss, and o
 serves both corpora. By the log-sum inequality both divergences lie between 0 and the KL over the
 full vocabulary; they equal it when K is the vocabulary.
 
+The student's head may be wider than the teacher's: padding columns and added tokens lie in the
+student's b, and add nothing to a. With p_x = 0 for each such id x, no formula changes:
+
+    forward  q_x (1 - a/b) is their gradient, and q_x where a = 0: they are pushed to zero
+    reverse  q_x (log (b / a) - L); where a = 0 the divergence is infinite, and see MIN_TAIL_LOGPROB
+
+Where the student's head is narrower, `TopK.fold` moves the stored mass of the ids that it lacks
+into a: a' = a + Σ p_x.
+
 `sparse_divergence` is the reference; training uses `linear_sparse_divergence`.
 """
 

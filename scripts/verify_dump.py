@@ -4,9 +4,8 @@
     python scripts/verify_dump.py s3://bucket/dump --against Qwen/Qwen3-8B-Base --sample 20
 
 For the model there are three answers: the same, computed differently by the two engines, another
-model. Exit codes: 0 good, 1 the store does not answer, 2 no dump, an unfinished dump or a model
-with another vocabulary, 3 computed differently (0 with --accept-different), 4 damage or another
-model.
+model. Exit codes: 0 good, 1 the store does not answer, 2 no dump or an unfinished one, 3 computed
+differently (0 with --accept-different) or another tokenizer, 4 damage or another model.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """TopK: the record that passes between the teacher, the codec and the loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -95,8 +95,37 @@ class TopK:
         before = sums[:-1] - np.repeat(sums[starts], self.counts)  # mass of the better entries
         keep = (p >= min_prob) & ((before < top_p) if top_p < 1 else True)
         keep[starts[self.counts > 0]] = True
+        return self._only(keep, p)
+
+    def fold(self, vocab_size: int) -> "TopK":
+        """Move entries with ids of `vocab_size` and above into the tail, with their exact mass.
+
+        For a student whose head has fewer columns than the teacher's. A position that then holds
+        all `vocab_size` ids has no other outcome, so it is scaled to sum to one without a tail.
+        Raises ValueError for a record with samples: spread its tail before.
+        """
+        if self.samples is not None:
+            raise ValueError("cannot fold a record with samples; call spread_tail before")
+        keep = self.ids < vocab_size
+        if keep.all():
+            return self
+        folded = self._only(keep, np.exp(self.logprobs.astype(np.float64)))
+        full = folded.counts == vocab_size
+        if not full.any():
+            return folded
+        lost = np.log(np.maximum(folded.kept_mass(), np.finfo(np.float64).tiny))
+        logprobs = folded.logprobs - np.repeat(np.where(full, lost, 0), folded.counts)
+        tail = np.where(full, -np.inf, folded.tail_logprob)
+        return replace(
+            folded, logprobs=logprobs.astype(np.float32), tail_logprob=tail.astype(np.float32)
+        )
+
+    def _only(self, keep: npt.NDArray[np.bool_], p: npt.NDArray[np.float64]) -> "TopK":
+        """The entries [E] to keep; the mass of the others, whose probabilities are p [E], goes to
+        the tail."""
+        ends = np.cumsum(self.counts, dtype=np.int64)
         kept = np.concatenate([[0], np.cumsum(keep)])
-        counts = (kept[ends] - kept[starts]).astype(np.uint16)
+        counts = (kept[ends] - kept[ends - self.counts]).astype(np.uint16)
         # Dropped entries are small: sum them alone, or rounding loses them.
         dropped = position_sums(np.where(keep, 0, p), self.counts)
         with np.errstate(divide="ignore"):

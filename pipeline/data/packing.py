@@ -62,24 +62,31 @@ def pack(sequences: Sequence[Int32s]) -> Packed:
     return Packed(input_ids, position_ids, predicts)
 
 
-def collate(items: list[Item], row_tokens: int | None = None) -> dict[str, list[PackedRow]]:
+def collate(
+    items: list[Item], row_tokens: int | None = None, vocab_size: int | None = None
+) -> dict[str, list[PackedRow]]:
     """{"packed": the items' sequences as `packed_rows`}."""
     general = [record for item in items for record in item.general]
-    return {"packed": packed_rows([item.domain for item in items], general, row_tokens)}
+    return {"packed": packed_rows([item.domain for item in items], general, row_tokens, vocab_size)}
 
 
 def packed_rows(
-    domain: list[Int32s], general: list[Record], row_tokens: int | None = None
+    domain: list[Int32s],
+    general: list[Record],
+    row_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[PackedRow]:
     """Pack sequences into rows of at most `row_tokens` tokens; into one row without a limit.
 
-    A longer sequence gets a row of its own.
+    A longer sequence gets a row of its own. `vocab_size` is the width of the student's head, see
+    `pack_row`.
     """
     lengths = [len(ids) for ids in domain] + [len(record.input_ids) for record in general]
     return [
         pack_row(
             [domain[index] for index in chosen if index < len(domain)],
             [general[index - len(domain)] for index in chosen if index >= len(domain)],
+            vocab_size,
         )
         for chosen in fill(lengths, row_tokens)
     ]
@@ -102,10 +109,13 @@ def fill(lengths: list[int], size: int | None) -> list[list[int]]:
     return [sorted(chosen) for chosen in bins]
 
 
-def pack_row(domain: list[Int32s], records: list[Record]) -> PackedRow:
+def pack_row(
+    domain: list[Int32s], records: list[Record], vocab_size: int | None = None
+) -> PackedRow:
     """Pack domain sequences, then general ones, into one row with its targets.
 
-    Sampled ids are among the entries of a record that has some; it then has no tail.
+    Sampled ids are among the entries of a record that has some; it then has no tail. Stored ids
+    from `vocab_size` on, which the student's head lacks, go to the tail.
     """
     sequences = [*domain, *(record.input_ids for record in records)]
     lengths = [len(sequence) for sequence in sequences]
@@ -113,6 +123,8 @@ def pack_row(domain: list[Int32s], records: list[Record]) -> PackedRow:
     rows = np.flatnonzero(predicts)
     domain_rows = rows[: int(np.searchsorted(rows, sum(lengths[: len(domain)])))]
     topks = [record.topk.spread_tail() for record in records]
+    if vocab_size is not None:
+        topks = [topk.fold(vocab_size) for topk in topks]
     k = max((int(topk.counts.max(initial=0)) for topk in topks), default=0)
     dense = [topk.dense(k) for topk in topks]
     no_entries = np.zeros((0, k))

@@ -5,6 +5,7 @@ from pipeline.corpus import Corpus
 from pipeline.engine_args import reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
+from pipeline.models.vocabulary import check_ids
 from pipeline.teacher.vllm_engine import engine_version
 from pipeline.types import Json
 from storage.manifest import differences
@@ -88,11 +89,7 @@ def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:
             f"max_length {config.max_length}: the model reads at most {model.longest} tokens; set "
             f"max_length to {model.longest} or less"
         )
-    if len(corpus.tokenizer) > model.vocab_size:
-        raise ConfigError(
-            f"model {config.model}: its tokenizer has {len(corpus.tokenizer)} tokens, its head "
-            f"only {model.vocab_size}; they do not belong together"
-        )
+    check_ids(model)
     own = config.engine == "transformers"
     if own or reads_hugging_face(config.engine_args):
         model.check_weights(strict=own)

@@ -1,6 +1,6 @@
 """Check a dump against a model: recompute rows with transformers and report the KL of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.agreement import Answer, Bounds, bounds
-from pipeline.errors import ConfigError
+from pipeline.errors import RefusedError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.vocabulary import difference_from_dump
 from pipeline.onset import describe
 from storage import LogitDataset, Record
 
@@ -48,7 +49,7 @@ def against(
     """(lines to print, the answer for at most `rows` rows of a dump, drawn with `seed`).
 
     `bound` is the largest mean KL of the same model in nats; by default it follows from the dump's
-    grid and dtype. Raises ConfigError if the vocabularies differ.
+    grid and dtype. Raises RefusedError if the tokenizers differ.
     """
     plan, folder = LogitDataset(dump).plan, ModelFolder.find(model)
     teacher = plan.get("teacher") or {}
@@ -65,13 +66,13 @@ def against(
 
 
 def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]:
-    """Check at most `rows` rows, drawn with `seed`; ConfigError if the vocabularies differ."""
+    """Check at most `rows` rows, drawn with `seed`; RefusedError if the tokenizers differ."""
     dataset = LogitDataset(dump)
     folder = ModelFolder.find(model)
-    if folder.vocab_size != dataset.plan["vocab_size"]:
-        raise ConfigError(
-            f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}; "
-            "give the model that made the dump"
+    difference = difference_from_dump(folder, dataset, "the model")
+    if difference:
+        raise RefusedError(
+            f"model {model} did not make the dump {dump}: {difference}. Give the model that did"
         )
     dtype = dataset.plan.get("teacher", {}).get("dtype", "auto")
     loaded = folder.load(dtype)
@@ -90,14 +91,16 @@ def check_row(row: int, record: Record, model: torch.nn.Module) -> RowCheck:
 
 @torch.inference_mode()
 def row_kl(record: Record, model: torch.nn.Module) -> Floats:
-    """[P] KL(stored ‖ model) in nats, at each position."""
+    """[P] KL(stored ‖ model) in nats, at each position. What the model's head lacks is in the tail,
+    and so are the columns that only it has."""
     logprobs = logprobs_of(record, model)
-    ids, stored = (torch.from_numpy(np.array(part)) for part in record.topk.dense())
+    topk = replace(record.topk, samples=None).fold(logprobs.shape[1])
+    ids, stored = (torch.from_numpy(np.array(part)) for part in topk.dense())
     kept = torch.isfinite(stored)  # the rest is padding
     p = stored.double().exp()
     q = logprobs.gather(1, ids.long()).double()
     terms = torch.where(kept, p * (stored.double() - q), 0)
-    tail = torch.from_numpy(np.array(record.topk.tail_logprob)).double()
+    tail = torch.from_numpy(np.array(topk.tail_logprob)).double()
     # Padding is not an id: it must not remove anything from the model's tail.
     columns = torch.where(kept, ids.long(), logprobs.shape[1])
     others = torch.nn.functional.pad(logprobs, (0, 1), value=-torch.inf)
@@ -111,7 +114,8 @@ def row_kl(record: Record, model: torch.nn.Module) -> Floats:
 def row_gap(record: Record, model: torch.nn.Module) -> Floats:
     """[P] cross-entropy of the model to the record's samples minus its entropy, in nats."""
     logprobs = logprobs_of(record, model).double()
-    ids, shares = (torch.from_numpy(np.array(part)) for part in record.topk.spread_tail().dense())
+    topk = record.topk.spread_tail().fold(logprobs.shape[1])
+    ids, shares = (torch.from_numpy(np.array(part)) for part in topk.dense())
     cross = -(shares.double().exp() * logprobs.gather(1, ids.long())).sum(1)
     entropy = -(logprobs.exp() * logprobs).sum(1)
     found: Floats = (cross - entropy).numpy()

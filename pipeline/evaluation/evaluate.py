@@ -19,8 +19,8 @@ from pipeline.evaluation.measures import Sums, by_document, intervals
 from pipeline.json_files import write_json
 from pipeline.models import own_rows
 from pipeline.models.attention import way_of
-from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
-from pipeline.models.vocabulary import check_ids
+from pipeline.models.directory import ModelFolder
+from pipeline.models.vocabulary import check_ids, difference_between
 from pipeline.places import check_file, inputs_of
 from pipeline.progress import Progress, say, show
 
@@ -40,18 +40,20 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.output:
         found = {f"models.{name}": str(folder.path) for name, folder in folders.items()}
         check_file("output", config.output, {**dict(inputs_of(config)), **found})
-    expected = tokenizer_fingerprint(folders[config.base].tokenizer)
+    base = folders[config.base]
     for name, folder in folders.items():
         check_ids(folder)
-        if folder.vocab_size != folders[config.base].vocab_size:
+        difference = difference_between(base, folder, config.add_eos, (config.base, name))
+        if difference:
             raise RefusedError(
-                f"model {name} ({folder}) has {folder.vocab_size} ids in its head, {config.base} "
-                f"has {folders[config.base].vocab_size}: their distributions cannot be compared"
+                f"model {name} ({folder}) has another tokenizer than {config.base}: {difference}. "
+                "Their perplexities and distributions cannot be compared"
             )
-        if tokenizer_fingerprint(folder.tokenizer) != expected:
-            raise RefusedError(
-                f"model {name} ({folder}) has another tokenizer than {config.base}: their "
-                "perplexities and distributions cannot be compared"
+        added = len(folder.tokenizer) - len(base.tokenizer)
+        if added > 0:
+            say(
+                f"{name}: has {added:,} tokens that {config.base} lacks. All models read the "
+                f"tokens of {config.base}'s tokenizer, so its own do not occur"
             )
     comparison = Comparison(config, folders[config.base])
     results = {name: comparison.measure(name, folder) for name, folder in folders.items()}

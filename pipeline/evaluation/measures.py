@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.losses import MIN_TAIL_LOGPROB
+
 # Positions whose distributions are held in float32 at a time; a few fit the caches of a CPU.
 ROWS = {"cpu": 16, "cuda": 256}
 BINS = 15  # calibration bins of equal width
@@ -34,7 +36,11 @@ COLUMNS = (
 def measure(
     logits: Tensor, labels: Tensor, base_logits: Tensor | None, tail_k: int = 64
 ) -> Float64s:
-    """float64 [N, COLUMNS] of logits [N, V], labels [N] and the base's logits [N, V].
+    """float64 [N, COLUMNS] of logits [N, V], labels [N] and the base's logits [N, V'].
+
+    Heads may differ in width. Columns that only the base has are padding, and left out. Those that
+    only the model has are one outcome, where the base gave nothing; in the reverse divergence its
+    log-probability there is MIN_TAIL_LOGPROB, as in the loss.
 
     Without a base, the divergences and the tail measures are 0, and the agreement is 1. Where the
     model's logits are NaN, so is every column about the model.
@@ -66,7 +72,11 @@ def measure_rows(
         "correct": (best == labels) + unknown,
     }
     if base_logits is not None:
-        log_p = base_logits.float().log_softmax(-1)
+        width = log_q.shape[1]
+        log_p = base_logits[:, :width].float().log_softmax(-1)
+        extra = log_q[:, log_p.shape[1] :].logsumexp(1)  # -inf where the heads have one width
+        beyond = torch.where(extra > -torch.inf, extra.exp() * (extra - MIN_TAIL_LOGPROB), 0)
+        log_q = log_q[:, : log_p.shape[1]]
         gap = log_p - log_q
         base_best = log_p.max(1).indices  # computed as `best` is, so that ties agree
         p = log_p.exp_()
@@ -80,7 +90,7 @@ def measure_rows(
         within = forward.double() - (kept_p * kept_gap).sum(1) - between
         found |= {
             "forward_kl": forward,
-            "reverse_kl": -torch.linalg.vecdot(log_q.exp_(), gap),
+            "reverse_kl": beyond - torch.linalg.vecdot(log_q.exp(), gap),
             "agreement": (best == base_best) + unknown,
             "tail_mass": a,
             "tail_kl": torch.where(a > 1e-6, within, 0),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.data.packing import PackedRow, domain_part, general_part
 from pipeline.errors import ConfigError
-from pipeline.losses import Direction
+from pipeline.losses import MIN_TAIL_LOGPROB, Direction
 from pipeline.models.attention import enable_packing
 from pipeline.models.directory import ModelFolder
 from pipeline.models.head import LogitTransform, hidden_states, linear_head, logit_transform
@@ -82,7 +82,10 @@ def full_divergence(
 ) -> Tensor:
     """KL of each row [N] in nats, over the whole vocabulary.
 
-    hidden [N, D], weight [V, D]; the teacher's D may differ. Only the student's get gradients.
+    hidden [N, D], weight [V, D]; the teacher's D and V may differ. Columns that only the teacher
+    has are padding, and left out. Those that only the student has are one outcome, where the
+    teacher gives nothing: the tail of the stored loss with every id of the teacher kept. Only the
+    student's get gradients.
     """
     losses: Tensor = _FullDivergence.apply(
         hidden, weight, teacher_hidden, teacher_weight, direction
@@ -107,13 +110,19 @@ class _FullDivergence(torch.autograd.Function):
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
             log_q = (hidden[rows] @ weight.T).log_softmax(1)
-            log_p = (teacher_hidden[rows] @ teacher_weight.T).log_softmax(1)
-            gap, q = log_p - log_q, log_q.exp_()
+            log_p = (teacher_hidden[rows] @ teacher_weight[: len(weight)].T).log_softmax(1)
+            shared = log_p.shape[1]
             if direction == "forward":
+                gap, q = log_p - log_q[:, :shared], log_q.exp_()
                 p = log_p.exp_()
                 losses[rows] = torch.linalg.vecdot(p, gap)
-                grad = q.sub_(p)
+                grad = q
+                grad[:, :shared] -= p
             else:
+                extra = log_q[:, shared:].logsumexp(1, keepdim=True)
+                gap = (MIN_TAIL_LOGPROB - extra).expand_as(log_q).clone()
+                gap[:, :shared] = log_p - log_q[:, :shared]
+                q = log_q.exp_()
                 losses[rows] = -torch.linalg.vecdot(q, gap)
                 grad = gap.add_(losses[rows, None]).mul_(q).neg_()
             grad_hidden[rows] = grad @ weight

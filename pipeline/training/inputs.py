@@ -8,8 +8,9 @@ from pipeline.config import TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
 from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
-from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
-from pipeline.models.vocabulary import check_ids
+from pipeline.models.directory import ModelFolder
+from pipeline.models.vocabulary import check_ids, difference_from_dump
+from pipeline.progress import say
 from storage import LogitDataset
 from storage.plan import needed
 
@@ -127,26 +128,26 @@ def check(inputs: Inputs) -> None:
 
 
 def check_student(inputs: Inputs, dump: LogitDataset) -> None:
-    """Refuse a dump without rows, or of another vocabulary or tokenizer than the student's."""
-    name, plan = dump.dump.store.path, dump.plan
+    """Refuse a dump without rows, or whose ids are other tokens to the student.
+
+    The heads may have different widths: added tokens and padding lie in the tail.
+    """
+    name, plan, model = dump.dump.store.path, dump.plan, inputs.model
     if not len(dump):
         raise ConfigError(f"dump {name}: no rows, so there is no general corpus")
-    fingerprint = tokenizer_fingerprint(inputs.model.tokenizer)
-    found = {
-        "vocabulary": (plan["vocab_size"], inputs.model.vocab_size),
-        "tokenizer": (needed(plan, "tokenizer.fingerprint")[:16], fingerprint[:16]),
-    }
-    wrong = [
-        f"  {what}: {there} in the dump, {here} in the student"
-        for what, (there, here) in found.items()
-        if there != here
-    ]
-    if wrong:
+    difference = difference_from_dump(model, dump, "the student")
+    if difference:
         raise RefusedError(
             f"student {inputs.config.model} does not belong to the dump {name} of "
-            f"{needed(plan, 'teacher.name')}:\n" + "\n".join(wrong) + "\nStored ids mean other "
-            "tokens to this student. Start from the dump's own base model, or dump with this "
-            "tokenizer."
+            f"{needed(plan, 'teacher.name')}: {difference}.\nStored ids mean other tokens to this "
+            "student, or text has other tokens. Start from the dump's own base model, or dump with "
+            "this tokenizer."
+        )
+    if model.vocab_size < plan["vocab_size"]:
+        say(
+            f"the student's head has {model.vocab_size:,} columns, that of the dump {name} "
+            f"{plan['vocab_size']:,}: where it holds ids beyond, which are no tokens, their mass "
+            "counts to the tail"
         )
 
 

@@ -164,7 +164,7 @@ def exact_kl(trainer: DistillTrainer, general: GeneralStream, rows: int, shift: 
     kl, positions = [], []
     for at in range(0, rows, size):
         records = [exact_part(general.record(row)) for row in range(at, min(at + size, rows))]
-        for row in packed_rows([], records, trainer.row_tokens):
+        for row in packed_rows([], records, trainer.row_tokens, trainer.vocab_size):
             kl.append(trainer.losses_of(shifted(row, shift)))
             positions.append(row["position_ids"][0, row["targets"]["rows"]])
     fsdp.reshard(trainer.model)
@@ -189,7 +189,7 @@ def sample_gap(
     gaps, positions = [], []
     for row in range(rows):
         record = general.record(row)
-        (packed,) = packed_rows([], [record])
+        (packed,) = packed_rows([], [record], vocab_size=trainer.vocab_size)
         logprobs = packed["targets"]["logprobs"].double()  # of the samples' shares; -inf is padding
         negative_entropy = torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(1)
         cross = trainer.losses_of(shifted(packed, shift)) - negative_entropy

@@ -106,6 +106,7 @@ def train(
             dataset,
             config.loss,
             row_tokens=config.row_tokens,
+            vocab_size=inputs.model.vocab_size,
             held_out=texts,
             held_out_dump=inputs.held_out_dump,
             held_out_rows=config.held_out.dump_limit,

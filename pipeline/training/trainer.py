@@ -50,10 +50,11 @@ Batch = dict[str, list[PackedRow]]
 class DistillTrainer(Trainer):
     """A transformers.Trainer for packed domain and general batches; its arguments mean the same.
 
-    A batch goes through the model in packed rows of at most `row_tokens` tokens. Each checkpoint
-    stores `identity`. Evaluation reports the perplexity of each text in `held_out`, and the KL to
-    the first `held_out_rows` rows of `held_out_dump` (all by default). Every
-    `gradient_cosine_steps` steps it compares the gradients of CE and KL (gradients.py).
+    A batch goes through the model in packed rows of at most `row_tokens` tokens. `vocab_size` is
+    the width of the model's head. Each checkpoint stores `identity`. Evaluation reports the
+    perplexity of each text in `held_out`, and the KL to the first `held_out_rows` rows of
+    `held_out_dump` (all by default). Every `gradient_cosine_steps` steps it compares the gradients
+    of CE and KL (gradients.py).
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class DistillTrainer(Trainer):
         loss: LossConfig,
         *,
         row_tokens: int | None = None,
+        vocab_size: int | None = None,
         held_out: dict[str, TokenSequences] | None = None,
         held_out_dump: LogitDataset | None = None,
         held_out_rows: int | None = None,
@@ -78,7 +80,7 @@ class DistillTrainer(Trainer):
         self.held_out_dump, self.held_out_rows = held_out_dump, held_out_rows
         self.gradient_cosine_steps = gradient_cosine_steps
         self.epoch_sampler, self.row_tokens = EpochSampler(dataset), row_tokens
-        self.items_per_step = items_per_step(args)
+        self.vocab_size, self.items_per_step = vocab_size, items_per_step(args)
         self.totals = {"domain_tokens": 0, "general_tokens": 0}
         self.sums = torch.zeros(3, device=args.device)  # CE, KL, teacher's tail since the last log
         self.first_bad = torch.full((), math.inf, device=args.device)  # step of a loss not finite
@@ -92,7 +94,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model,
             args,
-            partial(collate, row_tokens=row_tokens),
+            partial(collate, row_tokens=row_tokens, vocab_size=vocab_size),
             dataset,
             eval_dataset=self.held_out or held_out_dump or None,
             **options,
@@ -331,7 +333,7 @@ class DistillTrainer(Trainer):
         rows, size = min(self.held_out_rows or len(dump), len(dump)), self.args.eval_batch_size
         for at in range(0, rows, size):
             records = [dump[row] for row in range(at, min(at + size, rows))]
-            yield from packed_rows([], records, self.row_tokens)
+            yield from packed_rows([], records, self.row_tokens, self.vocab_size)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()

@@ -348,3 +348,63 @@ def test_gradients_can_be_taken_only_once() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         total.backward()
+
+
+def over_outcomes(
+    logits: torch.Tensor, p: torch.Tensor, ids: torch.Tensor, direction: str
+) -> torch.Tensor:
+    """The divergence from its definition, on the kept ids and one outcome for all the others."""
+    q = logits.softmax(1)
+    rows = []
+    for row in range(len(q)):
+        kept = ids[row].tolist()
+        others = [at for at in range(q.shape[1]) if at not in kept]
+        a = sum((p[row, at] for at in others if at < p.shape[1]), torch.zeros(()).double())
+        one = torch.stack([*(p[row, at] for at in kept), a])
+        two = torch.stack([*(q[row, at] for at in kept), q[row, others].sum()])
+        if direction == "forward":
+            rows.append(torch.special.xlogy(one, one).sum() - torch.special.xlogy(one, two).sum())
+        else:
+            floor = one.clamp(min=math.exp(MIN_TAIL_LOGPROB))
+            rows.append((two * (two / floor).log()).sum())
+    return torch.stack(rows)
+
+
+@both
+@pytest.mark.parametrize("k", [1, 5, 12])
+@pytest.mark.parametrize("extra", [-40.0, -2.0, 3.0])
+def test_a_wider_head_has_its_extra_columns_in_the_tail(
+    direction: str, k: int, extra: float
+) -> None:
+    """Padding (-40), added tokens and likely ones; k = 12 keeps all of the teacher's ids."""
+    torch.manual_seed(0)
+    base = torch.randn(6, 12).double() * 2
+    ids, logprobs, tail = teacher(base, k)
+    hidden, weight = torch.randn(6, 7).double(), torch.randn(17, 7).double()
+    bias = torch.cat([torch.zeros(12), torch.full((5,), extra)]).double()
+    for each in (hidden, weight, bias):
+        each.requires_grad_()
+    expected = over_outcomes(hidden @ weight.T + bias, base.softmax(1), ids, direction)
+    wanted = torch.autograd.grad(expected.sum(), [hidden, weight, bias])
+    reference = sparse_divergence(hidden @ weight.T + bias, ids, logprobs, tail, direction)
+    torch.testing.assert_close(reference, expected, rtol=1e-11, atol=1e-12)
+    fused, losses = linear_sparse_divergence(
+        hidden, weight, ids, logprobs, tail, direction, bias=bias
+    )
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-11, atol=1e-12)
+    fused.backward()
+    for each, gradient in zip((hidden, weight, bias), wanted, strict=True):
+        torch.testing.assert_close(each.grad, gradient, rtol=1e-9, atol=1e-11)
+
+
+@both
+def test_padding_without_mass_changes_nothing(direction: str) -> None:
+    torch.manual_seed(1)
+    base, logits = torch.randn(6, 12).double(), torch.randn(6, 12).double()
+    targets = teacher(base, 5)
+    padded = torch.cat([logits, torch.full((6, 4), -800.0).double()], 1)
+    torch.testing.assert_close(
+        sparse_divergence(padded, *targets, direction),
+        sparse_divergence(logits, *targets, direction),
+        rtol=1e-13, atol=1e-14,
+    )  # fmt: skip

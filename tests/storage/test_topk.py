@@ -89,3 +89,34 @@ def test_a_record_of_samples_alone_has_no_entries() -> None:
     assert isinstance(record, Record)
     assert len(record.topk.ids) == 0
     assert record.topk.dense()[0].shape == (19, 0)
+
+
+@given(st.integers(0, 99), st.integers(1, VOCAB + 3), st.booleans())
+def test_folding_moves_the_mass_of_ids_beyond_a_width(seed: int, width: int, all_: bool) -> None:
+    """Against plain sums in float64; positions that then hold every id are scaled instead."""
+    counts = VOCAB if all_ else [0, 1, 2, 7, 30]
+    topk = random_topk(5, counts, seed=seed)
+    folded = topk.fold(width)
+    np.testing.assert_array_equal(folded.ids, topk.ids[topk.ids < width])
+    ends, there = np.cumsum(topk.counts), np.cumsum(folded.counts)
+    p, q = np.exp(topk.logprobs.astype(float)), np.exp(folded.logprobs.astype(float))
+    for at in range(5):
+        own = slice(ends[at] - topk.counts[at], ends[at])
+        new = slice(there[at] - folded.counts[at], there[at])
+        kept = topk.ids[own] < width
+        tail = np.exp(float(topk.tail_logprob[at])) + p[own][~kept].sum()
+        if kept.sum() == width and not kept.all():
+            np.testing.assert_allclose(q[new], p[own][kept] / p[own][kept].sum(), rtol=1e-5)
+            assert np.isneginf(folded.tail_logprob[at])
+        else:
+            np.testing.assert_array_equal(q[new], p[own][kept])
+            np.testing.assert_allclose(np.exp(float(folded.tail_logprob[at])), tail, rtol=1e-5)
+
+
+def test_a_record_with_samples_is_spread_before_it_is_folded() -> None:
+    topk = with_samples(random_topk(4, 3), 6)
+    with pytest.raises(ValueError, match="spread_tail"):
+        topk.fold(10)
+    folded = topk.spread_tail().fold(10)
+    mass = folded.kept_mass() + np.exp(folded.tail_logprob.astype(float))
+    np.testing.assert_allclose(mass, 1, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.agreement import Answer, bounds
 from pipeline.dump import recompute as verify
-from pipeline.errors import ConfigError
+from pipeline.errors import RefusedError
 from storage import CorruptShard, LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
 from tests.helpers.forged import replan
@@ -39,7 +39,7 @@ def test_its_own_model_agrees_and_another_does_not(
     assert answer is Answer.OTHER
     assert sum(f"<- {Answer.OTHER}" in line for line in lines) == 3
     small = tiny_model(tmp_path / "small", vocab_size=400)
-    with pytest.raises(ConfigError, match="400 ids, the dump has 512"):
+    with pytest.raises(RefusedError, match=r"the token .* in the dump, none of the model"):
         verify.recompute(str(dump_path), str(small), rows=3)
 
 

@@ -88,3 +88,29 @@ def test_a_perplexity_beyond_float64_is_infinite() -> None:
     low, high = intervals(documents, documents)["perplexity"]
     assert low == pytest.approx(math.e)
     assert high == math.inf
+
+
+@pytest.mark.parametrize(("width", "base_width"), [(30, 20), (20, 30)])
+def test_heads_of_two_widths(width: int, base_width: int) -> None:
+    """Against the definition in float64: the model's own columns are one outcome, where the base
+    gave e^-30; the base's own are padding."""
+    torch.manual_seed(0)
+    logits, base = torch.randn(9, width), torch.randn(9, base_width)
+    labels = torch.arange(9)
+    found = Sums.of(measure(logits, labels, base, tail_k=4)).report()
+    q, p = logits.double().softmax(1), base[:, :width].double().softmax(1)
+    shared = p.shape[1]
+    e = q[:, shared:].sum(1)
+    forward = (p * (p / q[:, :shared]).log()).sum(1)
+    reverse = (
+        (q[:, :shared] * (q[:, :shared] / p).log()).sum(1) + torch.special.xlogy(e, e) + 30 * e
+    )
+    assert found["forward_kl"] == pytest.approx(forward.mean().item(), rel=1e-5)
+    assert found["reverse_kl"] == pytest.approx(reverse.mean().item(), rel=1e-5)
+    kept = p.topk(4)
+    mass = q[:, :shared].gather(1, kept.indices)
+    a, b = 1 - kept.values.sum(1), 1 - mass.sum(1)
+    within = forward - (kept.values * (kept.values / mass).log()).sum(1) - a * (a / b).log()
+    assert found["tail_kl"] == pytest.approx((within.mean() / a.mean()).item(), rel=1e-4)
+    nll = -q.log()[torch.arange(9), labels].mean().item()
+    assert found["perplexity"] == pytest.approx(np.exp(nll), rel=1e-5)

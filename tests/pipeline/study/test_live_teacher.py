@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.packing import pack_row
-from pipeline.losses import Direction
+from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import enable_packing
 from pipeline.study import live_teacher
 from storage import LogitDataset
@@ -49,3 +49,26 @@ def test_live_is_the_full_divergence(
     torch.cat(expected).sum().backward()
     for name, weight in student.named_parameters():
         torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("width", [9, 12, 16])
+def test_heads_of_other_widths(direction: Direction, width: int) -> None:
+    """A wider student has the loss of a dump that kept every id of the teacher; a narrower one that
+    of a teacher whose padding, which has no mass, is cut off."""
+    torch.manual_seed(0)
+    teacher_hidden, teacher_weight = torch.randn(6, 12).double(), torch.eye(12).double()
+    if width < 12:
+        teacher_hidden[:, width:] = -700.0
+    hidden, weight = torch.randn(6, 5).double(), torch.randn(width, 5).double()
+    for each in (hidden, weight):
+        each.requires_grad_()
+    logprobs, ids = (teacher_hidden @ teacher_weight.T).log_softmax(1).topk(min(width, 12))
+    none = torch.full((6,), -torch.inf).double()
+    expected = sparse_divergence(hidden @ weight.T, ids, logprobs, none, direction)
+    wanted = torch.autograd.grad(expected.sum(), [hidden, weight])
+    found = live_teacher.full_divergence(hidden, weight, teacher_hidden, teacher_weight, direction)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-11, atol=1e-12)
+    found.sum().backward()
+    for each, gradient in zip((hidden, weight), wanted, strict=True):
+        torch.testing.assert_close(each.grad, gradient, rtol=1e-9, atol=1e-11)

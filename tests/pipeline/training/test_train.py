@@ -449,7 +449,7 @@ def test_other_vocabulary_is_refused_before_weights_load(
     student = tiny_model(tmp_path / "student", vocab_size=600)
     (student / "model.safetensors").unlink()
     config = settings(tmp_path, student, dump_path, domain)
-    with pytest.raises(RefusedError, match="vocabulary: 512 in the dump, 600 in the student"):
+    with pytest.raises(RefusedError, match=r"the text .* in the dump, .* in the student"):
         train.run(config)
     done = script(yaml_of(tmp_path / "c.yaml", config))
     assert done.returncode == 3
@@ -466,7 +466,7 @@ def test_other_tokenizer_is_refused(
     a, b = "A", "B"
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(RefusedError, match="tokenizer: "):
+    with pytest.raises(RefusedError, match="the token 'A' is 33 in the dump, 34 in the student"):
         train.run(settings(tmp_path, student, dump_path, domain))
 
 

@@ -1,0 +1,120 @@
+"""Two tokenizers: the same, however they are written, or different by an example."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pipeline.models.tokenizers import excerpt, first_difference
+from tests.helpers.models import TEXTS, tiny_tokenizer
+
+Tokenizer = PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("base")
+    tiny_tokenizer(path)
+    return Tokenizer.from_pretrained(path)
+
+
+def rewritten(base: Tokenizer, path: Path, change: Callable[[Any], None]) -> Tokenizer:
+    """Saved, tokenizer.json changed, and loaded."""
+    base.save_pretrained(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    change(content)
+    (path / "tokenizer.json").write_text(json.dumps(content, indent=1, sort_keys=True))
+    loaded: Tokenizer = AutoTokenizer.from_pretrained(path)
+    return loaded
+
+
+def test_how_files_are_written_does_not_matter(base: Tokenizer, tmp_path: Path) -> None:
+    def older(content: Any) -> None:  # merges as one string, vocabulary in another order
+        merges = content["model"]["merges"]
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
+        content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+
+    same = rewritten(base, tmp_path, older)
+    same.pad_token, same.padding_side = "A", "left"
+    assert first_difference(base, same, TEXTS[:3]) is None
+
+
+def test_added_tokens_are_no_difference_where_they_do_not_occur(base: Tokenizer) -> None:
+    more = Tokenizer.from_pretrained(base.name_or_path)
+    more.add_tokens(["function", AddedToken("<x>", special=True)])
+    more.pad_token = "<x>"
+    assert any("function" in text for text in TEXTS[:3])
+    assert first_difference(base, more, TEXTS[:3]) is None
+    found = first_difference(more, base)  # the other way round, tokens are missing
+    assert found == "the token 'function' is 512 in the dump, none of the student"
+
+
+def test_an_id_that_is_another_token(base: Tokenizer, tmp_path: Path) -> None:
+    def swap(content: Any) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+
+    other = rewritten(base, tmp_path, swap)
+    found = first_difference(base, other, names=("one", "two"))
+    assert found == "the token 'A' is 33 in one, 34 in two"
+
+
+def test_other_merges(base: Tokenizer, tmp_path: Path) -> None:
+    """The last merge is gone; its token, with its id, is not. Only a dump's text shows it."""
+    last = json.loads(base.backend_tokenizer.to_str())["model"]["merges"][-1]
+
+    def fewer(content: Any) -> None:
+        content["model"]["merges"].pop()
+
+    other = rewritten(base, tmp_path, fewer)
+    assert base.get_vocab() == other.get_vocab()
+    found = first_difference(base, other, ["The text " + "".join(last).replace("Ġ", " ")])
+    assert found is not None
+    assert found.startswith("the text '")
+
+
+def test_merges_that_were_learnt_beside_the_base_s_own(base: Tokenizer, tmp_path: Path) -> None:
+    """All ids are shared, and most text is read otherwise."""
+    longer = tiny_tokenizer(tmp_path, 600)
+    assert base.get_vocab().items() <= longer.get_vocab().items()
+    assert "the text" in str(first_difference(base, longer))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"normalizer": {"type": "NFC"}}, r"'café"),
+        ({"normalizer": {"type": "NFKC"}}, "'  two  spaces"),  # among them a no-break space
+        ({"normalizer": {"type": "Lowercase"}}, '"The quick'),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "'  two"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True,
+                               "trim_offsets": True}},
+            '"The quick',
+        ),
+    ],
+    ids=["NFC", "NFKC", "lowercase", "strip", "prefix space"],
+)  # fmt: skip
+def test_other_rules(base: Tokenizer, tmp_path: Path, change: Any, text: str) -> None:
+    other = rewritten(base, tmp_path, lambda content: content.update(change))
+    found = first_difference(base, other)
+    assert found is not None
+    assert found.startswith(f"the text {text}")
+
+
+def test_begin_and_end_of_text_count_as_they_are_used(base: Tokenizer, tmp_path: Path) -> None:
+    other = rewritten(base, tmp_path, lambda content: None)
+    other.bos_token = "A"  # added to nothing
+    assert first_difference(base, other) is None
+    other.eos_token = "B"
+    assert "documents end with '<eos>' (0) in the dump" in str(first_difference(base, other))
+    assert first_difference(base, other, add_eos=False) is None
+
+
+def test_the_excerpt_shows_where_ids_part() -> None:
+    assert excerpt([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 9]) == "… [2, 3, 4, 5, 6, 7] …"
+    assert excerpt([1, 2], [1, 2, 3]) == "[1, 2]"
