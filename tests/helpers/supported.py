@@ -17,10 +17,21 @@ LATENT = (
     "latent attention on a CPU differs from the second token on, also with VLLM_MLA_DISABLE=1; "
     "the cause is not known"
 )
+SECOND = "it begins at the second token; the cause is not known"
+FLIPS = (
+    "rounding: some tokens take another expert. transformers in bfloat16 is 2e-2 from itself in "
+    "float32"
+)
 CAUSES = {
+    "AXK1ForCausalLM": "vLLM wants post_mlp_layernorm in dense layers, too",
+    "DeepseekV4ForCausalLM": "vLLM does not read transformers' config.json (mlp_layer_types)",
+    "HYV3ForCausalLM": ROUTER,
+    "HrmTextForCausalLM": "the cause is not known",
+    "InklingForCausalLM": "vLLM wants a tokenizer of it",
+    "KimiLinearForCausalLM": "vLLM's linear attention of it needs CUTLASS",
     "Cohere2ForCausalLM": WINDOW,
     "Cohere2MoeForCausalLM": WINDOW,
-    "Cohere2VisionForConditionalGeneration": WINDOW,
+    "Cohere2VisionForConditionalGeneration": "transformers' wrapper leaves out logit_scale",
     "DbrxForCausalLM": "vLLM 0.32 does not find its experts (blocks.0.ffn.experts.w13_weight)",
     "FalconMambaForCausalLM": SCAN,
     "DeepseekV2ForCausalLM": LATENT,
@@ -34,9 +45,15 @@ CAUSES = {
     "LagunaForCausalLM": ROUTER,
     "LongcatFlashForCausalLM": "transformers saves weights for experts that compute nothing, and "
     "vLLM has no place for them",
+    "Lfm2ForCausalLM": SECOND,
+    "Lfm2MoeForCausalLM": SECOND,
+    "Lfm2VlForConditionalGeneration": SECOND,
     "MambaForCausalLM": SCAN,
     "MiniMaxM2ForCausalLM": ROUTER,
     "NemotronHForCausalLM": "vLLM's CPU build has no experts without a gate (is_act_and_mul)",
+    "Qwen3NextForCausalLM": FLIPS,
+    "Qwen3_5MoeForCausalLM": FLIPS,
+    "Qwen3_5MoeForConditionalGeneration": FLIPS,
     "OlmoHybridForCausalLM": "vLLM's linear attention of it needs Triton",
 }
 """Why vLLM and transformers differ or stop, where that is known."""
