@@ -76,9 +76,12 @@ def test_every_shared_family_is_in_the_table() -> None:
     assert rows_of(SUPPORTED.read_text()) == SHARED
 
 
+ERROR = "error: vLLM cannot run /tmp/x/model: no kernel for 96 (its log is above). If it is"
+
+
 def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
     done = {"architecture": "", "way": "plug-in", "dtype": "float32", "packing": "packed"}
-    done |= {"null_kl": 1e-4, "answer": "the same", "steps": dict.fromkeys(STEPS, 0)}
+    done |= {"null_kl": 1e-4, "answer": "the same", "steps": dict.fromkeys(STEPS, 0), "error": ""}
     results = {
         "GemmaForCausalLM": done,
         "PhiForCausalLM": {
@@ -86,7 +89,13 @@ def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
             "null_kl": 0.3,
             "answer": "computed differently by the two engines",
         },
-        "OPTForCausalLM": {**done, "null_kl": None, "answer": "", "steps": {"build": 0, "dump": 2}},
+        "OPTForCausalLM": {
+            **done,
+            "null_kl": None,
+            "answer": "",
+            "steps": {"build": 0, "dump": 2},
+            "error": ERROR,
+        },
         "GlmForCausalLM": {**done, "steps": {**done["steps"], "compare": 4}},
         "MambaForCausalLM": {**done, "null_kl": 1e-3, "dtype": "bfloat16"},
     }
@@ -100,9 +109,9 @@ def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
     assert found.startswith("Text.\n")
     assert found.endswith("\nMore.\n")
     assert "old" not in found
+    assert "| stops at: dump. vLLM: no kernel for 96 |" in found
     left = len(SHARED) - len(results)
     assert f"2 whole, 1 differs, 2 stops, {left} not measured" in found
     assert "| GemmaForCausalLM | plug-in | packed | 1.0e-04 |  |" in found
-    assert "| OPTForCausalLM | plug-in | packed |  | stops at: dump |" in found
     assert "| GlmForCausalLM | plug-in | packed | 1.0e-04 | stops at: compare |" in found
     assert "| MambaForCausalLM | plug-in | packed | 1.0e-03 (bfloat16) |  |" in found

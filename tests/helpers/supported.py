@@ -1,6 +1,7 @@
 """SUPPORTED.md: the table of what was measured, and why two engines differ."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,23 @@ def outcome(result: dict[str, Any] | None) -> str:
 
 def row(name: str, result: dict[str, Any] | None) -> str:
     """A line of the table."""
-    result = result or {"way": "", "packing": "", "null_kl": None, "dtype": "", "steps": {}}
-    kl = result["null_kl"]
-    told = "" if kl is None else f"{kl:.1e}"
+    if result is None:
+        return f"| {name} | | | | not measured |"
+    kl = "" if result["null_kl"] is None else f"{result['null_kl']:.1e}"
     if result["dtype"] == "bfloat16":
-        told += " (bfloat16)"
-    kind = outcome(result) if result["steps"] else "not measured"
-    failed = next((step for step, code in result["steps"].items() if code), "")
-    notes = {"whole": "", "stops": f"stops at: {failed}", "differs": "differs"}
-    cause = CAUSES.get(name, "") if kind in ("stops", "differs") else ""
-    note = ". ".join(part for part in (notes.get(kind, kind), cause) if part)
-    return f"| {name} | {result['way']} | {result['packing']} | {told.strip()} | {note} |"
+        kl += " (bfloat16)"
+    note = ""
+    if (kind := outcome(result)) != "whole":
+        failed = next((step for step, code in result["steps"].items() if code), "")
+        what = f"stops at: {failed}" if kind == "stops" else kind
+        note = ". ".join(filter(None, (what, CAUSES.get(name) or told_by_vllm(result["error"]))))
+    return f"| {name} | {result['way']} | {result['packing']} | {kl.strip()} | {note} |"
+
+
+def told_by_vllm(error: str) -> str:
+    """Its reason, without the place of the model, which is a temporary one."""
+    found = re.search(r"vLLM cannot run [^:]+: (.*?) *\(its log", error)
+    return f"vLLM: {found[1].rstrip(':')}"[:120].replace("|", "/") if found else ""
 
 
 def rows_of(page: str) -> list[str]:
