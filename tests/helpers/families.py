@@ -137,6 +137,7 @@ OWN: dict[str, dict[str, Any]] = {
         "sliding_window_size": WINDOW,
         "scoring_func": "sigmoid",
     },
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     # other layers than the first two or four of the default
     "granitemoehybrid": alternating("mamba", "attention"),
@@ -165,6 +166,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 4},
     "zamba2": {"num_key_value_heads": 2},
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
