@@ -74,7 +74,7 @@ def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]
         raise RefusedError(
             f"model {model} did not make the dump {dump}: {difference}. Give the model that did"
         )
-    dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
+    dtype = dataset.plan.get("teacher", {}).get("dtype", "auto")
     loaded = folder.load(dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     rng = np.random.default_rng(seed)

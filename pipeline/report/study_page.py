@@ -1,6 +1,5 @@
 """The page about a study: the domain gain of each run against its loss on general text."""
 
-import json
 import math
 from itertools import cycle
 from math import ceil
@@ -9,18 +8,20 @@ from typing import Any
 
 from pipeline.agreement import Answer
 from pipeline.config import KINDS
+from pipeline.json_files import read_json
 from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
 from pipeline.study.results import RESULTS
 from pipeline.study.results import table as as_markdown
+from pipeline.types import Json
+from storage.text import printable
 
-Json = dict[str, Any]
 DIFFERENT = Answer.DIFFERENT.value
 MARKERS = "os^Dv<>Pp*Xh"
 BELOW: Json = {"loc": "outside lower center", "fontsize": "small"}
 
 
 def report(folder: Path) -> str:
-    results = json.loads((folder / RESULTS).read_text())
+    results = read_json(folder / RESULTS)
     return page(
         f"Study of {results['model']}",
         [
@@ -83,6 +84,7 @@ def by_arm(results: Json) -> dict[str, list[Json]]:
     found: dict[str, list[Json]] = {}
     for of in results["arms"]:
         label = f"{of['arm']} {of['learning_rate']:g}" if rates else of["arm"]
+        label = printable(f" {label}" if label.startswith("_") else label)  # no legend shows _x
         found[label] = [
             one
             for one in results["runs"].values()

@@ -8,6 +8,7 @@ import torch
 from pipeline.models.directory import ModelFolder
 from pipeline.models.generation import keep_own, make_savable
 from pipeline.models.head import untie_head
+from pipeline.models.processor import copy_processor
 from pipeline.study.config import ArmConfig
 from pipeline.study.live_teacher import LiveTrainer
 from pipeline.study.targets import ArmTrainer, retargets
@@ -40,4 +41,5 @@ def interpolate(base: ModelFolder, student: ModelFolder, weight: float, output: 
     mixed.to(getattr(torch, base.dtype())).save_pretrained(draft)
     keep_own(base.path, draft)
     base.tokenizer.save_pretrained(draft)
+    copy_processor(base.path, draft)
     output.replace(draft, output.folder / FINAL)

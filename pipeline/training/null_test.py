@@ -62,8 +62,9 @@ def null_test(
     """
     size = trainer.args.train_batch_size
     rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
-    teacher = general.dumps[0].plan["teacher"]
-    sampled = general.dumps[0].plan["k"] == 0
+    dump = general.dumps[0]
+    teacher = dump.plan["teacher"]  # checked with the other inputs
+    sampled = dump.k == 0
     what = "cross-entropy, minus its own entropy," if sampled else "KL"
     found = measure(trainer, general, rows)
     start = f"null test: {what} of the student to the dump is {found.mean:.3g} nats"
@@ -87,7 +88,7 @@ def null_test(
         causes = [describe(found.kl, found.positions, limits.same, settings)]
     result["where"] = " ".join(causes)
     engines = (
-        f"Dumped with {plan_engine(general)}, dtype {teacher['dtype']}; trained in "
+        f"Dumped with {plan_engine(general)}, dtype {teacher.get('dtype')}; trained in "
         f"{computed_in(config, trainer, folder)}."
     )
     if answer is Answer.DIFFERENT and config.null_test.accept_different and not is_shift(causes):
@@ -150,7 +151,7 @@ def is_shift(causes: list[str]) -> bool:
 
 def measure(trainer: DistillTrainer, general: GeneralStream, rows: int, shift: int = 0) -> Measured:
     """The first `rows` general sequences, the student read `shift` positions off."""
-    if general.dumps[0].plan["k"] == 0:
+    if general.dumps[0].k == 0:
         return sample_gap(trainer, general, rows, shift)
     return exact_kl(trainer, general, rows, shift)
 

@@ -25,9 +25,14 @@ def predict(model: PreTrainedModel, probe: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).cpu()
 
 
+def mean_kl(expected: Tensor, found: Tensor) -> float:
+    """Mean KL(expected ‖ found) in nats of predictions [T, V]."""
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
 def check_same(expected: Tensor, found: Tensor, exact: bool, what: str) -> None:
     """RefusedError where predictions [T, V] differ by more than computing them again does."""
-    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    kl = mean_kl(expected, found)
     bound = EXACT if exact else ROUNDED
     if not kl <= bound:  # NaN is refused
         raise RefusedError(

@@ -2,8 +2,9 @@
 
 import pytest
 
+from pipeline.config import CorpusConfig, GenerateConfig
 from pipeline.errors import RefusedError
-from pipeline.recorded import refuse_other_settings
+from pipeline.recorded import recorded, refuse_other_settings
 
 
 def test_every_difference_is_named() -> None:
@@ -15,3 +16,10 @@ def test_every_difference_is_named() -> None:
     assert "loss.alpha: 1.0 in the study, 2.0 asked for" in str(told.value)
     assert "loss.direction: 'forward' in the study, None asked for" in str(told.value)
     assert "mix" not in str(told.value)
+
+
+def test_records_are_those_of_earlier_releases_where_nothing_is_new() -> None:
+    old = recorded(GenerateConfig("m", "o", 5, prompts=CorpusConfig("c")))
+    assert "special_tokens" not in old["prompts"]
+    new = GenerateConfig("m", "o", 5, prompts=CorpusConfig("c", special_tokens="split"))
+    assert recorded(new)["prompts"]["special_tokens"] == "split"

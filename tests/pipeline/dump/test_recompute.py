@@ -13,8 +13,12 @@ import pytest
 from pipeline.agreement import Answer, bounds
 from pipeline.dump import recompute as verify
 from pipeline.errors import RefusedError
+from storage import CorruptShard, LogitDataset
+from storage.plan import ALWAYS, FIELDS, look_up
+from tests.helpers.forged import replan
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
+from tests.helpers.plans import with_field, without_field
 
 SCRIPT = SCRIPTS / "verify_dump.py"
 
@@ -56,6 +60,33 @@ def test_row_kl_is_over_the_kept_ids_and_the_tail(dump_path: Path, model_path: P
         mass = q[at, kept[at]]
         wanted = (p * np.log(p / mass)).sum() + a * np.log(a / (1 - mass.sum()))
         assert found == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_plan_may_lack_what_only_others_need(
+    dump_path: Path, model_path: Path, tmp_path: Path, name: str
+) -> None:
+    """Rows are recomputed, or the field is named: never another error."""
+    plan = LogitDataset(dump_path).plan
+    if not look_up(plan, name)[1] or name == "vocab_size":
+        return
+    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(dump, without_field(plan, name))
+    if name in ALWAYS:
+        with pytest.raises(CorruptShard, match=rf"plan\.json: {name}: "):
+            verify.recompute(str(dump), str(model_path), rows=1)
+    else:
+        assert verify.recompute(str(dump), str(model_path), rows=1)[0].kl_mean < 1e-3
+
+
+@pytest.mark.parametrize("value", ["hub", "int8", [1], None, ""])
+def test_the_dtype_of_a_plan_is_one_of_weights(
+    dump_path: Path, model_path: Path, tmp_path: Path, value: object
+) -> None:
+    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(dump, with_field(LogitDataset(dump_path).plan, "teacher.dtype", value))
+    with pytest.raises(CorruptShard, match=r"plan\.json: teacher\.dtype: expected one of auto, "):
+        verify.recompute(str(dump), str(model_path), rows=1)
 
 
 def test_one_wrong_row_among_many_is_found(dump_path: Path, model_path: Path) -> None:

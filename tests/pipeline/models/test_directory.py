@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import resolve_trust_remote_code
 
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
@@ -129,7 +130,7 @@ def test_the_broken_file_is_named(tmp_path: Path, name: str) -> None:
         _ = folder.tokenizer
         folder.load("float32")
 
-    with pytest.raises(ConfigError, match=rf"/{name}\.json: expected JSON"):
+    with pytest.raises(ConfigError, match=rf"/{name}\.json: expected a JSON object"):
         read()
 
 
@@ -177,6 +178,17 @@ def test_a_file_from_elsewhere_is_refused(tmp_path: Path) -> None:
         ModelFolder.find(str(tmp_path / "model"))
 
 
+def test_nobody_is_asked_whether_to_run_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that does not say trust_remote_code is refused, whoever makes it."""
+
+    def ask(question: str) -> str:
+        raise AssertionError(question)
+
+    monkeypatch.setattr("builtins.input", ask)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        resolve_trust_remote_code(None, "someone/model", False, True)
+
+
 def test_every_load_says_that_no_code_is_run() -> None:
     """transformers' own default asks on the terminal."""
     found = 0
@@ -184,7 +196,7 @@ def test_every_load_says_that_no_code_is_run() -> None:
         for node in ast.walk(ast.parse(file.read_text())) if file.suffix == ".py" else ():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 source = ast.unparse(node)
-                if re.match(r"Auto\w+\.from_", source):
+                if re.match(r"(Auto\w+|self\.auto_class)\.from_", source):
                     found += 1
                     assert "trust_remote_code=False" in source, f"{file}: {source}"
     assert found >= 4
