@@ -27,7 +27,7 @@ from pipeline.types import Json
 
 WIDE = 0.5
 """Nats of mean KL of a quantised student whose unquantised weights do not fit into memory. 4 bit
-costs a few hundredths; the models of other people cost more than this."""
+costs the tests' random model 0.05."""
 SPARE = 1.2
 """Memory that measuring a model takes, in sizes of its weights."""
 
@@ -69,8 +69,8 @@ def null_test_of(
     found = kl_of_student(config, trainer, general)
     if not math.isfinite(found):
         raise ConfigError(
-            f"quantization: the KL of the untrained student to the dump is {found}: its computation "
-            "overflows. Set another bnb_4bit_compute_dtype, such as bfloat16"
+            f"quantization: the KL of the untrained student to the dump is {found}: its "
+            "computation overflows. Set another bnb_4bit_compute_dtype, such as bfloat16"
         )
     device = place_of(config, trainer.args, folder)
     if device is None:

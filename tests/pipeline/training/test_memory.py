@@ -198,7 +198,7 @@ def test_activations_on_4_bit_weights_are_what_autograd_saves(
 def test_estimate_on_4_bit_weights_is_within_a_tenth_of_the_peak(
     tmp_path: Path, dump_path: Path, domain: Path, computed: str, changes: dict[str, Any]
 ) -> None:
-    """What is freed is given back, and kernels keep nothing, so the peak is what is held at once."""
+    """What is freed is given back, and kernels keep nothing: the peak is what is held at once."""
     config = settings(
         tmp_path,
         tiny_model(tmp_path / "student", hidden_size=1024, layers=8),
