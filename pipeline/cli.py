@@ -30,6 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.foreign import printable, refuse_secrets
 from pipeline.json_files import write_json
+from pipeline.outside import is_outside
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
 
 # transformers imports bitsandbytes, which on some CPUs advises to install what runs hub code.
@@ -235,6 +236,11 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         hint = "; run the same command again to resume" if again else ""
         say_error(f"{error}{hint}")
         return code
+    except OSError as error:
+        if not is_outside(error):
+            raise
+        say_error(f"{error}; run the same command again to resume")
+        return FAILED
     if summary_file:
         write_json(Path(summary_file).expanduser(), summary)
     return DONE

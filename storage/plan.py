@@ -80,6 +80,7 @@ FIELDS = {
     "corpus.column": TEXT,
     "corpus.documents": whole(1, MOST),
     "corpus.fingerprint": TEXT,
+    "corpus.special_tokens": TEXT,
     "corpus.rendering": OBJECT,
     "corpus.rendering.sample": TEXT,
     "corpus.rendering.chat_template": OBJECT,

@@ -14,10 +14,15 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from pipeline.errors import ConfigError
@@ -25,6 +30,8 @@ from pipeline.models import weights
 from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
 from pipeline.models.quantization import keep_differentiable, quantization_config
+from pipeline.outside import failure, is_outside
+from pipeline.passed import reason
 from pipeline.types import Json
 from storage.plan import DTYPES
 
@@ -95,7 +102,7 @@ class ModelFolder:
             found = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the values make it do
             raise ConfigError(
-                f"{file}: cannot be used (model_type {kind!r}): {short(error)}"
+                f"{file}: cannot be used (model_type {kind!r}): {reason(error)}"
             ) from error
         return found
 
@@ -139,7 +146,7 @@ class ModelFolder:
         except Exception as error:  # the tokenizers library raises Exception itself
             files = ", ".join(file.name for file in there)
             raise ConfigError(
-                f"model {self}: no tokenizer ({short(error)}). "
+                f"model {self}: no tokenizer ({reason(error)}). "
                 + (f"Found {files}. " if files else "")
                 + "Put the base model's tokenizer.json and tokenizer_config.json into the directory"
             ) from None
@@ -168,15 +175,32 @@ class ModelFolder:
 
         Reads headers alone. `strict` is False for an engine that may know more layouts.
         """
+        _ = self.auto_class
         try:
-            kind = type(self.empty())
-        except Exception as error:  # whatever the values of config.json make transformers do
+            empty = self.empty()
+        except ConfigError:
             if strict:
-                raise ConfigError(
-                    f"{self.path / 'config.json'}: cannot be made a model: {short(error)}"
-                ) from error
+                raise
             return  # an engine's own architecture
-        weights.check(self.path, kind, copy.deepcopy(self.config), strict)
+        weights.check(self.path, type(empty), empty.config, strict)
+
+    @property
+    def auto_class(self) -> type[AutoModelForCausalLM]:
+        """transformers' maker of the model, a wrapper with other inputs too if config.json names
+        one; ConfigError for an encoder with a decoder."""
+        if self.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{self.path / 'config.json'}: model_type {self.config.model_type!r} is an encoder "
+                "with a decoder. Use a model that is a decoder alone"
+            )
+        kind = self.config.model_type
+        wrapper = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+        if wrapper in self.architectures or (
+            wrapper and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        ):
+            found: type[AutoModelForCausalLM] = AutoModelForMultimodalLM
+            return found
+        return AutoModelForCausalLM
 
     def load(
         self, dtype: str, quantization: Json | None = None, device: str = "cpu"
@@ -199,7 +223,7 @@ class ModelFolder:
         try:
             with weights.quiet():
                 model: PreTrainedModel
-                model, found = AutoModelForCausalLM.from_pretrained(
+                model, found = self.auto_class.from_pretrained(
                     self.path,
                     dtype=dtype,
                     trust_remote_code=False,
@@ -214,26 +238,32 @@ class ModelFolder:
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model on the meta device: shapes without storage."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
-            )
+        """The model on the meta device: shapes without storage. ConfigError where config.json does
+        not make one."""
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = self.auto_class.from_config(
+                    copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
+                )
+        except Exception as error:  # whatever the values of config.json make transformers do
+            raise ConfigError(
+                f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
+            ) from error
         return model
 
 
 def download(model: str, revision: str | None) -> Path:
-    """The hub's model in the local cache; ConfigError where it cannot be had."""
+    """The hub's model in the local cache; ConfigError where the hub does not have it, FailedError
+    where the hub does not answer."""
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *WEIGHTS]
     try:
         return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
         )
-    except Exception as error:  # network, permission, name: all end the same for the user
-        raise ConfigError(
-            f"model {model}: not a directory, and the hub does not have it either "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:  # network, permission, name
+        answer = "did not answer" if is_outside(error) else "does not have it either"
+        message = f"model {model}: not a directory, and the hub {answer} ({reason(error)})"
+        raise failure(message, error) from error
 
 
 def check_values(given: dict[str, Any]) -> None:
@@ -247,11 +277,6 @@ def check_values(given: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: expected 0 to {most}, found {value}")
             if "attn_implementation" in name and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
-
-
-def short(error: Exception) -> str:
-    """The message in one line of bounded length."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ConfigError
-from pipeline.models.attention import difference, packing_arguments, tolerance
+from pipeline.models.attention import difference, packing_arguments
 from pipeline.models.decoder import decoder_of
 
-POINTS = (0.0, 1e-3, 1e6, -1e6, 0.5, -3.0, 20.0, -70.0, 1e3)
-"""Outputs of the head at which the model is asked what it makes of them."""
+SMALL, LARGE = 2.0**-10, 2.0**60
+"""Where the scale and the cap are taken; every dtype but float16 holds both exactly."""
+LARGE_HALF = 2.0**15
+POINTS = (0.0, 0.5, -3.0, 20.0, -70.0, 1024.0)
+"""Other outputs of the head at which the model is asked what it makes of them."""
+ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative error of a product with the head's weight; elsewhere EXACT."""
 EXACT = 1e-4
 """Relative error of float32 operations on them: a scale, a tanh."""
 
@@ -108,27 +113,29 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 
 def scale_and_cap(model: PreTrainedModel, head: nn.Linear) -> tuple[float, float | None]:
-    """(scale, soft cap or None) of the logits, from what the model makes of POINTS.
+    """(scale, soft cap or None) of the logits, from what the model makes of chosen numbers.
 
     Each row of the head's output has one of the points in all columns, and the last two are mixed,
     so columns that differ or depend on each other are found.
     """
-    rows = torch.tensor(POINTS, device=model.device)[:, None].expand(-1, head.out_features)
+    large = LARGE_HALF if model.dtype == torch.float16 else LARGE
+    points = torch.tensor([SMALL, large, -large, *POINTS], device=model.device)
+    rows = points[:, None].expand(-1, head.out_features)
     mixed = torch.linspace(-30, 30, head.out_features, device=model.device)
     given = torch.cat([rows, mixed[None], mixed.flip(0)[None]])
     hook = head.register_forward_hook(lambda *_: given[None])
     try:
-        found = probe(model, len(given)).double()
+        found = probe(model, len(given))
     finally:
         hook.remove()
     if head.out_features != found.shape[1]:
         raise unknown(model, f"the head has {head.out_features} columns, not {found.shape[1]}")
-    scale, most = (found[POINTS.index(at), 0].item() for at in (1e-3, 1e6))
-    scale /= 1e-3
-    cap = None if abs(most - scale * 1e6) <= EXACT * abs(most) else abs(most)
+    exact, found = max(EXACT, 2 * torch.finfo(found.dtype).eps), found.double()
+    scale, most = found[0, 0].item() / SMALL, found[1, 0].item()
+    cap = None if abs(most - scale * large) <= exact * abs(most) else abs(most)
     transform = LogitTransform(rounded(scale), None if cap is None else rounded(cap))
     expected = transform(given.double())
-    wrong = (found - expected).abs() > EXACT * expected.abs().clamp(min=abs(scale) * 1e-3)
+    wrong = (found - expected).abs() > exact * expected.abs().clamp(min=abs(scale) * SMALL)
     if scale == 0 or not found.isfinite().all() or wrong.any():
         row, column = wrong.nonzero()[0].tolist() if wrong.any() else (0, 0)
         raise unknown(
@@ -145,13 +152,17 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def rounding(model: PreTrainedModel) -> float:
+    return ROUNDING.get(model.dtype, EXACT)
+
+
 def factor_between(model: PreTrainedModel, hidden: Tensor, entered: Tensor) -> float:
     """By which number the decoder's states [T, D] are multiplied before they enter the head."""
     if torch.equal(hidden, entered):
         return 1.0
     hidden, entered = hidden.double(), entered.double()
     factor = float((hidden * entered).sum() / hidden.square().sum())
-    if not (entered - factor * hidden).norm() <= tolerance(model) * entered.norm():
+    if not (entered - factor * hidden).norm() <= rounding(model) * entered.norm():
         raise unknown(model, "the hidden states are more than scaled on their way to the head")
     return rounded(factor)
 
@@ -172,9 +183,9 @@ def check_logits(
     states = hidden.to(head.weight.dtype)
     found = transform(nn.functional.linear(states, head.weight, head.bias).double())
     off = (found - expected.double()).abs().max().item()
-    if off and not difference(found, expected.double()) <= tolerance(model):
-        raise unknown(model, f"they differ from those of the linear head by {off:.3g}")
-    if not off <= max(1.0, expected.abs().max().item()) * tolerance(model):  # also a constant
+    largest = max(1.0, expected.abs().max().item())  # a constant in all logits counts, too
+    same = off <= rounding(model) * largest
+    if not same or (off and difference(found, expected.double()) > rounding(model)):
         raise unknown(model, f"they differ from those of the linear head by {off:.3g}")
 
 

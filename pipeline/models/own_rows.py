@@ -38,6 +38,7 @@ class OwnRows:
         for module in self.wrapped:
             del module.forward
 
+    @torch.compiler.disable(recursive=False)  # or it compiles again for each list of lengths
     def model_forward(
         self, *arguments: Any, sequence_lengths: list[int] | None = None, **options: Any
     ) -> Any:
@@ -48,6 +49,7 @@ class OwnRows:
         finally:
             self.lengths = None
 
+    @torch.compiler.disable(recursive=False)
     def decoder_forward(
         self, *arguments: Any, sequence_lengths: list[int] | None = None, **options: Any
     ) -> Any:

@@ -152,6 +152,7 @@ def band(length: int, window: int, device: torch.device) -> Tensor:
     return ((distance >= 0) & (distance < window))[None, None]
 
 
+@torch.compiler.disable
 def packed_mask(
     batch_size: int,
     q_length: int,

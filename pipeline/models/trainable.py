@@ -2,9 +2,10 @@
 
 from pipeline.errors import ConfigError
 from pipeline.models.decoder import decoder_of
-from pipeline.models.directory import ModelFolder, short
+from pipeline.models.directory import ModelFolder
 from pipeline.models.head import linear_head
 from pipeline.models.vocabulary import check_ids
+from pipeline.passed import reason
 
 
 def check_trainable(folder: ModelFolder) -> None:
@@ -18,7 +19,7 @@ def check_trainable(folder: ModelFolder) -> None:
         model = folder.empty()
     except Exception as error:  # whatever the values of config.json make transformers do
         raise unfit(
-            folder, f"transformers makes no causal language model of it: {short(error)}"
+            folder, f"transformers makes no causal language model of it: {reason(error)}"
         ) from error
     try:
         linear_head(model)

@@ -14,7 +14,8 @@ def report(folder: Path) -> str:
     lines = read_lines(folder / "metrics.jsonl")
     summary_file = folder / "summary.json"
     summary = read_json(summary_file) if summary_file.exists() else {}
-    parts = [pairs({name: summary[name] for name in KNOWN if name in summary})]
+    known = {name: summary[name] for name in KNOWN if name in summary}
+    parts = [pairs(known | null_test(summary))]
     for title, plots in [
         ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
         (
@@ -30,6 +31,16 @@ def report(folder: Path) -> str:
     if "identity" in summary:
         parts += [heading("Settings"), pairs(summary["identity"])]
     return page(f"Training run {folder}", parts)
+
+
+def null_test(summary: Json) -> Json:
+    """What the null test answered, and where a difference begins; nothing for older runs."""
+    found = summary.get("null_test") or {}
+    return {
+        label: found[name]
+        for name, label in (("answer", "null test"), ("where", "null test, difference"))
+        if found.get(name)
+    }
 
 
 def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:

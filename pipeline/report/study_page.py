@@ -6,6 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from pipeline.agreement import Answer
 from pipeline.config import KINDS
 from pipeline.json_files import read_json
 from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
@@ -14,6 +15,7 @@ from pipeline.study.results import table as as_markdown
 from pipeline.types import Json
 from storage.text import printable
 
+DIFFERENT = Answer.DIFFERENT.value
 MARKERS = "os^Dv<>Pp*Xh"
 BELOW: Json = {"loc": "outside lower center", "fontsize": "small"}
 
@@ -36,6 +38,7 @@ def report(folder: Path) -> str:
             heading("Runs"),
             runs(results),
             note("Intervals: 95 % bootstrap over held-out documents."),
+            *differences(results),
             *examples(results),
             heading("Made with"),
             pairs(results["machine"] | {"max_length": results["max_length"]}),
@@ -144,6 +147,15 @@ def runs(results: Json) -> str:
                 row += [digits(of["reverse_kl"], 4), digits(of["tail_kl"], 3), digits(of["ece"], 3)]
                 rows.append([*row, f"{of['documents_worse']} of {of['documents']}"])
     return table(head, rows)
+
+
+def differences(results: Json) -> list[str]:
+    """A note on the runs that went on although the null test found a difference."""
+    found = [name for name, one in results["runs"].items() if one.get("null_test") == DIFFERENT]
+    kl = max((float(results["runs"][name]["null_test_kl"]) for name in found), default=0.0)
+    return [
+        note(f"Null test: {DIFFERENT}, {kl:.1e} nats at most, accepted in {', '.join(found)}.")
+    ] * bool(found)
 
 
 def span(of: Json, name: str, number: int) -> str:

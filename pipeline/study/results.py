@@ -22,6 +22,7 @@ def of_run(folder: Path, base: Json) -> Json:
         **against(measures, base),
         "seconds": trained.get("seconds"),
         "null_test_kl": trained.get("null_test_kl"),
+        "null_test": (trained.get("null_test") or {}).get("answer"),
         "curve": curve(folder / "metrics.jsonl"),
         **{kind: measures[kind] for kind in KINDS if kind in measures},
     }

@@ -6,7 +6,7 @@ is written last. The runs follow one another in this process.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
@@ -16,7 +16,7 @@ from pipeline.evaluation.evaluate import Comparison
 from pipeline.json_files import read_json, write_json
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import say, show
-from pipeline.recorded import refuse_other_settings
+from pipeline.recorded import recorded, refuse_other_settings
 from pipeline.script_files import run_script
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
@@ -116,13 +116,13 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
     folder = Path(config.output) / "runs" / full
     settings: Json = {
         "model": config.model,
-        "domain": asdict(config.domain),
+        "domain": recorded(config.domain),
         "max_length": config.max_length,
         "training": {"save_strategy": "no", "report_to": "none"},
     }
     measure = config.measure
     if measure.curve_steps:
-        settings["held_out"] = asdict(config.held_out) | {"sequences": measure.curve_sequences}
+        settings["held_out"] = recorded(config.held_out) | {"sequences": measure.curve_sequences}
         settings["training"] |= {
             "eval_strategy": "steps",
             "eval_steps": measure.curve_steps,
@@ -164,7 +164,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
     folder = Path(dump_path(config, name))
     settings = {
         "model": config.model,
-        "corpus": asdict(config.general),
+        "corpus": recorded(config.general),
         "max_length": config.max_length,
         **given,
         "output": str(folder),
@@ -207,8 +207,8 @@ class Study:
     def measuring(self) -> Json:
         """Settings that decide the measures of a student."""
         config = self.config
-        kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
-        return {"model": config.model, "held_out": asdict(config.held_out), **kept}
+        kept = {k: v for k, v in recorded(config.measure).items() if not k.startswith("curve_")}
+        return {"model": config.model, "held_out": recorded(config.held_out), **kept}
 
     def base(self) -> Json:
         folder = Path(self.config.output) / BASE
@@ -217,7 +217,7 @@ class Study:
 
     def settings(self, one: Run) -> Json:
         """All settings that decide a run."""
-        arm = asdict(self.config.arms[one.arm])
+        arm = recorded(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
             del arm[name]  # they decide which runs there are, not the content of a run
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from pipeline.agreement import FAR, Answer
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.errors import ConfigError, RefusedError
@@ -21,13 +22,11 @@ from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.forward import add_distill_forward
 from pipeline.training.memory import free_bytes, free_on_machine, weights_dtype
-from pipeline.training.null_test import mean_kl, null_test, sample_gap
+from pipeline.training.null_test import measure
+from pipeline.training.null_test import null_test as plain_test
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
 
-WIDE = 0.5
-"""Nats of mean KL of a quantised student whose unquantised weights do not fit into memory. 4 bit
-costs the tests' random model 0.05."""
 SPARE = 1.2
 """Memory that measuring a model takes, in sizes of its weights."""
 
@@ -49,24 +48,26 @@ def check(config: TrainConfig, args: TrainingArguments, folder: ModelFolder) -> 
     quantization.quantizer(config.quantization)
 
 
-def null_test_of(
+def null_test(
     config: TrainConfig,
     trainer: DistillTrainer,
     general: GeneralStream,
-    weights: str,
     folder: ModelFolder,
+    weights: str,
 ) -> Json:
-    """{"null_test_kl": KL in nats of the untrained student}, and for a quantised one
-    "quantisation_kl", the part of it that quantisation adds.
+    """The null test of any student. That of a quantised one is of its unquantised weights: its
+    "quantisation_kl" is the part of "kl" that quantisation adds, in nats.
 
-    `folder` is the model that the student was loaded from, `weights` its fingerprint. Where they
-    are the teacher's, the null test of the unquantised weights decides.
-    Raises RefusedError as `null_test` does.
+    `folder` is the model that the student was loaded from, `weights` its fingerprint.
+    Raises RefusedError as null_test.py does.
     """
     own = general.dumps[0].plan["teacher"]["fingerprint"] == weights
     if config.quantization is None or not own:
-        return {"null_test_kl": null_test(config, trainer, general, weights)}
-    found = kl_of_student(config, trainer, general)
+        return plain_test(config, trainer, general, folder, weights)
+    rows = min(
+        config.null_test.batches * trainer.args.train_batch_size, sum(map(len, general.dumps))
+    )
+    found = measure(trainer, general, rows).mean
     if not math.isfinite(found):
         raise ConfigError(
             f"quantization: the KL of the untrained student to the dump is {found}: its "
@@ -74,37 +75,28 @@ def null_test_of(
         )
     device = place_of(config, trainer.args, folder)
     if device is None:
-        return {"null_test_kl": within_wide_bound(found), "quantisation_kl": None}
+        return within_wide_bound(found)
     with unquantised(config, trainer, folder, device):
-        plain = null_test(config, trainer, general, weights)
+        plain = plain_test(config, trainer, general, folder, weights)
     say(
         f"null test: that was the unquantised model. Quantised, the student starts at {found:.3g} "
-        f"nats: quantisation costs {found - plain:.3g}"
+        f"nats: quantisation costs {found - plain['kl']:.3g}"
     )
-    return {"null_test_kl": found, "quantisation_kl": found - plain}
+    return {**plain, "kl": found, "quantisation_kl": found - plain["kl"]}
 
 
-def kl_of_student(config: TrainConfig, trainer: DistillTrainer, general: GeneralStream) -> float:
-    """Mean KL in nats to the dump over the rows of the null test; to samples, `sample_gap`."""
-    size = trainer.args.train_batch_size
-    rows = min(config.null_test.batches * size, sum(map(len, general.dumps)))
-    if general.dumps[0].plan["k"] == 0:
-        return sample_gap(trainer, general, rows)[0]
-    return mean_kl(trainer, general, rows, size)
-
-
-def within_wide_bound(found: float) -> float:
+def within_wide_bound(found: float) -> Json:
     words = (
         f"null test: the quantised student starts at {found:.3g} nats. Its unquantised weights do "
-        f"not fit into memory beside it, so the bound is wide: {WIDE:g} nats"
+        f"not fit into memory beside it, so the bound is wide: {FAR:g} nats"
     )
-    if not abs(found) <= WIDE:
+    if not abs(found) <= FAR:
         raise RefusedError(
-            f"{words}. The dump is another model's, or the quantisation is too coarse. Free some "
+            f"{words}. The dump is {Answer.OTHER}'s, or the quantisation is too coarse. Free some "
             "memory to tell them apart, or try without quantization"
         )
     say(f"{words}. It tells another model, and not a model that is computed differently")
-    return found
+    return {"kl": found, "answer": None, "quantisation_kl": None}
 
 
 def place_of(config: TrainConfig, args: TrainingArguments, folder: ModelFolder) -> str | None:

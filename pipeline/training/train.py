@@ -30,6 +30,7 @@ from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, SUMMARY, Output
 from pipeline.training.places import check_place
+from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
@@ -115,11 +116,10 @@ def train(
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
             say(f"{output}: resuming from {checkpoint.name}")
-        before: Json = {"null_test_kl": None}
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
-            own = (dataset.general, identity["model"], inputs.model)
-            test = partial(quantised.null_test_of, config, trainer, *own)
-            trainer.before_training = lambda: before.update(test())
+            trainer.before_training = partial(
+                null_test, config, trainer, dataset.general, inputs.model, identity["model"]
+            )
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -132,7 +132,8 @@ def train(
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "best": best_checkpoint(trainer),
-        **before,
+        "null_test_kl": trainer.null_test["kl"] if trainer.null_test else None,
+        "null_test": trainer.null_test,
         "seconds": time.monotonic() - began,
         "identity": identity,
     }

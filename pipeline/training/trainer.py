@@ -87,7 +87,8 @@ class DistillTrainer(Trainer):
         self.waited = 0.0
         self.stop_asked = False  # a signal has reached this rank
         self.stopping = False  # the same on all ranks at each step
-        self.before_training: Callable[[], None] | None = None  # runs once the model is prepared
+        self.before_training: Callable[[], Json] | None = None  # runs once the model is prepared
+        self.null_test: Json | None = None  # what it returned, here or before the run was resumed
         super().__init__(
             model,
             args,
@@ -342,6 +343,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
         if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
+            marker["null_test"] = self.null_test
             write_json(self.output.folder / name / COMPLETE, marker)
             self.rotate()
 
@@ -366,7 +368,8 @@ class DistillTrainer(Trainer):
     def resume_point(self) -> Path | None:
         """The last whole checkpoint of this run; None if there is none.
 
-        Removes the run's own incomplete checkpoints and restores the token totals.
+        Removes the run's own incomplete checkpoints. Restores the token totals and what the null
+        test found.
         Raises RefusedError for a checkpoint that another run made.
         """
         whole = []
@@ -382,6 +385,7 @@ class DistillTrainer(Trainer):
         last, marker = whole[-1]
         read_json(last / TRAINER_STATE_NAME)
         self.totals = {name: marker[name] for name in self.totals}
+        self.null_test = marker.get("null_test")  # markers of earlier releases have none
         return last
 
 
@@ -402,7 +406,7 @@ class Hooks(TrainerCallback):
         trainer = self.trainer
         fsdp.say_shares(trainer.accelerator, trainer.model)
         if trainer.before_training is not None:
-            trainer.before_training()
+            trainer.null_test = trainer.before_training()
             fsdp.reshard(trainer.model)
         trainer.begin_log_interval()
 

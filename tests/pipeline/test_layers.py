@@ -23,7 +23,7 @@ FORBIDDEN = {
 
 BASE = (
     "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "json_files",
-    "passed", "progress", "ranges", "signals", "foreign", "script_files",
+    "outside", "passed", "progress", "ranges", "signals", "foreign", "script_files", "onset",
 )  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 

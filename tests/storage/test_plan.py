@@ -38,6 +38,7 @@ PIPELINE: dict[str, Any] = {
         "column": "text",
         "documents": 9,
         "fingerprint": "f2",
+        "special_tokens": "split",
         "rendering": {"sample": "f3", "chat_template": {"fingerprint": "f4"}},
     },
     "engine": {"name": "vllm", "version": "0.32.0"},

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.agreement import Answer
 from pipeline.errors import ConfigError
 from pipeline.json_files import strict
-from pipeline.report import dump_page, report, study_page
+from pipeline.report import dump_page, report, run_page, study_page
 from pipeline.report.html import page, pairs, quote
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
 from tests.helpers.forged import replan
@@ -339,3 +340,18 @@ def test_a_phone_needs_no_sideways_scrolling(
         width, needed = map(int, found.groups())
         assert width < 400
         assert needed <= width
+
+
+def test_an_accepted_difference_is_on_the_pages(training_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(training_run, tmp_path / "run")
+    summary = json.loads((training_run / "summary.json").read_text())
+    answer = {"kl": 6e-3, "answer": str(Answer.DIFFERENT), "where": "It begins at position 64"}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary | {"null_test": answer}))
+    told = run_page.report(tmp_path / "run")
+    assert Answer.DIFFERENT in told
+    assert "begins at position 64" in told
+    assert Answer.DIFFERENT not in run_page.report(training_run)
+    runs = {"one": {"null_test": answer["answer"], "null_test_kl": 6e-3}, "two": {}}
+    (note,) = study_page.differences({"runs": runs})
+    assert "6.0e-03 nats at most, accepted in one." in note
+    assert study_page.differences({"runs": {"two": {"null_test": "the same"}}}) == []
