@@ -99,7 +99,8 @@ def padded_tokens(lengths: Sequence[int]) -> int:
 
 def padding(rows: Sequence[Sequence[int]]) -> float:
     """Share of padding in the decoder for packed rows, each given as its sequences' lengths."""
-    return 1 - sum(map(sum, rows)) / max(sum(map(padded_tokens, rows)), 1)
+    through = sum(map(padded_tokens, rows))
+    return 1 - sum(map(sum, rows)) / through if through else 0.0
 
 
 def cost(model: PreTrainedModel, share: float) -> str:

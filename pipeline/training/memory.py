@@ -1,7 +1,7 @@
 """Estimate the memory of a run from the model's config, before any weight is read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.decoder import decoder_of
 from pipeline.models.directory import ModelFolder
+from pipeline.models.own_rows import padding
 from pipeline.models.packed_attention import PACKED_ON_META, noting
 from pipeline.models.quantization import QuantisedSize, as_quantised
 from pipeline.models.weights import quiet
@@ -24,6 +25,8 @@ from pipeline.progress import say
 from pipeline.training import fsdp
 from pipeline.training.student import with_lora
 
+Rows = Sequence[Sequence[int]]
+"""The lengths of the sequences of each packed row."""
 PROBE = [8] * 8  # lengths of the sequences whose activations are counted; short: little attention
 
 
@@ -64,7 +67,7 @@ def check(
     args: TrainingArguments,
     folder: ModelFolder,
     row_tokens: int,
-    padding: float = 0.0,
+    rows: Rows = (),
 ) -> Estimate | None:
     """Print the expected memory. Raises ConfigError if it cannot fit even without activations.
 
@@ -72,7 +75,7 @@ def check(
     """
     if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         return None
-    found = estimate(config, args, folder, row_tokens, padding)
+    found = estimate(config, args, folder, row_tokens, rows)
     free = free_bytes(args)
     where = "GPU" if args.device.type == "cuda" else "machine"
     line = f"memory: {found} expected, {size_text(free)} free on the {where}"
@@ -90,11 +93,12 @@ def estimate(
     args: TrainingArguments,
     folder: ModelFolder,
     row_tokens: int,
-    padding: float = 0.0,
+    rows: Rows = (),
 ) -> Estimate:
     """Estimate for packed rows of `row_tokens` tokens, each with a loss.
 
-    `padding` is the share of padding in the decoder where each sequence has a row of its own.
+    `rows` has the lengths of the sequences in some of them: the padding where each sequence has a
+    row of its own, and the length that eager attention is paid for.
 
     Weights, gradients and optimizer states follow from the number and dtypes of the parameters, the
     loss from its buffers, and activations from a forward on the meta device. The total assumes that
@@ -132,7 +136,7 @@ def estimate(
     sets = 2 if config.gradient_cosine_steps else 1
     gradients = sets * trained * master // ranks
     with nullcontext() if config.quantization is None else as_trained(model, args):
-        activations = activation_bytes(model, args, row_tokens, padding)
+        activations = activation_bytes(model, args, row_tokens, rows)
     return Estimate(
         weights=weights,
         gradients=gradients,
@@ -201,32 +205,35 @@ def loss_bytes(
 
 
 def activation_bytes(
-    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, padding: float = 0.0
+    model: PreTrainedModel, args: TrainingArguments, row_tokens: int, rows: Rows = ()
 ) -> int | None:
     """Bytes that autograd saves for the decoder's backward, for a row of `row_tokens` tokens.
 
     Layers that mix tokens without transformers' attention function, or with a state, cannot keep
-    packed sequences apart, so the padding of `own_rows` counts there, as its share of the tokens.
+    packed sequences apart, so there the tokens of `rows` count with their padding. A model's own
+    eager attention saves more bytes per token the longer a sequence is.
     With gradient checkpointing: the inputs of all layers, plus the tensors that one layer saves.
     None if the forward cannot run on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         with noting() as notes:
-            saved = saved_bytes(base)
+            saved_bytes(base)
         layers = base.config.get_text_config().num_hidden_layers
         own_rows = notes.calls < layers or base._is_stateful  # beside attention, or without it
         if own_rows:
-            saved = saved_bytes(base, own_rows)
-            row_tokens = int(row_tokens / (1 - padding))
+            row_tokens = int(row_tokens / (1 - padding(rows)))
+            rows = [[max(row)] * len(row) for row in rows]
+        length = mean_length(rows) if notes.special else PROBE[0]
+        saved = bytes_at(base, own_rows, length)
         plugin: dict[str, Any] = args.fsdp_plugin_args or {}
         if args.gradient_checkpointing or plugin.get("activation_checkpointing"):
             layer = saved // base.config.get_text_config().num_hidden_layers
             base.gradient_checkpointing_enable()
-            saved = saved_bytes(base, own_rows) + layer
+            saved = bytes_at(base, own_rows, length) + layer
     except Exception:  # an architecture's forward may read values, which meta tensors lack
         return None
-    return saved * row_tokens // sum(PROBE)
+    return int(saved * row_tokens) // sum(PROBE)
 
 
 @contextmanager
@@ -245,11 +252,26 @@ def as_trained(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None
         yield
 
 
-def saved_bytes(model: PreTrainedModel, own_rows: bool = False) -> int:
-    """Bytes for PROBE, in a packed row or with a row for each sequence."""
+def mean_length(rows: Rows) -> float:
+    """Length of the sequence in which a token is, on average."""
+    lengths = [length for row in rows for length in row]
+    return sum(length**2 for length in lengths) / sum(lengths) if lengths else PROBE[0]
+
+
+def bytes_at(model: PreTrainedModel, own_rows: bool, length: float) -> float:
+    """Bytes for as many tokens as PROBE has, in sequences of `length`, from two short probes."""
+    short = saved_bytes(model, own_rows)
+    if length == PROBE[0]:
+        return short
+    double = [2 * length for length in PROBE[::2]]
+    return short + (saved_bytes(model, own_rows, double) - short) * (length / PROBE[0] - 1)
+
+
+def saved_bytes(model: PreTrainedModel, own_rows: bool = False, probe: list[int] = PROBE) -> int:
+    """Bytes for sequences of equal lengths, packed or with a row for each, on the meta device."""
     with quiet():
         model.set_attn_implementation(PACKED_ON_META)
-    lengths = {} if own_rows else {"sequence_lengths": PROBE}
+    lengths = {} if own_rows else {"sequence_lengths": probe}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no address is used again
@@ -261,7 +283,7 @@ def saved_bytes(model: PreTrainedModel, own_rows: bool = False) -> int:
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    shape = (len(PROBE), PROBE[0]) if own_rows else (1, sum(PROBE))
+    shape = (len(probe), probe[0]) if own_rows else (1, sum(probe))
     ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -85,8 +85,8 @@ def train(
     dataset = mixed_dataset(inputs, args)
     texts = inputs.held_out()
     say(describe(inputs, dataset, items_per_step(args)))
-    padding = own_rows.padding(first_rows(dataset, args, config.row_tokens))
-    memory.check(config, args, inputs.model, inputs.row_tokens(args), padding)
+    rows = first_rows(dataset, args, config.row_tokens)
+    memory.check(config, args, inputs.model, inputs.row_tokens(args), rows)
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
@@ -99,7 +99,7 @@ def train(
     with stop_on_signals(ask):
         student, dtype = load_student(config, inputs.model, args)
         if way_of(student).own_rows and args.process_index == 0:
-            say(own_rows.cost(student, padding))
+            say(own_rows.cost(student, own_rows.padding(rows)))
         trainer = trainer_class(
             student,
             args,

@@ -12,7 +12,10 @@ from storage import (
     Dump,
     FormatVersionError,
     LogitDataset,
+    Record,
+    Samples,
     ShardWriter,
+    TopK,
     create_dump,
     verify,
 )
@@ -123,6 +126,33 @@ def test_golden_dumps_are_indexed(tmp_path: Path, name: str) -> None:
     assert dataset._index is not None
     for number, record in enumerate(expected):
         assert_same(dataset[number], record, tolerance=0)
+    assert dataset._readers == {}
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize("codec", ["v1", "v2"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_golden_dumps_with_an_index_are_read_for_ever(
+    tmp_path: Path, codec: str, indexed: bool
+) -> None:
+    """golden/indexed_* hold heads and indexes of the first release that wrote them."""
+    golden = Path(__file__).parent / "golden"
+    path, expected = tmp_path / "dump", np.load(golden / "expected_indexed.npz")
+    shutil.copytree(golden / f"indexed_{codec}", path)
+    if not indexed:
+        index_file(path).unlink()
+    dataset = LogitDataset(path)
+    assert dataset.lengths.tolist() == [20] * 4
+    assert dataset.dump.partition(0).shards
+    for number in (3, 0, 2, 1):
+        names = ("counts", "ids", "logprobs", "tail_logprob")
+        arrays = [expected[f"{name}_{number}"] for name in names]
+        wanted = Record(f"doc-{number}", 0, expected[f"input_ids_{number}"], TopK(*arrays))
+        record = dataset[number]
+        assert_same(record, wanted, tolerance=1e-5)
+        sampled = [expected[f"sampled_{name}_{number}"] for name in ("counts", "ids", "times")]
+        assert record.topk.samples is not None
+        assert record.topk.samples.same(Samples(5, *sampled))
     assert dataset._readers == {}
     assert verify(path).ok
 

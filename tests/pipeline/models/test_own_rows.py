@@ -22,4 +22,4 @@ def test_a_batch_holds_each_sequence_and_goes_back_into_the_row(lengths: list[in
 
 def test_the_cost_is_the_share_of_padding() -> None:
     assert padding([[4, 2], [3]]) == pytest.approx(2 / 11)
-    assert padding([[7]]) == padding([]) - 1 == 0
+    assert padding([[7]]) == padding([]) == 0

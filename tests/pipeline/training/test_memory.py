@@ -261,16 +261,33 @@ def test_a_run_that_may_not_fit_gets_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("kind", "times"), [("llama", 1), ("lfm2", 2), ("mamba2", 2), ("falcon_h1", 2)]
+    ("kind", "times"), [("llama", 1), ("lfm2", 1.5), ("mamba2", 1.5), ("falcon_h1", 1.5)]
 )
 def test_padding_counts_where_sequences_have_rows_of_their_own(
-    kind: str, times: int, tmp_path: Path
+    kind: str, times: float, tmp_path: Path
 ) -> None:
-    """The activations of a row that is half padding are those of a row twice as long."""
+    """The activations of a row that is a third padding are those of a row half as long again."""
     folder = ModelFolder(saved(tiny(kind), tmp_path / "model"))
     config = settings(tmp_path, folder.path, None, tmp_path / "d.jsonl", mix=0, max_length=50)
     args = training_arguments(config)
-    packed, padded = (memory.estimate(config, args, folder, 200, share) for share in (0.0, 0.5))
+    packed, padded = (memory.estimate(config, args, folder, 200, rows) for rows in ((), [[30, 10]]))
     assert packed.activations is not None
     assert padded.activations == pytest.approx(times * packed.activations, rel=1e-3)
     assert padded.lasting == packed.lasting
+
+
+@pytest.mark.parametrize("length", [20, 50])
+def test_eager_attention_is_paid_by_the_length_of_the_sequences(
+    length: int, tmp_path: Path
+) -> None:
+    """A line through two short probes, compared with a pass over the sequences themselves."""
+    folder = ModelFolder(saved(tiny("gemma2"), tmp_path / "model"))
+    empty = folder.empty(torch.float32)
+    expected = memory.saved_bytes(empty, probe=[length] * 4)
+    found = memory.bytes_at(empty, False, length) * 4 * length / sum(memory.PROBE)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert memory.mean_length([[length] * 4]) == length
+    config = settings(tmp_path, folder.path, None, tmp_path / "d.jsonl", mix=0, max_length=50)
+    args = training_arguments(config)
+    estimate = memory.estimate(config, args, folder, 4 * length, [[length] * 4])
+    assert estimate.activations == pytest.approx(expected, rel=0.02)

@@ -123,8 +123,7 @@ def test_without_room_for_the_unquantised_weights_the_bound_is_wide(
 def test_a_computation_that_overflows_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nan = SimpleNamespace(mean=float("nan"))
-    monkeypatch.setattr(quantised, "measure", lambda *_: nan)
+    monkeypatch.setattr(quantised, "measure", lambda *_: SimpleNamespace(mean=float("nan")))
     with pytest.raises(ConfigError, match="Set another bnb_4bit_compute_dtype"):
         train.run(config)
 

@@ -30,7 +30,6 @@ from transformers import (
 from pipeline import cli
 from pipeline.config import (
     CorpusConfig,
-    DumpConfig,
     EvalConfig,
     HeldOutConfig,
     LossConfig,
@@ -39,7 +38,7 @@ from pipeline.config import (
 from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
-from pipeline.dump import dump, recompute
+from pipeline.dump import recompute
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
@@ -49,7 +48,7 @@ from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers.architectures import saved, sharpened, tiny
 from tests.helpers.corpora import some_texts, write_texts
-from tests.helpers.dumps import with_rows
+from tests.helpers.dumps import dumped, with_rows
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -147,21 +146,6 @@ def test_a_model_that_changes_its_logits_is_refused() -> None:
 
 
 # ---- whole runs
-
-
-def dumped(model: Path, corpus: Path, output: Path) -> Path:
-    """A dump by transformers of what the model says to the corpus."""
-    dump.run(
-        DumpConfig(
-            model=str(model),
-            corpus=CorpusConfig(str(corpus)),
-            output=str(output),
-            k=8,
-            max_length=100,
-            engine="transformers",
-        )
-    )
-    return output
 
 
 @pytest.mark.parametrize("cap", [3.0, 50.0])
