@@ -158,6 +158,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_ocr_text": MROPE,
     "llama4_text": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 4},
+    "zamba2": {"num_key_value_heads": 2},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
