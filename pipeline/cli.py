@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import logging
 import math
 import os
 import re
@@ -32,6 +33,9 @@ from pipeline.json_files import write_json
 from pipeline.outside import is_outside
 from pipeline.places import check_file, inputs_of
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
+
+# transformers imports bitsandbytes, which on some CPUs advises to install what runs hub code.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Config = TypeVar("Config")
 

@@ -18,6 +18,7 @@ from pipeline.dump.partitions import Meter, write_partitions
 from pipeline.dump.plan import make_plan, plan_differences
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.trainable import check_trainable
 from pipeline.places import check_output, inputs_of
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
@@ -93,6 +94,7 @@ def run_with(
         raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
     model = ModelFolder.find(config.model, config.revision)
     check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
+    check_trainable(model)
     corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))

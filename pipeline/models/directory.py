@@ -14,17 +14,25 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from pipeline.errors import ConfigError
 from pipeline.models import weights
+from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
+from pipeline.models.quantization import keep_differentiable, quantization_config
 from pipeline.outside import failure, is_outside
 from pipeline.passed import reason
+from pipeline.types import Json
 from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -167,42 +175,80 @@ class ModelFolder:
 
         Reads headers alone. `strict` is False for an engine that may know more layouts.
         """
+        _ = self.auto_class
         try:
-            kind = type(self.empty())
-        except Exception as error:  # whatever the values of config.json make transformers do
+            empty = self.empty()
+        except ConfigError:
             if strict:
-                raise ConfigError(
-                    f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
-                ) from error
+                raise
             return  # an engine's own architecture
-        weights.check(self.path, kind, copy.deepcopy(self.config), strict)
+        weights.check(self.path, type(empty), empty.config, strict)
 
-    def load(self, dtype: str) -> PreTrainedModel:
+    @property
+    def auto_class(self) -> type[AutoModelForCausalLM]:
+        """transformers' maker of the model, a wrapper with other inputs too if config.json names
+        one; ConfigError for an encoder with a decoder."""
+        if self.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{self.path / 'config.json'}: model_type {self.config.model_type!r} is an encoder "
+                "with a decoder. Use a model that is a decoder alone"
+            )
+        kind = self.config.model_type
+        wrapper = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+        if wrapper in self.architectures or (
+            wrapper and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        ):
+            found: type[AutoModelForCausalLM] = AutoModelForMultimodalLM
+            return found
+        return AutoModelForCausalLM
+
+    def load(
+        self, dtype: str, quantization: Json | None = None, device: str = "cpu"
+    ) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
-        Every weight is one of the files': transformers itself would make up what is missing.
+        Every weight is one of the files': transformers itself would make up what is missing. Eager
+        attention is taken where sdpa would leave out what the model's attention does.
+        `quantization` has the settings of `models.quantization`; the model is then on `device`,
+        where its weights are quantised one by one as they are read.
         """
         self.check_weights()
+        options: Json = {}
+        if quantization is not None:
+            by = quantization_config(quantization)
+            options = {"quantization_config": by, "device_map": {"": device}}
         generation = self.path / "generation_config.json"
         if generation.exists():
             read_json(generation)
         try:
             with weights.quiet():
                 model: PreTrainedModel
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                model, found = self.auto_class.from_pretrained(
+                    self.path,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
+        keep_differentiable(model)
+        take_exact_attention(model)
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model on the meta device: shapes without storage."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
-            )
+        """The model on the meta device: shapes without storage. ConfigError where config.json does
+        not make one."""
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = self.auto_class.from_config(
+                    copy.deepcopy(self.config), dtype=dtype, trust_remote_code=False
+                )
+        except Exception as error:  # whatever the values of config.json make transformers do
+            raise ConfigError(
+                f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
+            ) from error
         return model
 
 

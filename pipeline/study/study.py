@@ -13,7 +13,7 @@ from pipeline.cli import parse, script_parser
 from pipeline.config import EvalConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
-from pipeline.json_files import write_json
+from pipeline.json_files import read_json, write_json
 from pipeline.models.directory import ModelFolder
 from pipeline.places import check_output, inputs_of
 from pipeline.progress import say, show
@@ -160,7 +160,7 @@ def make_dump(config: StudyConfig, name: str) -> None:
     }
     file = folder.parent / f"{name}.json"
     if file.exists():
-        refuse_other_settings(folder, json.loads(file.read_text()), settings)
+        refuse_other_settings(folder, read_json(file), settings)
     if (folder / "manifest.json").exists():
         return
     say(f"\n=== dump {name}")
@@ -235,15 +235,14 @@ class Study:
         file = folder / MEASURES
         if not file.exists():
             write_json(file, self.comparison.measure(name, model))
-        found: Json = json.loads(file.read_text())
-        return found
+        return read_json(file)
 
 
 def check_same(folder: Path, settings: Json) -> None:
     """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
-        refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
+        refuse_other_settings(folder, read_json(folder / RUN), plain)
     write_json(folder / RUN, plain)
 
 

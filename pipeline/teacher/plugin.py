@@ -1,4 +1,4 @@
-"""Check whether vLLM has loaded this project's plug-in, and which models it can wrap."""
+"""Check whether vLLM has loaded this project's plug-in, and for which models it has classes."""
 
 import os
 from importlib.metadata import entry_points
@@ -9,13 +9,13 @@ GROUP, NAME = "vllm.general_plugins", "mol_topk"
 TARGET = "pipeline.teacher.topk_model:register"
 
 
-def can_wrap(architectures: list[str]) -> bool:
-    """Whether the plug-in has registered a top-k model for one of these architectures.
+def class_overrides(architectures: list[str]) -> dict[str, str]:
+    """The plug-in's classes for a model of these architectures, for vLLM's `model_class_overrides`;
+    empty if it cannot wrap any.
 
     Raises ConfigError if vLLM did not load the plug-in. vLLM itself only logs this, and every dump
     would use the slower path.
     """
-    from vllm.model_executor.models import ModelRegistry
     from vllm.plugins import load_general_plugins
 
     from pipeline.teacher import topk_model
@@ -23,8 +23,7 @@ def can_wrap(architectures: list[str]) -> bool:
     load_general_plugins()
     if not topk_model.registered:
         raise ConfigError(f"vLLM did not load the top-k plug-in {NAME}: {why_not_loaded()}")
-    known = ModelRegistry.get_supported_archs()
-    return any(topk_model.PREFIX + name in known for name in architectures)
+    return topk_model.class_overrides(architectures)
 
 
 def why_not_loaded() -> str:

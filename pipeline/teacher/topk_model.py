@@ -1,22 +1,29 @@
-"""The vLLM plug-in: any causal language model as a pooling model that returns its top-k.
+"""The vLLM plug-in: any language model as a pooling model that returns its top-k.
 
-`register` is this package's entry point in vllm.general_plugins. For an architecture "X" the model
-"TopKX" is X itself with a pooler that applies X's own head to every position and returns, per
-position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k ids (floats
-bit-cast), and, if the dump has samples, N ids drawn from the tail (pipeline/teacher/sampling.py).
+`register` is this package's entry point in vllm.general_plugins. For an architecture "X", the class
+"TopKX" of this module is X's own class with a pooler that applies X's own head to every position
+and returns, per position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k
+ids (floats bit-cast), and, if the dump has samples, N ids drawn from the tail (sampling.py).
 All values stay in tensors: there is no Python object per entry.
 
-It uses these interfaces of vLLM 0.32: ModelRegistry, Pooler, VllmModelForPooling,
-PoolingMetadata.get_pooling_cursor and pooling_states, the model's logits_processor and lm_head,
-get_tensor_model_parallel_rank and tensor_model_parallel_all_gather.
+An engine that dumps is started with `class_overrides`: vLLM then makes "TopKX" wherever it would
+make X. The architecture keeps its name, because vLLM looks up far more than the class by it: the
+dtypes of caches and states, ALiBi, kernels, defaults (MODELS_CONFIG_MAP and many more places).
+An override lasts as long as the process; a class whose config has no `topk_k` is X, unchanged.
+
+It uses these interfaces of vLLM 0.32: ModelRegistry, model_class_overrides, Pooler,
+VllmModelForPooling, PoolingMetadata.get_pooling_cursor and pooling_states, LogitsProcessor,
+ParallelLMHead, get_tensor_model_parallel_rank and tensor_model_parallel_all_gather.
 """
 
 import os
+import re
 import signal
 from collections.abc import Set
 from typing import Any
 
 import torch
+import transformers
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_pp_group,
@@ -24,15 +31,23 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from pipeline.signals import die_with_parent
+from pipeline.teacher import stand_in
 from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 
 PREFIX = "TopK"
+BY_TRANSFORMERS = re.compile(r"Transformers\w*ForCausalLM")
 registered = False  # set by `register`: whether vLLM has loaded this plug-in in this process
+originals: dict[str, Any] = {}  # set by `register`: vLLM's own entries, by architecture
 OWNER = "MOL_DUMP_PID"  # id of the process that owns the engine
 # Bytes of float32 logits in memory at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
@@ -41,45 +56,72 @@ GROUP = 8  # columns per maximum, see `largest`
 
 
 def register() -> None:
-    """Register "TopKX" for every text-generation architecture X that vLLM knows.
+    """Keep vLLM's own classes at hand, and tie this process to the dump that owns the engine.
 
-    vLLM calls this in each of its processes. The engine processes of a dump die with the dump, and
-    ignore SIGINT from a terminal: the dump handles it.
+    vLLM calls this in each of its processes. Those of a dump get stand-ins for packages of images
+    and sound. Its engine processes die with the dump, and ignore SIGINT from a terminal: the dump
+    handles it.
     """
     global registered
     registered = True
+    originals.update({name: of for name, of in ModelRegistry.models.items() if not is_own(of)})
     owner = os.environ.get(OWNER)
+    if owner:
+        stand_in.install()
     if owner and int(owner) != os.getpid():
         die_with_parent(signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in list(ModelRegistry.get_supported_archs()):
-        if name.endswith("ForCausalLM") and not name.startswith(PREFIX):
-            ModelRegistry.register_model(PREFIX + name, f"{__name__}:{PREFIX}{name}")
+
+
+def class_overrides(architectures: list[str]) -> dict[str, str]:
+    """vLLM's `model_class_overrides` for a model of these architectures; empty for unknown ones.
+
+    A model that vLLM has no code for runs through transformers', under the name of the class for
+    that.
+    """
+    known = [name for name in architectures if name in ModelRegistry.models]
+    if known or not set(architectures).isdisjoint(dir(transformers)):
+        known += [name for name in ModelRegistry.models if BY_TRANSFORMERS.fullmatch(name)]
+    return {name: f"{__name__}:{PREFIX}{name}" for name in known}
 
 
 def __getattr__(name: str) -> type:
     """Make the class "TopKX" when vLLM asks for it."""
-    if not name.startswith(PREFIX) or not name.endswith("ForCausalLM"):
+    architecture = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX) or architecture not in ModelRegistry.models:
         raise AttributeError(name)
-    base = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
-    made = make_class(name, base)
+    made = make_class(original(architecture).load_model_cls())
     globals()[name] = made
     return made
 
 
-def make_class(name: str, base: type) -> type:
+def original(architecture: str) -> Any:
+    """vLLM's entry for an architecture, whatever overrides it now."""
+    found = ModelRegistry.models[architecture]
+    return originals[architecture] if is_own(found) else found
+
+
+def is_own(entry: Any) -> bool:
+    """Whether an entry of the registry is a class of this module."""
+    return getattr(entry, "module_name", None) == __name__
+
+
+def make_class(base: Any) -> type:
     class TopKModel(base, VllmModelForPooling):
         is_pooling_model = True
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             asked = vllm_config.model_config.hf_config
+            if not hasattr(asked, "topk_k"):
+                return  # an engine that does not dump, or the language model within a wrapper
             how = Sampling(int(asked.topk_samples), int(asked.topk_seed))
             size = vllm_config.model_config.get_vocab_size()
             self.pooler = TopKPooler(self, int(asked.topk_k), how, size)
             keep_quantised_head(self)
 
-    TopKModel.__name__ = TopKModel.__qualname__ = name
+    # vLLM looks up by the class's name, too.
+    TopKModel.__name__, TopKModel.__qualname__ = base.__name__, base.__qualname__
     return TopKModel
 
 
@@ -267,17 +309,21 @@ def largest(
 
 
 def inner_model(model: Any) -> Any:
-    """The submodel with the head; multimodal wrappers call it language_model."""
-    while not hasattr(model, "logits_processor"):
-        model = model.language_model
-    return model
+    """The submodel with the head: the model itself, or the language model of a wrapper."""
+    for part in model.modules():
+        if isinstance(getattr(part, "logits_processor", None), LogitsProcessor):
+            return part
+    raise ValueError(f"{type(model).__name__} has no head over a vocabulary")
 
 
 def head_of(model: Any) -> Any:
     """The language model's head; if tied, it may be the embedding."""
     inner = inner_model(model)
-    head = getattr(inner, "lm_head", None)
-    return head if hasattr(head, "shard_indices") else inner.model.embed_tokens
+    named = getattr(inner, "lm_head", None)
+    found = [named, *inner.modules()]
+    heads = [part for part in found if isinstance(part, ParallelLMHead)]
+    embeddings = [part for part in found if isinstance(part, VocabParallelEmbedding)]
+    return (heads or embeddings)[0]
 
 
 def keep_quantised_head(model: Any) -> None:

@@ -12,15 +12,14 @@ import torch
 from pipeline.engine_args import check_engine_args, reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
-from pipeline.passed import blamed, reason
+from pipeline.passed import blamed
+from pipeline.teacher.vllm_log import VllmLog
 
-# Values of load_format whose files name the tensors as transformers does.
-HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 # Every vLLM interface that this folder uses: module, name, parameters.
 VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "EngineArgs", "model runner hf_overrides dtype max_model_len enable_prefix_caching "
      "skip_tokenizer_init disable_log_stats enforce_eager distributed_executor_backend "
-     "max_logprobs trust_remote_code"),
+     "max_logprobs trust_remote_code language_model_only model_class_overrides"),
     ("vllm", "LLMEngine.from_engine_args", "engine_args"),
     ("vllm", "LLMEngine.add_request", "request_id prompt params"),
     ("vllm", "LLMEngine.step", ""),
@@ -30,8 +29,7 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
      "top_p seed stop_token_ids ignore_eos"),
     ("vllm.logprobs", "FlatLogprobs", "token_ids logprobs"),
     ("vllm.plugins", "load_general_plugins", ""),
-    ("vllm.model_executor.models", "ModelRegistry.register_model", "model_arch model_cls"),
-    ("vllm.model_executor.models", "ModelRegistry.get_supported_archs", ""),
+    ("vllm.model_executor.models", "ModelRegistry.models", ""),
     ("vllm.model_executor.models.interfaces_base", "VllmModelForPooling", ""),
     ("vllm.model_executor.layers.pooler.abstract", "Pooler.forward",
      "hidden_states pooling_metadata"),
@@ -93,6 +91,7 @@ def engine_settings(
         "max_model_len": max_length,
         "enable_prefix_caching": False,  # a cached prefix would return no rows
         "skip_tokenizer_init": True,
+        "language_model_only": True,  # no images, and no processors, which need the tokenizer
         "disable_log_stats": True,
         # Compilation is worthwhile on a GPU; on a CPU it costs a minute at every start.
         "enforce_eager": not torch.cuda.is_available(),
@@ -101,19 +100,26 @@ def engine_settings(
     }
 
 
-def start_engine(settings: dict[str, Any]) -> Any:
-    """Start vLLM's engine with these EngineArgs. Raises ConfigError for those it refuses."""
+def start_engine(settings: dict[str, Any], log: VllmLog) -> Any:
+    """Start vLLM's engine with these EngineArgs; what it writes goes to the log.
+
+    Raises ConfigError that names the setting which vLLM refuses, and vLLM's own errors.
+    """
     from vllm import EngineArgs, LLMEngine
 
     # On a CPU vLLM 0.32 searches all loaded modules for kernels to replace. It fails on a module of
     # numba (which codec version 2 uses) that returns a value for any attribute name.
     numba_library = sys.modules.pop("llvmlite.binding.ffi", None)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**settings))
+        with log.catching():
+            return LLMEngine.from_engine_args(EngineArgs(**settings))
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
-        name = blamed(config_of, settings) if refuses(settings) else ""
+        with log.catching():
+            name = blamed(config_of, settings) if refuses(settings) else ""
+        if not name:
+            raise
         raise ConfigError(
-            f"engine_args{name}: vLLM does not start with these settings: {reason(error)}"
+            f"engine_args{name}: vLLM does not start with these settings: {log.reason(error)}"
         ) from error
     finally:
         if numba_library is not None:

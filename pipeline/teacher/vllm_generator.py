@@ -4,6 +4,7 @@ from typing import Any
 
 from pipeline.models.directory import ModelFolder
 from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
+from pipeline.teacher.vllm_log import VllmLog
 
 
 class VllmGenerator:
@@ -14,7 +15,9 @@ class VllmGenerator:
     ) -> None:
         check_interface()
         settings = engine_settings(model, dtype, max_length, engine_args)
-        self.engine = start_engine(settings)
+        self.log = VllmLog()
+        with self.log.explained(model):
+            self.engine = start_engine({**settings, "runner": "generate"}, self.log)
         self.max_length, self.requests = max_length, 0
 
     def __enter__(self) -> "VllmGenerator":
@@ -22,6 +25,7 @@ class VllmGenerator:
 
     def __exit__(self, *_: object) -> None:
         self.engine.engine_core.shutdown(timeout=30)
+        self.log.remove()
 
     def generate(
         self,

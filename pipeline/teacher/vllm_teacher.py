@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.corpus import Sequence
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Interrupted
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
-from pipeline.teacher.plugin import can_wrap
+from pipeline.teacher.plugin import class_overrides
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 from pipeline.teacher.teacher import Answers
 from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
+from pipeline.teacher.vllm_log import VllmLog
 from storage import TopK
 
 
@@ -22,8 +23,8 @@ class VllmTeacher:
     cannot wrap the model.
 
     `engine_args` go to vLLM's EngineArgs unchanged and override the defaults of `engine_settings`.
-    Raises ConfigError if vLLM's interfaces differ from 0.32, if it did not load the plug-in, and if
-    samples are asked for that prompt_logprobs cannot draw.
+    Raises ConfigError if vLLM's interfaces differ from 0.32, if it did not load the plug-in, if
+    samples are asked for that prompt_logprobs cannot draw, and if vLLM cannot run the model.
     """
 
     def __init__(
@@ -38,41 +39,50 @@ class VllmTeacher:
     ) -> None:
         check_interface()
         self.in_flight, self.requests = in_flight, 0
-        architectures = model.architectures
+        self.model, self.log = model, VllmLog()
         settings = engine_settings(model, dtype, max_length, engine_args or {})
-        self.path: Pooled | PromptLogprobs = Pooled(k, how)
-        if not can_wrap(architectures):
-            if how.draws or not k:
-                raise ConfigError(
-                    f"samples {how.draws}, k {k}: the top-k plug-in cannot wrap "
-                    f"{', '.join(architectures)}, and vLLM's prompt_logprobs draw no samples. Set "
-                    "samples to 0 and k to 1 or more, or set engine: transformers"
-                )
-            say(
-                f"the top-k plug-in cannot wrap {', '.join(architectures)}: using vLLM's "
-                "prompt_logprobs, which is slower and gives the same shards"
+        architectures = settings.get("hf_overrides", {}).get("architectures", model.architectures)
+        classes = class_overrides(architectures)
+        if not classes and (how.draws or not k):
+            raise ConfigError(
+                f"samples {how.draws}, k {k}: the top-k plug-in cannot wrap "
+                f"{', '.join(architectures)}, and vLLM's prompt_logprobs draw no samples. Set "
+                "samples to 0 and k to 1 or more, or set engine: transformers"
             )
-            self.path = PromptLogprobs(k)
-        try:
-            self.engine = self.path.start(settings, architectures)
-        except Exception as error:
-            if isinstance(self.path, PromptLogprobs) or how.draws or not k:
-                raise  # there is no other way to draw samples
-            say(
-                f"vLLM does not start with the top-k plug-in ({type(error).__name__}: {error}); "
-                "trying prompt_logprobs, which is slower and gives the same shards"
-            )
-            self.path = PromptLogprobs(k)
+        self.path, self.engine = self.start(settings, classes, k, how)
+
+    def start(
+        self, settings: dict[str, Any], classes: dict[str, str], k: int, how: Sampling
+    ) -> tuple["Pooled | PromptLogprobs", Any]:
+        """The way to the answers, and the engine. Says why it is the slower one.
+
+        Raises ConfigError or FailedError, with the reason, if vLLM does not start.
+        """
+        why, before = "the top-k plug-in has no class for this architecture", ""
+        if classes:
+            pooled = Pooled(k, how)
+            wrapped = {**settings, "model_class_overrides": classes}
+            if how.draws or not k:  # there is no other way to draw samples
+                with self.log.explained(self.model):
+                    return pooled, pooled.start(wrapped, self.log)
             try:
-                self.engine = self.path.start(settings, architectures)
-            except Exception:
-                raise error from None  # the plug-in was not the reason
+                return pooled, pooled.start(wrapped, self.log)
+            except Interrupted:
+                raise
+            except Exception as error:
+                before = self.log.reason(error)
+            why = f"vLLM does not start with the top-k plug-in ({before}; {self.log.place})"
+        say(f"{why}: using vLLM's prompt_logprobs, which is slower and gives the same shards")
+        slower = PromptLogprobs(k)
+        with self.log.explained(self.model, before):
+            return slower, slower.start(settings, self.log)
 
     def __enter__(self) -> "VllmTeacher":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.engine.engine_core.shutdown(timeout=30)
+        self.log.remove()
 
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
         waiting: dict[int, Sequence] = {}  # given to the engine, not yet yielded
@@ -93,7 +103,7 @@ class VllmTeacher:
                     self.engine.add_request(str(number), prompt, self.path.params)
                 if not waiting:
                     return
-                for output in self.engine.step():
+                for output in self.step():
                     if output.finished and output.request_id in names:
                         number = names.pop(output.request_id)
                         answers[number] = self.path.answer(waiting[number], output)
@@ -104,6 +114,12 @@ class VllmTeacher:
             if names:
                 self.engine.abort_request(list(names))
 
+    def step(self) -> Any:
+        """One step of the engine. ConfigError or FailedError, with the reason, if it fails: vLLM
+        finds some of its limits only when it computes."""
+        with self.log.explained(self.model):
+            return self.engine.step()
+
 
 class Pooled:
     """The path through the plug-in: answers arrive as tensors."""
@@ -111,20 +127,17 @@ class Pooled:
     def __init__(self, k: int, how: Sampling = NO_SAMPLES) -> None:
         self.k, self.how = k, how
 
-    def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
+    def start(self, settings: dict[str, Any], log: VllmLog) -> Any:
         from vllm import PoolingParams
 
-        from pipeline.teacher.topk_model import PREFIX
-
-        overrides = {
-            "architectures": [PREFIX + name for name in architectures],
+        asked = {
             "topk_k": self.k,
             "topk_samples": self.how.draws,
             "topk_seed": self.how.seed,
             **settings.get("hf_overrides", {}),
         }
         self.params = PoolingParams(task="token_classify")
-        return start_engine({**settings, "runner": "pooling", "hf_overrides": overrides})
+        return start_engine({**settings, "runner": "pooling", "hf_overrides": asked}, log)
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
         """int32 [T, 1 + 2k + N] from the plug-in -> TopK of T - 1 positions.
@@ -159,7 +172,7 @@ class PromptLogprobs:
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def start(self, settings: dict[str, Any], architectures: list[str]) -> Any:
+    def start(self, settings: dict[str, Any], log: VllmLog) -> Any:
         # vLLM generates one token after each sequence; the model never reads it.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         from vllm import SamplingParams
@@ -172,7 +185,8 @@ class PromptLogprobs:
             temperature=0,
         )
         longer = settings["max_model_len"] + 1
-        return start_engine({**settings, "max_logprobs": self.k, "max_model_len": longer})
+        more = {"runner": "generate", "max_logprobs": self.k, "max_model_len": longer}
+        return start_engine({**settings, **more}, log)
 
     def answer(self, sequence: Sequence, output: Any) -> TopK:
         """Flat prompt_logprobs -> TopK. Each position has the next token, then the k best.

@@ -49,6 +49,8 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
             if not name.startswith(FREE) and name not in BATCH
         },
     }
+    if config.quantization is not None:  # runs without it have no such key
+        identity["quantization"] = config.quantization
     plain: Json = json.loads(json.dumps(identity, default=str))
     return plain
 

@@ -1,10 +1,7 @@
-"""Settings that are recorded beside a result, and the bounds of agreement."""
-
-import math
+"""Settings that are recorded beside a result."""
 
 import pytest
 
-from pipeline.agreement import BOUND, SURE, limit
 from pipeline.config import CorpusConfig, GenerateConfig
 from pipeline.errors import RefusedError
 from pipeline.recorded import recorded, refuse_other_settings
@@ -19,12 +16,6 @@ def test_every_difference_is_named() -> None:
     assert "loss.alpha: 1.0 in the study, 2.0 asked for" in str(told.value)
     assert "loss.direction: 'forward' in the study, None asked for" in str(told.value)
     assert "mix" not in str(told.value)
-
-
-def test_the_limit_adds_the_sampling_error() -> None:
-    assert limit(BOUND) == BOUND
-    assert limit(0.1, 0.01) == pytest.approx(0.1 + SURE * 0.01)
-    assert not math.nan <= limit(0.1)
 
 
 def test_records_are_those_of_earlier_releases_where_nothing_is_new() -> None:

@@ -21,8 +21,8 @@ def point(value: str) -> EntryPoint:
 
 
 def test_the_installed_plugin_is_the_one_that_runs() -> None:
-    assert plugin.can_wrap(["Qwen3ForCausalLM"])
-    assert not plugin.can_wrap(["NobodyKnowsForCausalLM"])
+    assert "Qwen3ForCausalLM" in plugin.class_overrides(["Qwen3ForCausalLM"])
+    assert not plugin.class_overrides(["NobodyKnowsForCausalLM"])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_reason_is_named(
     if allowed is not None:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
     with pytest.raises(ConfigError, match="vLLM did not load the top-k plug-in mol_topk") as told:
-        plugin.can_wrap(["Qwen3ForCausalLM"])
+        plugin.class_overrides(["Qwen3ForCausalLM"])
     assert words in str(told.value)
 
 

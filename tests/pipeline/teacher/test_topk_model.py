@@ -13,6 +13,38 @@ from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 topk_model = pytest.importorskip("pipeline.teacher.topk_model", reason="needs vllm")
 
 
+def test_every_architecture_keeps_its_name() -> None:
+    """vLLM looks up hooks, dtypes and kernels by it: MODELS_CONFIG_MAP is one of the places."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    known = set(MODELS_CONFIG_MAP) & set(ModelRegistry.models)
+    assert {"Mamba2ForCausalLM", "Gemma4ForConditionalGeneration", "GptOssForCausalLM"} <= known
+    for name in ModelRegistry.models:
+        classes = topk_model.class_overrides([name])
+        assert classes[name] == f"pipeline.teacher.topk_model:TopK{name}"
+    assert not topk_model.class_overrides(["NobodyKnowsForCausalLM"])
+    # vLLM has no code of its own for it, and takes transformers'.
+    assert "TransformersForCausalLM" in topk_model.class_overrides(["GPTNeoForCausalLM"])
+
+
+def test_a_class_is_made_of_vllms_own_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the architecture is overridden already, as after a first dump in a process."""
+    from vllm.model_executor.models import ModelRegistry
+
+    name = "Qwen3ForCausalLM"
+    topk_model.register()
+    own = topk_model.original(name)
+    monkeypatch.setitem(ModelRegistry.models, name, own)
+    ModelRegistry.register_model(name, topk_model.class_overrides([name])[name])
+    assert topk_model.original(name) is own
+    made = topk_model.TopKQwen3ForCausalLM
+    assert made.__name__ == name
+    assert issubclass(made, own.load_model_cls())
+    with pytest.raises(AttributeError):
+        _ = topk_model.TopKNobodyKnowsForCausalLM
+
+
 @pytest.mark.parametrize("size", [5, 64, 1000, 4099, 33_000])
 @pytest.mark.parametrize("k", [1, 4, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from pipeline.engine_args import check_engine_args
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.teacher import vllm_engine
+from pipeline.teacher.vllm_log import VllmLog
 from tests.helpers.models import tiny_model
 
 pytest.importorskip("vllm")
@@ -43,8 +44,12 @@ def test_an_argument_that_vllm_refuses_is_named(
 ) -> None:
     model = ModelFolder(tiny_model(tmp_path))
     settings = vllm_engine.engine_settings(model, "float32", 64, given)
-    with pytest.raises(ConfigError, match=message):
-        vllm_engine.start_engine(settings)
+    log = VllmLog()
+    try:
+        with pytest.raises(ConfigError, match=message):
+            vllm_engine.start_engine(settings, log)
+    finally:
+        log.remove()
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.corpus import Sequence
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
-from pipeline.teacher.sampling import Sampling
+from pipeline.teacher.sampling import NO_SAMPLES, Sampling
 from pipeline.teacher.teacher import Teacher, TransformersTeacher
 from pipeline.teacher.vllm_teacher import Pooled, PromptLogprobs, VllmTeacher
 from storage import TopK
 from storage.codec.v2_tables import compiled
 from storage.topk import check_topk
-from tests.helpers.models import quantise_int8, tiny_model
+from tests.helpers.models import quantise_int8, tiny_model, tiny_tokenizer
 from tests.helpers.paths import ROOT
+from tests.helpers.wrappers import tiny_wrapper
 
 K = 16
 
@@ -89,6 +91,31 @@ def test_rows_of_another_width_are_refused() -> None:
         Pooled(16).answer(sequence, output)
 
 
+@pytest.mark.parametrize("slower_starts", [True, False])
+def test_why_a_way_fails_is_one_line(
+    long_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slower_starts: bool,
+) -> None:
+    def fail(self: object, *_: object) -> None:
+        raise AssertionError(f"{type(self).__name__} needs\nBF16")
+
+    monkeypatch.setattr(Pooled, "start", fail)
+    monkeypatch.setattr(PromptLogprobs, "start", (lambda *_: None) if slower_starts else fail)
+    if slower_starts:
+        teacher = VllmTeacher(ModelFolder(long_model), K, 512)
+        assert isinstance(teacher.path, PromptLogprobs)
+    else:
+        with pytest.raises(ConfigError) as told:
+            VllmTeacher(ModelFolder(long_model), K, 512)
+        assert "PromptLogprobs needs BF16; AssertionError: Pooled needs BF16 (its log: " in str(
+            told.value
+        )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "prompt_logprobs" in line]
+    assert "top-k plug-in (AssertionError: Pooled needs BF16; its log: " in line
+
+
 @real_engine
 def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
     """Documents of up to 900 tokens, 128 tokens in a step, more documents than are in flight."""
@@ -150,6 +177,57 @@ def test_other_shapes_agree_with_transformers(tmp_path: Path, arch: Any, tie: bo
     assert_agree(found, answers(TransformersTeacher(ModelFolder(model), K, "float32"), given))
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+}
+NAMED = {
+    "mamba2": {
+        "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "pad_token_id": 0,
+    },
+    "gpt_neox": {
+        "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", sorted(NAMED))
+def test_models_that_vllm_knows_by_name_go_through_the_plugin(tmp_path: Path, kind: str) -> None:
+    """vLLM finds Mamba 2's hooks and transformers' GPT-NeoX by the name of the architecture."""
+    tiny_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE, **NAMED[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plugin_agrees(tmp_path, sequences([2, 40, 333]))
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen3_vl", "mistral3"])
+def test_wrappers_go_through_the_plugin(tmp_path: Path, kind: str) -> None:
+    """Their language model reads text alone; its samples come from the right tail."""
+    plugin_agrees(tiny_wrapper(tmp_path, kind), sequences([2, 40, 333]), Sampling(40, seed=3))
+
+
+def plugin_agrees(model: Path, given: list[Sequence], how: Sampling = NO_SAMPLES) -> None:
+    # The reference comes first: vLLM changes classes of transformers in its process.
+    size = ModelFolder(model).vocab_size
+    whole = answers(TransformersTeacher(ModelFolder(model), size, "float32"), given)
+    expected = answers(TransformersTeacher(ModelFolder(model), K, "float32"), given)
+    with VllmTeacher(ModelFolder(model), K, 1024, "float32", 64, {}, how) as teacher:
+        assert isinstance(teacher.path, Pooled)
+        found = answers(teacher, given)
+    assert_agree(found, expected)
+    if how.draws:
+        assert_drawn_from(found, whole, K, how.draws)
+
+
 @real_engine
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
@@ -183,9 +261,10 @@ def test_samples_come_from_the_tail_that_transformers_computes(
 def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -> None:
     different = 0
     for topk, every in zip(found, full, strict=True):
-        check_topk(topk, 512)
+        size = every.dense()[0].shape[1]
+        check_topk(topk, size)
         assert set(topk.counts.tolist()) == {k}
-        p = np.zeros((len(topk), 512))
+        p = np.zeros((len(topk), size))
         np.put_along_axis(p, every.dense()[0], np.exp(every.dense()[1].astype(float)), 1)
         np.put_along_axis(p, topk.dense()[0], 0, 1)
         assert topk.samples is not None
@@ -199,11 +278,16 @@ def assert_drawn_from(found: list[TopK], full: list[TopK], k: int, draws: int) -
     assert different > 3 * sum(map(len, found)), "too few different ids: the test shows little"
 
 
+def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an architecture that vLLM does not know."""
+    monkeypatch.setattr("pipeline.teacher.vllm_teacher.class_overrides", lambda architectures: {})
+
+
 @real_engine
 def test_samples_without_the_plugin_are_refused(
     long_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
+    without_plugin(monkeypatch)
     with pytest.raises(ConfigError, match="draw no samples"):
         VllmTeacher(ModelFolder(long_model), K, 512, how=Sampling(8))
 
@@ -229,7 +313,7 @@ def test_a_model_that_the_plugin_cannot_wrap_uses_prompt_logprobs(
     long_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a message, and with the same answers, also at the longest length of the model."""
-    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
+    without_plugin(monkeypatch)
     given = sequences([2, 40, 333, 2048])
     with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
@@ -248,7 +332,7 @@ def test_the_plugin_agrees_with_vllm_on_a_quantised_model(
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
         assert isinstance(teacher.path, Pooled)
         found = answers(teacher, given)
-    monkeypatch.setattr("pipeline.teacher.topk_model.PREFIX", "Unheard")
+    without_plugin(monkeypatch)
     with engine(model, "qwen3", dtype="bfloat16") as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
         expected = answers(teacher, given)
