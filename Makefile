@@ -10,7 +10,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-kill test-airflow fuzz lint types types-airflow lock clean \
+.PHONY: help setup demo test test-fast test-models test-kill test-airflow fuzz lint types types-airflow lock clean \
 	airflow airflow-setup
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test: setup  ## all tests except Airflow's and the long ones
 test-kill: setup  ## kill a dump 200 times, also with a second live writer, and compare all rows; then the long tests
 	$(PYTHON) -m tests.helpers.kills --kills 200
 	$(PYTHON) -m pytest -m long
+
+test-models: setup  ## every family of models through the whole pipeline; writes pipeline/models/SUPPORTED.md
+	$(PYTHON) -m tests.helpers.matrix --table
 
 test-fast: setup  ## only the fast tests, which do not start vLLM
 	$(PYTHON) -m pytest -m "not slow and not vllm and not long"

@@ -1,13 +1,14 @@
 """Chat messages -> text, by the tokenizer's chat template."""
 
 import hashlib
-from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.chat_renderer import RENDERER, CannotRender
+from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
 from pipeline.types import Json
 
 TODAY = datetime(2024, 7, 26)
@@ -22,10 +23,15 @@ class BadChat(ValueError):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Raises BadChat where the tokenizer has none."""
+    """A tokenizer's chat template. Raises BadChat where the tokenizer has none.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    With `special`, the text of a chat that spells special tokens has them masked.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens | None = None
+    ) -> None:
+        self.tokenizer, self.special = tokenizer, special
         try:
             self.source = str(tokenizer.get_chat_template())
         except ValueError as error:
@@ -34,28 +40,45 @@ class ChatTemplate:
     def identity(self) -> Json:
         """What decides the text beside the messages: the template, and the date if it asks."""
         found = {"fingerprint": hashlib.sha256(self.source.encode()).hexdigest()}
-        return found | ({"date": f"{TODAY:%Y-%m-%d}"} if self.clock else {})
+        return found | ({"date": f"{TODAY:%Y-%m-%d}"} if self.has_clock else {})
 
     @property
-    def clock(self) -> dict[str, Callable[[str], str]]:
-        """A clock that stands still, for templates that read one."""
-        return {"strftime_now": TODAY.strftime} if "strftime_now" in self.source else {}
+    def has_clock(self) -> bool:
+        """Whether the template asks for the time; it gets a clock that stands still."""
+        return "strftime_now" in self.source
 
     def render(self, messages: Any) -> str:
-        """The text of a list of messages; empty for none. Raises BadChat."""
+        """The text of a list of messages; empty for none. Raises BadChat, also where the template
+        takes more time or memory than it may (chat_renderer.py)."""
         checked = [self.message(each, f"message {at}") for at, each in enumerate(listed(messages))]
         if not checked:
             return ""
         try:
-            text = self.apply(checked)
+            text = self.masked(checked) if self.special else self.apply(checked)
             text.encode()
-        except Exception as error:  # a template raises whatever its expressions raise
+        except (CannotRender, CannotMask, UnicodeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadChat(f"the chat template refuses it: {reason}") from error
+            name = self.tokenizer.name_or_path
+            raise BadChat(f"the chat template of {name} cannot render it: {reason}") from error
         return text
 
+    def masked(self, messages: list[Json]) -> str:
+        assert self.special is not None
+        messages, spelled = self.special.mask(messages, self.source)
+        text = self.apply(messages)
+        if any(f"\\u{ord(mask):04x}" in text for mask in spelled):
+            raise CannotMask("the template escapes characters, and a message spells special tokens")
+        return Masked.of(text, spelled) if spelled else text
+
     def apply(self, messages: list[Json]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.clock))
+        return RENDERER.render(self.template, messages)
+
+    @cached_property
+    def template(self) -> Json:
+        """What apply_chat_template gives to jinja beside the messages."""
+        now = TODAY.isoformat() if self.has_clock else None
+        given = {**self.tokenizer.special_tokens_map, "add_generation_prompt": False}
+        return {"source": self.source, "given": given, "now": now}
 
     def message(self, message: Any, place: str) -> Json:
         """A message without its null keys, which are as good as absent."""
@@ -100,7 +123,7 @@ class ChatTemplate:
         message = {"role": "user", "content": [{"type": "text", "text": MARK}]}
         try:
             text = self.apply([message])
-        except Exception:  # see render
+        except CannotRender:
             return False
         return MARK in text and "'type'" not in text and '"type"' not in text
 

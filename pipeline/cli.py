@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import logging
 import math
 import os
 import re
@@ -29,7 +30,12 @@ from pipeline.errors import (
 )
 from pipeline.foreign import printable, refuse_secrets
 from pipeline.json_files import write_json
+from pipeline.outside import is_outside
+from pipeline.places import check_file, inputs_of
 from storage import IncompleteDump, PlanMismatch, StorageError, StoreError
+
+# transformers imports bitsandbytes, which on some CPUs advises to install what runs hub code.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Config = TypeVar("Config")
 
@@ -178,6 +184,7 @@ def parse(
         settings = config(**{name: made[name] for name in own})
         refuse_secrets(settings)
         if made.summary is not None:
+            check_file("--summary", made.summary, dict(inputs_of(settings)))
             prepare(Path(made.summary).expanduser())
     except ConfigError as error:
         give_up(str(error))
@@ -231,6 +238,11 @@ def main(work: Callable[[], dict[str, Any]], summary_file: str | None) -> int:
         hint = "; run the same command again to resume" if again else ""
         say_error(f"{error}{hint}")
         return code
+    except OSError as error:
+        if not is_outside(error):
+            raise
+        say_error(f"{error}; run the same command again to resume")
+        return FAILED
     if summary_file:
         write_json(Path(summary_file).expanduser(), summary)
     return DONE

@@ -24,6 +24,8 @@ from pipeline.corpus_cache import cached_documents
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
 from pipeline.errors import ConfigError
+from pipeline.outside import failure
+from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
 from pipeline.types import Int32s, Int64s, Json
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
@@ -80,11 +82,14 @@ class Corpus:
                 f"corpus {config.path}: no column {self.column!r}; it has "
                 f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
             )
-        self.chat = self.chat_template() if config.messages_column else None
+        chat = config.messages_column is not None
+        split = config.special_tokens == "split"
+        self.special = SpecialTokens(tokenizer, chat) if split else None
+        self.chat = self.chat_template() if chat else None
 
     def chat_template(self) -> ChatTemplate:
         try:
-            return ChatTemplate(self.tokenizer)
+            return ChatTemplate(self.tokenizer, self.special)
         except BadChat as error:
             raise ConfigError(
                 f"corpus {self.config.path}: messages_column needs a chat template, and the "
@@ -112,7 +117,9 @@ class Corpus:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
         number = min(SAMPLED, len(self))
         texts = [self.text(at * len(self) // number) for at in range(number)]
-        ids = self.tokenize([text[:SAMPLED_CHARACTERS] for text in texts])
+        length = SAMPLED_CHARACTERS
+        heads = [t.head(length) if isinstance(t, Masked) else t[:length] for t in texts]
+        ids = self.tokenize(heads)
         sample = hashlib.sha256(json.dumps([each.tolist() for each in ids]).encode()).hexdigest()
         return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
 
@@ -222,13 +229,28 @@ class Corpus:
     def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
         """Yield the token ids of each text; a chat template adds its own special tokens."""
         plain = self.config.messages_column is None
-        encoded = self.tokenizer(texts, add_special_tokens=plain, verbose=False)["input_ids"]
+        # Chats that spell special tokens are masked; the template's own are tokens in any case.
+        split = True if self.special and plain else None
+        encoded = self.tokenizer(
+            texts, add_special_tokens=plain, split_special_tokens=split, verbose=False
+        )["input_ids"]
         for text, ids in zip(texts, encoded, strict=True):
             if not text:
                 ids = []
+            elif isinstance(text, Masked):
+                ids = self.encode_masked(text)
             elif plain:
                 ids = self.with_ends(ids)
             yield np.asarray(ids, np.int32)
+
+    def encode_masked(self, text: Masked) -> list[int]:
+        assert self.special is not None
+        try:
+            return self.special.encode(text)
+        except CannotMask as error:
+            raise ConfigError(
+                f"corpus {self.config.path}, the chat that begins {text[:80]!r}: {error}"
+            ) from None
 
     def with_ends(self, ids: list[int]) -> list[int]:
         """One begin-of-text and one end-of-text token, also where the text spells them itself."""
@@ -277,10 +299,11 @@ def hub_documents(config: CorpusConfig) -> datasets.Dataset:
         return datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # `datasets` raises whatever its readers raise
         reason = error.__cause__ or error
-        raise ConfigError(
+        message = (
             f"corpus {config.path}: cannot be read: {type(reason).__name__}: {reason} (not a local "
             "path, so it was read as a hub name)"
-        ) from error
+        )
+        raise failure(message, error) from error
 
 
 class TokenSequences:

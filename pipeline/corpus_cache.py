@@ -20,7 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.corpus_files import compression_of, format_of
 from pipeline.corpus_readers import MIB, Document, Source
-from pipeline.errors import ConfigError, FailedError
+from pipeline.errors import FailedError
+from pipeline.outside import failure
 
 READERS = 1  # raise it where a reader gives other documents for the same bytes
 BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
@@ -106,6 +107,7 @@ def local_copy(file: str) -> str:
     """Path of a local file, or of a remote file's copy beside the Arrow cache.
 
     A copy is used again only where the store has a checksum of the content, and it is the same.
+    Raises FailedError where the store does not answer, ConfigError where it has no such file.
     """
     if "://" not in file or os.path.exists(file):
         return file
@@ -124,6 +126,9 @@ def local_copy(file: str) -> str:
         with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder) as own:
             fs.get_file(root, os.path.join(own, "content"))
             os.replace(os.path.join(own, "content"), copy)
-    except OSError as error:
-        raise ConfigError(f"corpus {file}: cannot be copied: {error}") from error
+    except FailedError:
+        raise
+    except Exception as error:  # every file system library raises its own types
+        message = f"corpus {file}: cannot be copied: {type(error).__name__}: {error}"
+        raise failure(message, error) from error
     return str(copy)

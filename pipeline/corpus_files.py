@@ -9,6 +9,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
+from pipeline.outside import failure, is_outside
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {
@@ -36,19 +37,24 @@ def find_files(path: str, split: str = "train") -> list[str]:
     What exists under the very name is never taken for a pattern. A directory or glob leaves out
     hidden files and what describes the data; a directory has splits where its files' names do.
     Raises ConfigError for a path without files, for an unknown or mixed format, for a split that
-    is not there, and for a link that leads out of a directory.
+    is not there, and for a link that leads out of a directory; FailedError where a store does not
+    answer.
     """
     path = os.path.expanduser(path)
     try:
         fs, root = place_of(path)
-        if fs.isfile(root):
+        kind = kind_of(fs, root)
+        if kind == "file":
             files = of_split([root], split, path)
-        elif fs.isdir(root):
+        elif kind == "directory":
             files = files_of_folder(fs, root, split)
         else:
             files = of_split(files_of_glob(fs, root), split, path)
-    except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(f"corpus {path}: cannot be read: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # every file system library raises its own types
+        message = f"corpus {path}: cannot be read: {type(error).__name__}: {error}"
+        raise failure(message, error) from error
     remote = not isinstance(fs, LocalFileSystem)
     if remote:
         files = [fs.unstrip_protocol(file) for file in files]
@@ -65,6 +71,21 @@ def place_of(path: str) -> tuple[Any, str]:
         return LocalFileSystem(), os.path.abspath(path)
     fs, root = fsspec.core.url_to_fs(path)
     return fs, root
+
+
+def kind_of(fs: Any, root: str) -> str | None:
+    """file, directory, or None where there is neither. Raises what the file system raises.
+
+    The file systems' own `isfile` takes a store that does not answer for one without the file.
+    """
+    if isinstance(fs, LocalFileSystem):
+        return "file" if os.path.isfile(root) else "directory" if os.path.isdir(root) else None
+    try:
+        return str(fs.info(root)["type"])
+    except FileNotFoundError as error:
+        if is_outside(error):
+            raise
+        return None
 
 
 def files_of_folder(fs: Any, root: str, split: str) -> list[str]:

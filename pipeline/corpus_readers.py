@@ -237,15 +237,55 @@ def read_parquet(source: Source) -> Iterator[Document]:
         # As a dictionary, a value that is there a thousand times is in memory once.
         shared = None if source.chat else [source.column]
         row = 0
-        with pq.ParquetFile(source.path, read_dictionary=shared) as file:
+        with pq.ParquetFile(source.path, read_dictionary=shared, buffer_size=MIB) as file:
+            check_footer(source, file.metadata)
             for batch in file.iter_batches(rows_at_once(file.metadata), columns=columns):
                 values = batch[source.column]
+                check_sizes(source, values, row)
                 own = batch["id"] if columns[1:] else [None] * len(values)
                 for value, name in zip(values, own, strict=True):
                     yield parquet_document(source, value, name, f"row {row}")
                     row += 1
     except (pa.ArrowException, OSError, KeyError) as error:
         raise source.wrong(f"cannot be read: {error}") from None
+
+
+def check_footer(source: Source, metadata: Any) -> None:
+    """Refuse a row group whose mean row is too long before a byte of it is read."""
+    limit, row = LINE_BYTES if source.chat else DOCUMENT_BYTES, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(at) for at in range(group.num_columns)]
+        own = [each for each in columns if each.path_in_schema.split(".")[0] == source.column]
+        size = sum(each.total_uncompressed_size for each in own)
+        if size > group.num_rows * limit + MIB:  # of headers
+            place = f"row {row}" + (f" to {row + group.num_rows - 1}" if group.num_rows > 1 else "")
+            raise source.too_long(place, limit=limit)
+        row += group.num_rows
+
+
+def check_sizes(source: Source, values: pa.Array, row: int) -> None:
+    """Refuse a long value before Python has a copy of it. `row` is the first one's number."""
+    if values.nbytes <= DOCUMENT_BYTES:
+        return
+    limit = LINE_BYTES if source.chat else DOCUMENT_BYTES
+    is_shared = isinstance(values, pa.DictionaryArray)
+    texts = values.dictionary if is_shared else values
+    for at, value in enumerate(texts):
+        size = texts.slice(at, 1).nbytes if source.chat else bytes_of(value)
+        if size > limit:
+            if is_shared:  # the dictionary is that of later rows, too
+                own = values.indices.to_pylist()
+                at = own.index(at) if at in own else len(own)
+            place = f"row {row + at}" if at < len(values) else f"row {row + at} or later"
+            raise source.too_long(place, limit=limit)
+
+
+def bytes_of(value: pa.Scalar) -> int:
+    """Bytes of a text, without a copy; 0 for null and for what is no text."""
+    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar)
+    buffer = value.as_buffer() if is_text else None
+    return 0 if buffer is None else int(buffer.size)
 
 
 def rows_at_once(metadata: Any) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import script_files
+from pipeline import json_files, script_files
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
 
@@ -52,7 +52,7 @@ def run(output: str, overrides: dict[str, list[str]]) -> dict[str, Any]:
     ]:
         step(title)
         run_stage(folder, script, stage, overrides.get(stage, []))
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    results = json_files.read_json(folder / "results.json")
     plot(folder)
     say(f"\n{verdict(results)}")
     say(
@@ -75,7 +75,7 @@ def check_same(folder: Path, overrides: dict[str, list[str]]) -> None:
     }
     record = folder / "demo.json"
     if record.exists():
-        refuse_other_settings(folder, json.loads(record.read_text()), settings, "demo")
+        refuse_other_settings(folder, json_files.read_json(record), settings, "demo")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -187,7 +187,7 @@ def make_model(folder: Path, text: Path) -> None:
 def read_perplexities(metrics: Path) -> dict[str, list[float]]:
     """{"step", "domain", "general"} from a run's metrics.jsonl."""
     found: dict[str, list[float]] = {"step": [], DOMAIN: [], GENERAL: []}
-    for line in map(json.loads, metrics.read_text().splitlines()):
+    for line in json_files.read_lines(metrics):
         if "eval_domain_perplexity" in line:
             found["step"].append(line["step"])
             found[DOMAIN].append(float(line["eval_domain_perplexity"]))

@@ -18,6 +18,12 @@ SET_ELSEWHERE = {
     "hf_token": "a token does not belong into settings; set HF_TOKEN in the environment",
 }
 
+READ_HERE = {
+    "tensor_parallel_size": int, "pipeline_parallel_size": int, "max_model_len": int,
+    "hf_overrides": dict,
+}  # fmt: skip
+"""Arguments that this project itself computes with; vLLM checks the others."""
+
 HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 
 
@@ -33,6 +39,10 @@ def check_engine_args(given: dict[str, Any]) -> None:
             )
     for name in sorted(SET_ELSEWHERE.keys() & {str(key).replace("-", "_") for key in given}):
         raise ConfigError(f"engine_args.{name}: {SET_ELSEWHERE[name]}")
+    for name, kind in READ_HERE.items():
+        if name in given and (type(given[name]) is not kind or (kind is int and given[name] < 1)):
+            wanted = "a whole number, at least 1" if kind is int else "an object"
+            raise ConfigError(f"engine_args.{name}: expected {wanted}, found {given[name]!r:.80}")
     if given.get("load_format") == "dummy":
         raise ConfigError("engine_args.load_format: dummy makes the weights up. Leave it out")
 

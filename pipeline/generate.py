@@ -7,15 +7,15 @@ duplicates are dropped.
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from pipeline.config import GenerateConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import Progress, say
-from pipeline.recorded import refuse_other_settings
+from pipeline.recorded import recorded, refuse_other_settings
 from pipeline.signals import stop_on_signals
 from storage.store import Store
 
@@ -46,6 +46,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     from pipeline.teacher.vllm_generator import VllmGenerator
 
     model = ModelFolder.find(config.model, config.revision)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     dtype = model.dtype(config.dtype)
     progress = Progress(config.tokens, "token")
     progress.status = "starting vllm"
@@ -106,7 +107,11 @@ def write(
 
 def claim(store: Store, config: GenerateConfig) -> None:
     """Record the settings. Raises RefusedError if the directory holds other settings."""
-    own = {**asdict(config), "output": None, "tokens": None}  # a later run may ask for more tokens
+    own = {
+        **recorded(config),
+        "output": None,
+        "tokens": None,
+    }  # a later run may ask for more tokens
     store.make_root()
     if not store.create(SETTINGS, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode()):
         there = json.loads(store.read(SETTINGS) or b"{}")

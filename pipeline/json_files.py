@@ -1,10 +1,16 @@
-"""Small JSON files: written whole or not at all, and strict JSON whatever the numbers."""
+"""JSON files: written whole or not at all, strict whatever the numbers; read with clear errors."""
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.types import Json
+
+LARGEST = 1 << 28  # bytes; the largest tokenizer.json known has a tenth of it
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,10 +48,63 @@ def strict(value: Any) -> Any:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, repair: str = "Restore it from a copy") -> Json:
+    """The JSON object in a file; ConfigError that names the file for anything else."""
+    try:
+        return parsed(read(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: expected a JSON object, found {reason(error)}. {repair}"
+        ) from None
+
+
+def read_lines(path: Path) -> list[Json]:
+    """The JSON objects in a file, one a line; ConfigError that names the file and the line.
+
+    A last line that a crash cut short is left out.
+    """
+    try:
+        *lines, last = read(path).split(b"\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected lines of JSON, found {reason(error)}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(parsed(line))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: expected a JSON object, found {reason(error)}. "
+                "Restore the file from a copy, or remove the line"
+            ) from None
+    with contextlib.suppress(ValueError):
+        found.append(parsed(last))
+    return found
+
+
+def read_object(path: Path) -> Json | None:
     """The JSON object in a file; None where there is no file, or one that was cut short."""
     try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return parsed(read(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+
+
+def read(path: Path) -> bytes:
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"a file of more than {LARGEST:,} bytes")
+    return path.read_bytes()
+
+
+def parsed(data: bytes) -> Json:
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError(type(found).__name__)
+    return found
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deep"
+    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+        return f"what is not JSON ({error})"
+    return str(error)

@@ -9,6 +9,7 @@ from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, Successors
 from storage.dataset import LogitDataset
 from storage.errors import (
+    CorruptIndex,
     CorruptPayload,
     CorruptShard,
     FormatVersionError,
@@ -25,6 +26,7 @@ from storage.topk import Record, TopK
 from storage.verify import verify
 
 __all__ = [
+    "CorruptIndex",
     "CorruptPayload",
     "CorruptShard",
     "Dump",

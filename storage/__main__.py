@@ -1,4 +1,4 @@
-"""python -m storage inspect | verify | export | gc"""
+"""python -m storage inspect | verify | export | index | gc"""
 
 import argparse
 import errno
@@ -9,10 +9,13 @@ from typing import TextIO
 import pyarrow as pa
 
 from storage.dataset import LogitDataset
-from storage.errors import IncompleteDump, StorageError, StoreError
+from storage.errors import IncompleteDump, StorageError, StoreError, Unindexable
 from storage.export import export
 from storage.gc import DEFAULT_HOURS, leftovers, remove
+from storage.index_files import dump_index, index_in_dump
 from storage.inspect import describe, describe_row, token_decoder
+from storage.manifest import Dump
+from storage.scan import index_dump
 from storage.text import one_line, printable
 from storage.verify import verify
 
@@ -68,6 +71,23 @@ def export_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def index_command(args: argparse.Namespace) -> int:
+    dump = Dump(args.dump)
+    manifest = dump.manifest()
+    name = dump_index(manifest.fingerprint)
+    if index_in_dump(dump.store, manifest.fingerprint, dump.plan_sha256) is not None:
+        say(f"{args.dump}: {name} is there")
+        return 0
+    try:
+        index = index_dump(dump, manifest)
+    except Unindexable as error:
+        say(f"{args.dump}: cannot have an index: {error}", file=sys.stderr)
+        return BAD_INPUT
+    dump.store.create(name, bytes(index.data))
+    say(f"{args.dump}: {name}: {index.rows:,} rows in {len(index.data):,} bytes")
+    return 0
+
+
 def gc_command(args: argparse.Namespace) -> int:
     found = leftovers(args.dump, args.older_than)
     for leftover in found:
@@ -84,7 +104,7 @@ def gc_command(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m storage", description="Inspect, verify, clean or export a dump."
+        "python -m storage", description="Inspect, verify, export, index or clean a dump."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -109,6 +129,11 @@ def parser() -> argparse.ArgumentParser:
         "--partial",
         action="store_true",
         help="verify the shards committed so far of an unfinished dump",
+    )
+    command(
+        "index",
+        index_command,
+        "write the index of a finished dump that has none; dumps of this release have one",
     )
     sub = command(
         "gc", gc_command, "list the files that dead writers left behind; --delete removes them"

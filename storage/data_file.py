@@ -23,9 +23,13 @@ import pyarrow as pa
 from storage.errors import CorruptShard, StoreError
 from storage.manifest import Shard
 from storage.parsing import SHA256
-from storage.store import Store
+from storage.store import Store, cache_folder
 
-FOLDER, LIMIT_GB = "MOL_CACHE", "MOL_CACHE_GB"
+LIMIT_GB = "MOL_CACHE_GB"
+MISSING = (
+    "the data file is missing, but its marker exists; restore the file, or remove the marker and "
+    "run the dump again"
+)
 CACHED_FILE = re.compile(rf"{SHA256.pattern}\.parquet")
 
 
@@ -45,6 +49,46 @@ def open_source(store: Store, shard: Shard) -> Any:
     size = int(store.attempt("read", shard.file, lambda: store.fs.info(store / shard.file)["size"]))
     check_size(shard, size)
     return pa.PythonFile(RangeFile(store, shard.file, size), mode="r")
+
+
+def open_local(store: Store, shard: Shard) -> int:
+    """A file descriptor of a local shard, or of the cached copy of a remote one.
+
+    Raises CorruptShard if it is missing or another file than the committed one, and StoreError.
+    """
+    try:
+        path = store.regular(shard.file) if store.local else None
+        path = path or str(cached(store, shard.file, shard.marker["sha256"]))
+        with store.explaining("read", shard.file, but=FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CorruptShard(MISSING) from None
+    try:
+        check_size(shard, os.fstat(handle).st_size)
+    except CorruptShard:
+        os.close(handle)
+        raise
+    return handle
+
+
+def read_range(store: Store, shard: Shard, offset: int, size: int) -> bytes:
+    """A range of a remote shard, in one request. Raises as open_local."""
+
+    def fetch() -> bytes:
+        path = store / shard.file
+        try:
+            data: bytes = store.fs.cat_file(path, start=offset, end=offset + size)
+        except FileNotFoundError:
+            raise CorruptShard(MISSING) from None
+        except Exception:
+            check_size(shard, int(store.fs.info(path)["size"]))  # a file cut short: do not retry
+            raise
+        if len(data) != size:
+            check_size(shard, int(store.fs.info(path)["size"]))
+            raise OSError(f"{size} bytes expected, {len(data)} arrived")
+        return data
+
+    return store.attempt("read", shard.file, fetch)
 
 
 def check_size(shard: Shard, size: int) -> None:
@@ -97,7 +141,7 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
     Raises CorruptShard if the store's file has another sha256, StoreError if the store cannot be
     read, FileNotFoundError if the file is missing.
     """
-    folder = os.environ.get(FOLDER)
+    folder = cache_folder()
     if store.local or not folder:
         return None
     path = Path(folder) / f"{sha256}.parquet"

@@ -1,5 +1,6 @@
 """LogitDataset: random access to the rows of a dump."""
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -8,8 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage.manifest import Dump, Manifest
-from storage.parsing import Json
+from storage.errors import Unindexable
+from storage.index import Index
+from storage.index_files import made_once, open_index
+from storage.manifest import Dump, Manifest, Shard
+from storage.parsing import MOST_K, Json
+from storage.row_reader import RowReader
+from storage.scan import index_dump
 from storage.shard_reader import ShardReader
 from storage.topk import Int32s, Record
 
@@ -24,8 +30,12 @@ class LogitDataset:
     `partial=True` reads an unfinished dump: the rows committed by now; later ones do not appear.
     `samples=False` does not read the samples of the tails.
 
+    Opening reads plan, manifest and the head of the index, however many shards there are. A row is
+    one range of its shard's file (two with samples). A dump without an index is read row group by
+    row group until `lengths` are asked for, see there.
+
     Raises IncompleteDump if the dump is missing or unfinished, CorruptShard with file and row,
-    FormatVersionError for the data of a later release, IndexError, and StoreError.
+    CorruptIndex, FormatVersionError for the data of a later release, IndexError, and StoreError.
     """
 
     def __init__(
@@ -33,25 +43,53 @@ class LogitDataset:
     ) -> None:
         self.dump = Dump(path)
         self.partial, self.samples = partial, samples
-        manifest = None if partial else self.dump.manifest()
-        self._manifest = manifest
-        self.shards = tuple(self.dump.shards()) if manifest is None else manifest.shards
-        self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        self._shards: tuple[Shard, ...] | None = None
+        self._manifest: Manifest | None = None
+        self._data = b"" if partial else self.dump.manifest_bytes()  # parsed when it is needed
+        self._fingerprint = hashlib.sha256(self._data).hexdigest()
+        self._index = self._opened()
+        if self._index is None:
+            self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        else:
+            self.starts = self._index.starts
         self._forget()
+
+    def _opened(self) -> Index | None:
+        """The index, if the dump is finished and has one."""
+        if self.partial:
+            return None
+        return open_index(self.dump.store, self._fingerprint, self.dump.plan_sha256)
 
     def _forget(self) -> None:
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._rows: RowReader | None = None
         self._lengths: Int32s | None = None
         self._process = os.getpid()
 
     @property
     def manifest(self) -> Manifest:
-        return self._manifest or self.dump.manifest()
+        if self.partial:
+            return self.dump.manifest()
+        if self._manifest is None:
+            self._manifest, self._data = self.dump.parsed(self._data), b""
+        return self._manifest
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The committed shards, in order."""
+        if self._shards is None:
+            self._shards = tuple(self.dump.shards()) if self.partial else self.manifest.shards
+        return self._shards
 
     @property
     def plan(self) -> Json:
         return self.dump.plan
+
+    @property
+    def k(self) -> int:
+        """Most entries of a position; 0 in a dump of samples alone."""
+        return int(self.plan.get("k", min(int(self.plan["vocab_size"]), MOST_K)))
 
     @property
     def draws(self) -> int:
@@ -61,15 +99,34 @@ class LogitDataset:
     @property
     def fingerprint(self) -> str:
         """The sha256 of manifest.json, which changes with any row. Raises IncompleteDump."""
-        return self.manifest.fingerprint
+        return self.dump.manifest().fingerprint if self.partial else self._fingerprint
 
     @property
     def lengths(self) -> Int32s:
-        """int32 [rows]: tokens of each row. Reads no payloads."""
+        """int32 [rows]: tokens of each row, from the index; read-only.
+
+        A finished local dump of a release that wrote no index gets one here, in the cache of this
+        machine, from one reading of its shards.
+        """
+        if self._index is None and not self.partial and self.dump.store.local:
+            self._index = self._made_index()
+        if self._index is not None:
+            return self._index.lengths
         if self._lengths is None:
             parts = [self._reader(number).lengths() for number in range(len(self.shards))]
             self._lengths = np.concatenate([np.zeros(0, np.int32), *parts])
         return self._lengths
+
+    def _made_index(self) -> Index | None:
+        """A new index of the dump; None if its shards cannot have one."""
+        try:
+            return made_once(
+                self._fingerprint,
+                self.dump.plan_sha256,
+                lambda: index_dump(self.dump, self.manifest),
+            )
+        except Unindexable:
+            return None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -80,6 +137,10 @@ class LogitDataset:
         index %= len(self)
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[number])
+        if self._index is not None:
+            if self._rows is None:
+                self._rows = RowReader(self.dump, self._index, self.shards, self.samples)
+            return self._rows.record(number, row)
         reader = self._reader(number)
         group = reader.group_of(row)
         table = self._groups.pop((number, group), None)
@@ -91,9 +152,9 @@ class LogitDataset:
         return reader.record(table, group, row)
 
     def read(self, indices: Iterable[int]) -> list[Record]:
-        """The records of these rows, in the given order. Reads each row group once.
+        """The records of these rows, in the given order; a row asked for twice is read once.
 
-        Use it for batches of rows from all over a dump, such as those of a shuffled DataLoader.
+        Without an index, each row group is read once.
         """
         wanted = list(indices)
         found: dict[int, Record] = {}
@@ -102,7 +163,8 @@ class LogitDataset:
         return [found[index] for index in wanted]
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
+        for number in range(len(self.shards)):  # row group after row group
+            yield from self._reader(number)
 
     def _reader(self, number: int) -> ShardReader:
         if self._process != os.getpid():  # forked: file positions must not be shared
@@ -116,9 +178,10 @@ class LogitDataset:
         return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_readers", "_groups", "_lengths"}
+        own = {"_index", "_readers", "_groups", "_rows", "_lengths"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._index = self._opened()
         self._forget()

@@ -22,6 +22,14 @@ class CorruptShard(StorageError):
     """A data file, marker or manifest that is damaged, missing, or not what was committed."""
 
 
+class CorruptIndex(StorageError):
+    """An index that is damaged, or is not that of its dump. The rows can be read without it."""
+
+
+class Unindexable(StorageError):
+    """A shard whose rows have no place in its file, because another writer compressed them."""
+
+
 class FormatVersionError(StorageError):
     """Data of a format version that this release cannot read or write."""
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from storage.errors import IncompleteDump
+from storage.index_files import DUMP_INDEX, SHARD_INDEX, dump_index, shard_index
 from storage.manifest import Dump, Shard
 from storage.parsing import MARKER_BYTES, SHARD_NAME, from_json
 from storage.store import is_own_folder, walk
@@ -18,7 +19,8 @@ from storage.store import is_own_folder, walk
 DEFAULT_HOURS = 24.0
 # The names that writers give: no other file is ever removed.
 MARKER = re.compile(rf"({SHARD_NAME.pattern})\.json", re.ASCII)
-DATA_FILE = re.compile(r"\d{5,9}/\d{5,9}-[0-9a-f]{12}\.parquet", re.ASCII)
+DATA_FILE = r"\d{5,9}/\d{5,9}-[0-9a-f]{12}\.parquet"
+OURS = re.compile(rf"{DATA_FILE}|{SHARD_INDEX.pattern}|{DUMP_INDEX.pattern}", re.ASCII)
 WRITING = r"\.writing-\d{5,9}-\d{5,9}-[0-9a-f]{32}"  # ShardWriter.flush
 CREATING = r"((\d{5,9}|tokenizer)/)?\.creating-[a-z0-9_]{8}"  # create_local
 OPEN_FILE = re.compile(rf"\d{{5,9}}/{WRITING}|{CREATING}", re.ASCII)
@@ -49,19 +51,22 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
     first, entries = store.entries(), store.entries()
     named: set[str] = set()
     with contextlib.suppress(IncompleteDump):
-        named.update(shard.file for shard in dump.manifest().shards)
+        manifest = dump.manifest()
+        named.update(shard.file for shard in manifest.shards)
+        named.add(dump_index(manifest.fingerprint))
     for name in entries:  # every marker, also those after a missing one
         match = MARKER.fullmatch(name)
         data = store.read(name, MARKER_BYTES) if match else None
         if match and data is not None:
             named.add(Shard(match[1], from_json(data, name)).file)
+    named.update([shard_index(name) for name in named if name.endswith(".parquet")])
     found = [
         Leftover(name, entries[name].bytes, entry.age)
         for name, entry in sorted(first.items())
         if entry.age > 3600 * hours
         and name in entries
         and not (entry.link or entries[name].link)
-        and (OPEN_FILE.fullmatch(name) or (DATA_FILE.fullmatch(name) and name not in named))
+        and (OPEN_FILE.fullmatch(name) or (OURS.fullmatch(name) and name not in named))
     ]
     if not store.local and is_own_folder(store.remote_staging):
         for name, entry in sorted(walk(str(store.remote_staging))):

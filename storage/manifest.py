@@ -9,6 +9,8 @@ and any process may die at any time. Readers use only data files that a marker n
     00003/00007-*.parquet data files; only the one that the marker names is read
     00003/complete.json   all shards of partition 3 are committed
     manifest.json         all partitions are complete
+
+The indexes beside them are derived data, see index_files.py.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.errors import FormatVersionError, IncompleteDump, PlanMismatch, StoreError
+from storage.index_files import dump_index, joined
 from storage.parsing import (
     MANIFEST_BYTES,
     MARKER_BYTES,
@@ -28,13 +31,13 @@ from storage.parsing import (
     Json,
     check_marker,
     check_names,
-    check_plan,
     check_summary,
     from_json,
     matched,
     objects,
     to_json,
 )
+from storage.plan import check_plan
 from storage.store import Store
 
 FORMAT_VERSION = 1
@@ -264,7 +267,11 @@ class Dump:
         return [shard for partition in self.partitions for shard in partition.shards]
 
     def finish(self) -> Manifest:
-        """Write manifest.json. Raises IncompleteDump that names the missing partitions."""
+        """Write the index and manifest.json.
+
+        Raises IncompleteDump that names the missing partitions. A dump with shards of a release
+        that wrote no indexes gets none here, see `scan.index_dump`.
+        """
         summaries = [partition.summary for partition in self.partitions]
         missing = [str(index) for index, summary in enumerate(summaries) if summary is None]
         if missing:
@@ -281,7 +288,13 @@ class Dump:
             "rows": sum(shard.rows for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
         }
-        self.store.create("manifest.json", to_json(body))
+        data = to_json(body)
+        fingerprint = hashlib.sha256(data).hexdigest()
+        files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
+        index = joined(self.store, files, fingerprint, self.plan_sha256)
+        if index is not None:
+            self.store.create(dump_index(fingerprint), index)
+        self.store.create("manifest.json", data)
         return self.manifest()
 
     def manifest(self) -> Manifest:
@@ -290,12 +303,20 @@ class Dump:
         Raises IncompleteDump without manifest.json, PlanMismatch if it belongs to another plan,
         CorruptShard for impossible values.
         """
+        return self.parsed(self.manifest_bytes())
+
+    def manifest_bytes(self) -> bytes:
+        """manifest.json. Raises IncompleteDump without it."""
         data = self.store.read("manifest.json", MANIFEST_BYTES)
         if data is None:
             raise IncompleteDump(
                 f"{self.store.path}: no manifest.json, so the dump is not finished; run "
                 "scripts/dump_logits.py again with the same config to resume it"
             )
+        return data
+
+    def parsed(self, data: bytes) -> Manifest:
+        """The manifest with these bytes; raises as `manifest`."""
         body = from_json(data, "manifest.json")
         plan = matched(body, "plan_sha256", "manifest.json", SHA256, "64 hexadecimal digits")
         if plan[0] != self.plan_sha256:

@@ -9,9 +9,7 @@ import math
 import re
 from typing import Any, NoReturn
 
-from storage.codec.grid import MAX_STEP
 from storage.errors import CorruptShard
-from storage.samples import MOST_DRAWS
 
 Json = dict[str, Any]
 
@@ -96,20 +94,6 @@ def objects(values: Json, key: str, name: str) -> list[Json]:
     if not isinstance(found, list) or not all(isinstance(value, dict) for value in found):
         raise wrong(name, key, "a list of objects", found)
     return found
-
-
-def check_plan(plan: Json) -> None:
-    """What storage itself uses of a plan; all else belongs to who made it."""
-    name = "plan.json"
-    whole(plan, "vocab_size", name, 1, MOST_VOCAB)
-    whole(plan, "partitions", name, 1, MOST_PARTITIONS)
-    if not 0 < number(plan, "step", name) < MAX_STEP:
-        raise wrong(name, "step", f"nats between 0 and {MAX_STEP}", plan["step"])
-    for key, most in (("k", MOST_K), ("samples", MOST_DRAWS)):
-        if key in plan:
-            whole(plan, key, name, 0, most)
-    if not isinstance(plan.get("codec", "v1"), str):
-        raise wrong(name, "codec", "the name of a codec", plan["codec"])
 
 
 def check_marker(marker: Json, shard: str) -> None:

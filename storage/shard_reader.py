@@ -6,7 +6,7 @@ marker and its plan before memory is allocated for it:
     check_footer     schema, rows, encodings and sizes of all columns, from the footer
     check_metadata   format, codec, shard and plan that the file was written for
     Limits           positions, entries and vocabulary of a row, before its payload is inflated
-    ShardReader.row  what a decoded row must be
+    RowDecoder       what a decoded row must be
 """
 
 import contextlib
@@ -23,8 +23,14 @@ from storage.codec.codec import decode
 from storage.codec.frames import Limits
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Row, Successors
-from storage.data_file import open_source
-from storage.errors import CorruptShard, FormatVersionError, StorageError, StoreError
+from storage.data_file import MISSING, open_source
+from storage.errors import (
+    CorruptShard,
+    FormatVersionError,
+    StorageError,
+    StoreError,
+    Unindexable,
+)
 from storage.manifest import Dump, Shard
 from storage.parsing import MOST_K, Json
 from storage.shard import FORMATS, footer_crc32, schema_of, unpack_ranks
@@ -44,28 +50,23 @@ class ShardReader:
 
     def __init__(self, dump: Dump, shard: Shard, samples: bool = True) -> None:
         self.dump, self.shard, self.name = dump, shard, shard.file
-        plan = dump.plan
-        self.vocab_size = int(plan["vocab_size"])
-        self.k = entries_of_a_position(shard, plan)
-        self.draws = int(plan.get("samples", 0))
-        self.has_samples = samples and self.draws > 0
+        self.decoder = RowDecoder(shard, dump.plan, samples)
+        self.vocab_size, self.has_samples = self.decoder.vocab_size, self.decoder.has_samples
+        has_samples = self.decoder.draws > 0
         self._tables: Ranks | Successors | None = None
         with gate(self.name):
             try:
                 source = open_source(dump.store, shard)
             except FileNotFoundError:
-                raise CorruptShard(
-                    "the data file is missing, but its marker exists; restore the file, or remove "
-                    "the marker and run the dump again"
-                ) from None
+                raise CorruptShard(MISSING) from None
             expected = shard.marker.get("footer_crc32")
             if expected is not None and footer_crc32(source) != expected:
                 raise CorruptShard("the CRC-32 of the footer is not the marker's")
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
             self.codec = check_metadata(metadata, shard, dump)
-            self.columns = schema_of(self.codec, self.draws > 0).names
-            check_footer(self.file, shard, schema_of(self.codec, self.draws > 0))
+            self.columns = schema_of(self.codec, has_samples).names
+            check_footer(self.file, shard, schema_of(self.codec, has_samples))
             if self.codec == "v1":
                 self._tables = unpack_ranks(metadata.get(b"ranks", b""), self.vocab_size)
             groups = range(self.file.num_row_groups)
@@ -97,11 +98,15 @@ class ShardReader:
                     raise CorruptShard(f"the column {name} holds nulls")
         return table
 
+    def tables_value(self) -> bytes:
+        """Version 2's tables, packed; empty without rows."""
+        first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
+        return first.as_py() or b""
+
     def ranks(self, input_ids: Int32s) -> Ranks | Row:
         """The tables that decode the payload of the row with these input_ids."""
         if self._tables is None:
-            first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
-            self._tables = Successors.unpack(first.as_py() or b"", self.vocab_size)
+            self._tables = Successors.unpack(self.tables_value(), self.vocab_size)
         return self._tables if isinstance(self._tables, Ranks) else self._tables.row(input_ids)
 
     def record(self, table: pa.Table, group: int, row: int) -> Record:
@@ -116,6 +121,31 @@ class ShardReader:
         """(input_ids, distributions) of one row of a table, both checked."""
         input_ids = table.column("input_ids")[at].values.to_numpy()
         tokens = table.column("tokens")[at].as_py()
+        self.decoder.check(input_ids, tokens)
+        payload = table.column("payload")[at].as_buffer().to_pybytes()
+        samples = None
+        if self.has_samples:
+            samples = table.column("samples")[at].as_buffer().to_pybytes()
+        return input_ids, self.decoder.decode(payload, samples, tokens, self.ranks(input_ids))
+
+    def __iter__(self) -> Iterator[Record]:
+        for group in range(self.file.num_row_groups):
+            table = self.read_group(group)
+            for row in range(int(self.starts[group]), int(self.starts[group + 1])):
+                yield self.record(table, group, row)
+
+
+class RowDecoder:
+    """Decodes the rows of a shard, wherever they were read; `samples=False` leaves out samples."""
+
+    def __init__(self, shard: Shard, plan: Json, samples: bool = True) -> None:
+        self.vocab_size = int(plan["vocab_size"])
+        self.k, self.entries = entries_of_a_position(shard, plan), int(shard.marker["entries"])
+        self.draws = int(plan.get("samples", 0))
+        self.has_samples = samples and self.draws > 0
+
+    def check(self, input_ids: Int32s, tokens: int) -> None:
+        """Raise CorruptShard unless these are the input_ids of a row of `tokens` tokens."""
         if tokens != len(input_ids) or not tokens:
             raise CorruptShard(f"{tokens} tokens, {len(input_ids)} input ids; expected as many")
         if int(input_ids.view(np.uint32).max()) >= self.vocab_size:  # negative ids are the largest
@@ -123,21 +153,18 @@ class ShardReader:
                 f"expected input ids from 0 to {self.vocab_size - 1}, found {input_ids.min()} to "
                 f"{input_ids.max()}"
             )
-        limits = Limits(tokens - 1, self.k, self.vocab_size, self.shard.marker["entries"])
-        payload = table.column("payload")[at].as_buffer().to_pybytes()
-        topk: TopK = decode(payload, self.ranks(input_ids), limits)
-        if self.has_samples:
-            data = table.column("samples")[at].as_buffer().to_pybytes()
-            found = sampled.unpack(data, Limits(tokens - 1, self.draws, self.vocab_size))
-            check_samples_belong(topk, found)
-            topk = replace(topk, samples=found)
-        return input_ids, topk
 
-    def __iter__(self) -> Iterator[Record]:
-        for group in range(self.file.num_row_groups):
-            table = self.read_group(group)
-            for row in range(int(self.starts[group]), int(self.starts[group + 1])):
-                yield self.record(table, group, row)
+    def decode(
+        self, payload: bytes, samples: bytes | None, tokens: int, tables: Ranks | Row
+    ) -> TopK:
+        """The distributions of a row of `tokens` tokens; its tables are those of `ranks`."""
+        limits = Limits(tokens - 1, self.k, self.vocab_size, self.entries)
+        topk: TopK = decode(payload, tables, limits)
+        if samples is None:
+            return topk
+        found = sampled.unpack(samples, Limits(tokens - 1, self.draws, self.vocab_size))
+        check_samples_belong(topk, found)
+        return replace(topk, samples=found)
 
 
 def entries_of_a_position(shard: Shard, plan: Json) -> int:
@@ -156,7 +183,7 @@ def gate(where: str) -> Iterator[None]:
     """Whatever foreign bytes raise becomes CorruptShard that says where."""
     try:
         yield
-    except StoreError:
+    except (StoreError, Unindexable):
         raise
     except FormatVersionError as error:
         raise FormatVersionError(f"{where}: {error}") from None

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import mmap
 import uuid
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage import row_head
 from storage.codec import samples as sampled
 from storage.codec.codec import pack, unpack
 from storage.codec.frames import Limits
@@ -18,13 +21,17 @@ from storage.codec.grid import Grid, dequantise, quantise
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Successors
 from storage.errors import CorruptPayload, CorruptShard, FormatVersionError, InvalidRecord
+from storage.index import pack_index
+from storage.index_files import shard_index
 from storage.manifest import Partition, Shard
 from storage.parsing import MASS_BINS, MOST_K, Json, to_json
+from storage.places import Group, Places, start
+from storage.row_head import RowHead
 from storage.shard import FORMATS, SCHEMA, footer_crc32, pack_ranks, schema_of
 from storage.shard_reader import check_footer, gate
 from storage.topk import Int32s, Record, TopK, codec_kl
 
-# One random read costs one row group. Version 1 learns its ranks from the first one.
+# What a random read costs without an index. Version 1 learns its ranks from the first one.
 ROW_GROUP_TOKENS = 16_384
 LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
 PAYLOADS = ("payload", "samples", "successors")  # already compressed
@@ -79,7 +86,9 @@ class ShardWriter:
         self.tables: Ranks | Successors | None = None
         self.file: pq.ParquetWriter | None = None
         self.local: Path | None = None
-        self.flushed_tokens = self.flushed_bytes = 0
+        self.groups: list[Group] = []  # written
+        self.successors = b""  # the start of version 2's tables
+        self.flushed_rows = self.flushed_tokens = self.flushed_bytes = 0
 
     def write(self, record: Record) -> None:
         """Add a row. Raises InvalidRecord that names the document if it must not be stored."""
@@ -188,8 +197,9 @@ class ShardWriter:
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
         # The slow parts of encoding release the GIL.
+        numbers = range(self.flushed_rows, self.flushed_rows + size)
         with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
-            payloads = list(pool.map(self.payload, rows))
+            payloads = list(pool.map(self.payload, rows, numbers))
         columns = [
             pa.array([row.doc_id for row in rows], pa.string()),
             pa.array([row.chunk for row in rows], pa.int32()),
@@ -200,23 +210,33 @@ class ShardWriter:
         if self.draws:
             columns.append(pa.array([row.samples for row in rows], pa.binary()))
         if isinstance(self.tables, Successors):
-            first = self.tables.pack() if self.flushed_tokens == 0 else None
+            first = self.tables.pack() if self.flushed_rows == 0 else None
+            self.successors = self.successors or start(first or b"")
             columns.append(pa.array([first, *[None] * (size - 1)], pa.binary()))
         with self.partition.dump.store.explaining("write", self.name):
             self.file.write_table(pa.table(columns, schema=self.file.schema))
+        samples = [start(row.samples) for row in rows] if self.draws else []
+        tokens_of = [len(row.input_ids) for row in rows]
+        self.groups.append(Group(tokens_of, list(map(start, payloads)), samples))
         self.pending_tokens -= tokens
+        self.flushed_rows += size
         self.flushed_tokens += tokens
         self.flushed_bytes = self.local.stat().st_size
 
-    def payload(self, row: PendingRow) -> bytes:
-        """A row, encoded. Raises CorruptShard if it does not decode to the same row."""
+    def payload(self, row: PendingRow, number: int) -> bytes:
+        """Row `number`, encoded, with its head. Raises CorruptShard if it does not decode so."""
         tables = self.tables
         ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
-        data = pack(row.grid, ranks)
+        plan, crc = self.partition.dump.plan_sha256, zlib.crc32(row.samples)
+        head = RowHead(self.name, number, plan, row.doc_id, row.chunk, row.input_ids, crc)
+        data = row_head.insert(pack(row.grid, ranks), head)
         limits = Limits(len(row.input_ids) - 1, self.k, self.vocab_size)
         try:
-            fault = "" if unpack(data, ranks, limits).same(row.grid) else "another row"
-        except CorruptPayload as error:
+            found = row_head.find(data)
+            good = found is not None and found.same(head)
+            good = good and unpack(data, ranks, limits).same(row.grid)
+            fault = "" if good else "another row"
+        except (CorruptPayload, CorruptShard) as error:
             fault = str(error)
         if fault:
             raise CorruptShard(
@@ -267,16 +287,31 @@ class ShardWriter:
             }
             check_rows(self.local, Shard(self.name, marker), self.file.schema)
             target = f"{self.partition.name}/{marker['file']}"
+            index = self.pack_index(marker["sha256"])
             self.partition.dump.check_plan()
             store.publish(self.local, target)
         except BaseException:
             self.abort()
             raise
+        store.create(shard_index(target), index)
         # From here on a failure must leave the data file: its marker may exist all the same.
         if store.create(f"{self.name}.json", to_json(marker)):
             return marker
-        store.remove(target)
+        for name in (target, shard_index(target)):
+            store.remove(name)
         return self.partition.shard(self.index).marker
+
+    def pack_index(self, sha256: str) -> bytes:
+        """The index of the closed file."""
+        assert self.local is not None
+        with (
+            gate(self.name),
+            self.local.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            places = Places(data, pq.read_metadata(self.local))
+            part = places.part(self.groups, self.successors, self.draws > 0)
+        return pack_index([part], sha256, self.partition.dump.plan_sha256)
 
     def abort(self) -> None:
         """Discard the open file and its rows. Committed shards stay."""

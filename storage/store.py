@@ -50,6 +50,11 @@ NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 Result = TypeVar("Result")
 
 
+def cache_folder() -> str | None:
+    """MOL_CACHE: where this machine keeps what it read from remote stores; None without it."""
+    return os.environ.get("MOL_CACHE") or None
+
+
 class Entry(NamedTuple):
     """A file below the root: its bytes, seconds since it was last written, whether it is a link."""
 

@@ -6,10 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.errors import IncompleteDump, InvalidRecord, StorageError, StoreError
+from storage.errors import (
+    IncompleteDump,
+    InvalidRecord,
+    StorageError,
+    StoreError,
+    Unindexable,
+)
 from storage.gc import MARKER
+from storage.index import Index, agrees
+from storage.index_files import DUMP_INDEX, SHARD_INDEX, index_in_dump, shard_index
 from storage.manifest import Dump, Shard
 from storage.parsing import MARKER_BYTES, to_json
+from storage.scan import scan_file
 from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
@@ -53,8 +62,10 @@ def verify(
         return report
     files = {name: entry.bytes for name, entry in dump.store.entries().items()}
     seen: dict[tuple[str, int], str] = {}
-    for shard in shards:
+    index = checked_index(dump, len(shards), report) if not partial else None
+    for number, shard in enumerate(shards):
         fault = check_shard(dump, shard, files, seen, report)
+        fault = fault or check_places(dump, shard, index, number)
         if fault:
             report.faults.append(fault)
         report.shards += 1
@@ -62,6 +73,7 @@ def verify(
             progress(shard)
     named = {shard.file for shard in shards}
     markers = {f"{shard.name}.json" for shard in shards}
+    indexes = set(map(shard_index, named))
     for name, size in sorted(files.items()):
         if MARKER.fullmatch(name) and name not in markers and not partial:
             report.faults.append(f"{name}: this marker is not in manifest.json")
@@ -69,6 +81,10 @@ def verify(
             report.notes.append(f"{name}: an earlier shard has no marker yet; not read")
         elif name.endswith(".parquet") and name not in named:
             report.notes.append(f"{name}: no marker names this file of {size} bytes; never read")
+        elif SHARD_INDEX.fullmatch(name) and name not in indexes:
+            report.notes.append(f"{name}: the index of no committed shard; never read")
+        elif DUMP_INDEX.fullmatch(name) and (index is None or name != index.name):
+            report.notes.append(f"{name}: the index of another manifest.json; never read")
         elif "/.writing-" in name or "/.creating-" in name:
             report.notes.append(f"{name}: temporary file of a writer; never read")
     return report
@@ -90,6 +106,40 @@ def check_shard(
         return str(error)
     except FileNotFoundError:
         return f"{shard.file}: removed while it was read"
+
+
+def checked_index(dump: Dump, shards: int, report: Report) -> Index | None:
+    """The index in the dump's directory, if there is one; a damaged one is a fault."""
+    try:
+        key = dump.manifest().fingerprint
+        index = index_in_dump(dump.store, key, dump.plan_sha256)
+        if index is not None and len(index.shards) != shards:
+            raise index.damaged(f"{len(index.shards)} shards, the manifest has {shards}")
+    except StoreError:
+        raise
+    except StorageError as error:
+        report.faults.append(str(error))
+        return None
+    return index
+
+
+def check_places(dump: Dump, shard: Shard, index: Index | None, number: int) -> str | None:
+    """What is wrong with the heads of a good shard's rows, or with the index, or None."""
+    if index is None and not dump.store.local:
+        return None  # its bytes would be read once more
+    try:
+        found = scan_file(dump, shard)
+        if index is not None:
+            index.check_shard(number, shard.rows, shard.tokens)
+            if not agrees(index, number, found):
+                return f"{index.name}: other places than the rows of {shard.file} have"
+    except Unindexable as error:
+        return str(error) if index is not None else None
+    except StoreError:
+        raise
+    except StorageError as error:
+        return str(error)
+    return None
 
 
 def missing(store: Store, shard: Shard, files: dict[str, int]) -> str | None:

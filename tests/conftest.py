@@ -20,6 +20,15 @@ def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep cached indexes of dumps in a folder of this run, not in the user's home."""
+    from storage import index_files
+
+    folder = tmp_path_factory.mktemp("indexes")
+    index_files.user_cache = lambda: folder
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 with its tokenizer."""

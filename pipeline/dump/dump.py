@@ -18,6 +18,8 @@ from pipeline.dump.partitions import Meter, write_partitions
 from pipeline.dump.plan import make_plan, plan_differences
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.trainable import check_trainable
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import Progress, say
 from pipeline.signals import stop_on_signals
 from pipeline.teacher.choose import make_teacher
@@ -91,6 +93,8 @@ def run_with(
     if partition is not None and not 0 <= partition < config.partitions:
         raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
     model = ModelFolder.find(config.model, config.revision)
+    check_trainable(model)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))

@@ -1,20 +1,24 @@
 """Check a dump against a model: recompute rows with transformers and report the KL of each."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.agreement import limit
+from pipeline.agreement import Answer, Bounds, bounds
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.onset import describe
 from storage import LogitDataset, Record
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail.
+    """`kl` [P]: KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail.
 
     For a row with samples only, it is the model's cross-entropy to the samples minus the model's
     entropy: 0 on average if the model is the teacher. `noise` is the standard error of that mean.
@@ -23,12 +27,41 @@ class RowCheck:
     row: int
     doc_id: str
     chunk: int
-    kl_mean: float
-    kl_max: float
+    kl: Floats
     noise: float = 0.0
 
-    def within(self, bound: float) -> bool:
-        return abs(self.kl_mean) <= limit(bound, self.noise)  # False for NaN
+    @property
+    def kl_mean(self) -> float:
+        return float(self.kl.mean())
+
+    @property
+    def kl_max(self) -> float:
+        return float(self.kl.max())
+
+    def answer(self, limits: Bounds) -> Answer:
+        return limits.answer(self.kl_mean, self.noise, len(self.kl))
+
+
+def against(
+    dump: str, model: str, rows: int, seed: int = 0, bound: float | None = None
+) -> tuple[list[str], Answer]:
+    """(lines to print, the answer for at most `rows` rows of a dump, drawn with `seed`).
+
+    `bound` is the largest mean KL of the same model in nats; by default it follows from the dump's
+    grid and dtype. Raises ConfigError if the vocabularies differ.
+    """
+    plan, folder = LogitDataset(dump).plan, ModelFolder.find(model)
+    teacher = plan.get("teacher") or {}
+    dtype = folder.dtype(teacher.get("dtype") or "auto")
+    limits = bounds(bound, float(plan["step"]), dtype, dtype)
+    checks = recompute(dump, model, rows, seed)
+    lines, answer = report(checks, limits, folder.config.to_dict())
+    if answer is not Answer.SAME and teacher.get("fingerprint") != folder.weights_fingerprint:
+        lines.append(
+            f"The weight files are not those of the dump's teacher ({teacher.get('name')}): a "
+            "quantised or a trained copy differs like this, too"
+        )
+    return lines, answer
 
 
 def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]:
@@ -40,7 +73,7 @@ def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]
             f"model {model}: {folder.vocab_size} ids, the dump has {dataset.plan['vocab_size']}; "
             "give the model that made the dump"
         )
-    dtype = (dataset.plan.get("teacher") or {}).get("dtype") or "auto"
+    dtype = dataset.plan.get("teacher", {}).get("dtype", "auto")
     loaded = folder.load(dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     rng = np.random.default_rng(seed)
@@ -49,17 +82,14 @@ def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]
 
 
 def check_row(row: int, record: Record, model: torch.nn.Module) -> RowCheck:
-    noise = 0.0
     if len(record.topk.ids):
-        kl = row_kl(record, model)
-    else:
-        kl = row_gap(record, model)
-        noise = float(kl.std()) / len(kl) ** 0.5
-    return RowCheck(row, record.doc_id, record.chunk, float(kl.mean()), float(kl.max()), noise)
+        return RowCheck(row, record.doc_id, record.chunk, row_kl(record, model))
+    gap = row_gap(record, model)
+    return RowCheck(row, record.doc_id, record.chunk, gap, float(gap.std()) / len(gap) ** 0.5)
 
 
 @torch.inference_mode()
-def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
+def row_kl(record: Record, model: torch.nn.Module) -> Floats:
     """[P] KL(stored ‖ model) in nats, at each position."""
     logprobs = logprobs_of(record, model)
     ids, stored = (torch.from_numpy(np.array(part)) for part in record.topk.dense())
@@ -73,18 +103,18 @@ def row_kl(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
     others = torch.nn.functional.pad(logprobs, (0, 1), value=-torch.inf)
     rest = others.scatter(1, columns, -torch.inf).double().logsumexp(-1)
     tail_term = torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0)
-    found: npt.NDArray[np.float64] = (terms.sum(1) + tail_term).numpy()
+    found: Floats = (terms.sum(1) + tail_term).numpy()
     return found
 
 
 @torch.inference_mode()
-def row_gap(record: Record, model: torch.nn.Module) -> npt.NDArray[np.float64]:
+def row_gap(record: Record, model: torch.nn.Module) -> Floats:
     """[P] cross-entropy of the model to the record's samples minus its entropy, in nats."""
     logprobs = logprobs_of(record, model).double()
     ids, shares = (torch.from_numpy(np.array(part)) for part in record.topk.spread_tail().dense())
     cross = -(shares.double().exp() * logprobs.gather(1, ids.long())).sum(1)
     entropy = -(logprobs.exp() * logprobs).sum(1)
-    found: npt.NDArray[np.float64] = (cross - entropy).numpy()
+    found: Floats = (cross - entropy).numpy()
     return found
 
 
@@ -96,19 +126,35 @@ def logprobs_of(record: Record, model: torch.nn.Module) -> torch.Tensor:
     return logits.log_softmax(-1).cpu()
 
 
-def report(checks: list[RowCheck], bound: float) -> tuple[list[str], bool]:
-    """(lines to print, whether every row's mean is within `bound` nats)."""
+def report(
+    checks: list[RowCheck], limits: Bounds, settings: dict[str, Any]
+) -> tuple[list[str], Answer]:
+    """(lines to print, the answer for all rows): that of their mean, or of the worst row.
+
+    `settings` is the model's config.json.
+    """
     lines = [f"{'row':>10}  {'KL mean':>9}  {'KL max':>9}  document, chunk"]
     for check in checks:
-        mark = "" if check.within(bound) else "   <- FAULT"
+        answer = check.answer(limits)
+        mark = "" if answer is Answer.SAME else f"   <- {answer}"
         lines.append(
             f"{check.row:>10}  {check.kl_mean:>9.1e}  {check.kl_max:>9.1e}  "
             f"{check.doc_id}, {check.chunk}{mark}"
         )
-    wrong = sum(not check.within(bound) for check in checks)
-    mean = float(np.mean([check.kl_mean for check in checks])) if checks else 0.0
+    if not checks:
+        return [*lines, "0 rows recomputed"], Answer.SAME
+    kl = np.concatenate([check.kl for check in checks])
+    noise = float(np.sqrt(sum((check.noise * len(check.kl)) ** 2 for check in checks))) / len(kl)
+    answers = [limits.answer(float(kl.mean()), noise, len(kl))]
+    answers += [check.answer(limits) for check in checks]
+    answer = max(answers, key=list(Answer).index)
     lines.append(
-        f"{len(checks)} rows recomputed, mean KL {mean:.1e} nats; {wrong} above the bound of "
-        f"{bound:g}" + (": this model did not make the dump" if wrong else "")
+        f"{len(checks)} rows recomputed, mean KL {kl.mean():.1e} nats, bound "
+        f"{limits.limit(noise, len(kl)):.1e}. The answer: {answer}"
     )
-    return lines, wrong == 0
+    if answer is not Answer.SAME and not any(check.noise for check in checks):
+        differ = [check for check in checks if check.answer(limits) is not Answer.SAME] or checks
+        where = np.concatenate([np.arange(len(check.kl)) for check in differ])
+        kl = np.concatenate([check.kl for check in differ])
+        lines.append(describe(kl, where, limits.same, settings))
+    return lines, answer

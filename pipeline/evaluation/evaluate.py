@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 from pipeline.config import KINDS, EvalConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
 from pipeline.errors import RefusedError
-from pipeline.evaluation.compare import compare, load
+from pipeline.evaluation.compare import batches, compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
 from pipeline.json_files import write_json
+from pipeline.models import own_rows
+from pipeline.models.attention import way_of
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.models.vocabulary import check_ids
+from pipeline.places import check_file, inputs_of
 from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
@@ -34,6 +37,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises RefusedError if a model's tokenizer differs from the base's.
     """
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
+    if config.output:
+        found = {f"models.{name}": str(folder.path) for name, folder in folders.items()}
+        check_file("output", config.output, {**dict(inputs_of(config)), **found})
     expected = tokenizer_fingerprint(folders[config.base].tokenizer)
     for name, folder in folders.items():
         check_ids(folder)
@@ -70,7 +76,7 @@ class Comparison:
             ).spread(config.sequences)
             for kind, corpus in held_out_texts(config)
         }
-        self.base = load(base, config.dtype)
+        self.base = self.load(base)
         self._base_sums: dict[str, list[Sums]] = {}
 
     def measure(self, name: str, folder: ModelFolder) -> dict[str, Any]:
@@ -78,7 +84,7 @@ class Comparison:
         itself = folder == self.base_folder
         if not itself and not self._base_sums:
             self.measure(self.config.base, self.base_folder)
-        model = self.base if itself else load(folder, self.config.dtype)
+        model = self.base if itself else self.load(folder)
         sums = self.sums(name, model)
         if itself:
             self._base_sums = sums
@@ -89,6 +95,18 @@ class Comparison:
             if not itself:
                 measured[kind]["worst"] = worst(of, against, text, self.base_folder.tokenizer)
         return flat(measured) | measured
+
+    def load(self, folder: ModelFolder) -> PreTrainedModel:
+        """The model of a directory; says what it costs where packed sequences need own rows."""
+        model = load(folder, self.config.dtype)
+        if way_of(model).own_rows:
+            rows = [
+                [len(sequence) for sequence in batch]
+                for text in self.texts.values()
+                for batch in batches(text, self.config.batch_tokens)
+            ]
+            say(own_rows.cost(model, own_rows.padding(rows)))
+        return model
 
     def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
         """Sums of each sequence, by kind of text."""

@@ -28,7 +28,13 @@ from transformers.models.auto.modeling_auto import (
 
 from pipeline.errors import ConfigError
 from pipeline.models import weights
+from pipeline.models.attention import take_exact_attention
 from pipeline.models.files import read_json, refuse_links_out
+from pipeline.models.quantization import keep_differentiable, quantization_config
+from pipeline.outside import failure, is_outside
+from pipeline.passed import reason
+from pipeline.types import Json
+from storage.plan import DTYPES
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
@@ -100,7 +106,7 @@ class ModelFolder:
             found = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the values make it do
             raise ConfigError(
-                f"{file}: cannot be used (model_type {kind!r}): {short(error)}"
+                f"{file}: cannot be used (model_type {kind!r}): {reason(error)}"
             ) from error
         return found
 
@@ -123,7 +129,7 @@ class ModelFolder:
         """`name`, or for "auto" the dtype that config.json names: float32 where it names none."""
         own = self.config.get_text_config().dtype or self.config.dtype or "float32"
         found = name if name != "auto" else str(own).removeprefix("torch.")
-        if not isinstance(getattr(torch, found, None), torch.dtype):
+        if found not in DTYPES or found == "auto":
             where = "dtype" if name != "auto" else f"{self.path / 'config.json'}: dtype"
             raise ConfigError(f"{where}: expected bfloat16, float16 or float32, found {found!r}")
         return found
@@ -144,7 +150,7 @@ class ModelFolder:
         except Exception as error:  # the tokenizers library raises Exception itself
             files = ", ".join(file.name for file in there)
             raise ConfigError(
-                f"model {self}: no tokenizer ({short(error)}). "
+                f"model {self}: no tokenizer ({reason(error)}). "
                 + (f"Found {files}. " if files else "")
                 + "Put the base model's tokenizer.json and tokenizer_config.json into the directory"
             ) from None
@@ -200,12 +206,21 @@ class ModelFolder:
             return found
         return AutoModelForCausalLM
 
-    def load(self, dtype: str) -> PreTrainedModel:
+    def load(
+        self, dtype: str, quantization: Json | None = None, device: str = "cpu"
+    ) -> PreTrainedModel:
         """The causal language model, on the CPU; ConfigError where its files do not make one.
 
-        Every weight is one of the files': transformers itself would make up what is missing.
+        Every weight is one of the files': transformers itself would make up what is missing. Eager
+        attention is taken where sdpa would leave out what the model's attention does.
+        `quantization` has the settings of `models.quantization`; the model is then on `device`,
+        where its weights are quantised one by one as they are read.
         """
         self.check_weights()
+        options: Json = {}
+        if quantization is not None:
+            by = quantization_config(quantization)
+            options = {"quantization_config": by, "device_map": {"": device}}
         generation = self.path / "generation_config.json"
         if generation.exists():
             read_json(generation)
@@ -213,11 +228,17 @@ class ModelFolder:
             with weights.quiet():
                 model: PreTrainedModel
                 model, found = self.auto_class.from_pretrained(
-                    self.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                    self.path,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model {self}: cannot be loaded: {error}") from error
         weights.refuse_missing(self.path, found["missing_keys"], found["unexpected_keys"])
+        keep_differentiable(model)
+        take_exact_attention(model)
         return model
 
     def empty(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -230,23 +251,23 @@ class ModelFolder:
                 )
         except Exception as error:  # whatever the values of config.json make transformers do
             raise ConfigError(
-                f"{self.path / 'config.json'}: cannot be made a model: {short(error)}"
+                f"{self.path / 'config.json'}: cannot be made a model: {reason(error)}"
             ) from error
         return model
 
 
 def download(model: str, revision: str | None) -> Path:
-    """The hub's model in the local cache; ConfigError where it cannot be had."""
+    """The hub's model in the local cache; ConfigError where the hub does not have it, FailedError
+    where the hub does not answer."""
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *WEIGHTS]
     try:
         return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
         )
-    except Exception as error:  # network, permission, name: all end the same for the user
-        raise ConfigError(
-            f"model {model}: not a directory, and the hub does not have it either "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:  # network, permission, name
+        answer = "did not answer" if is_outside(error) else "does not have it either"
+        message = f"model {model}: not a directory, and the hub {answer} ({reason(error)})"
+        raise failure(message, error) from error
 
 
 def check_values(given: dict[str, Any]) -> None:
@@ -260,11 +281,6 @@ def check_values(given: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: expected 0 to {most}, found {value}")
             if "attn_implementation" in name and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
-
-
-def short(error: Exception) -> str:
-    """The message in one line of bounded length."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,28 +1,15 @@
 """The files of a model directory: read as JSON, and kept to those that lie inside of it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+from pipeline import json_files
 from pipeline.errors import ConfigError
+from pipeline.types import Json
 
-LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json known has a tenth of it
 
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; ConfigError, with the file's name, for anything else."""
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{file}: expected JSON, found a file that cannot be read as that ({error}). Copy it "
-            "again from where the model comes from"
-        ) from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: expected a JSON object, found {type(found).__name__}")
-    return found
+def read_json(file: Path) -> Json:
+    """The JSON object in a file of a model; ConfigError that names the file for anything else."""
+    return json_files.read_json(file, "Copy it again from where the model comes from")
 
 
 def refuse_links_out(folder: Path) -> None:

@@ -21,8 +21,9 @@ def report(path: str) -> str:
     number = min(ROWS, len(dump))
     records = list(dump.read(np.arange(number) * len(dump) // max(number, 1)))
     parts = [pairs(totals(dump))]
-    if records and dump.plan["k"]:
-        parts += coverage(records, int(dump.plan["k"]))
+    k = max((int(record.topk.counts.max(initial=0)) for record in records), default=0)
+    if k:  # of the rows, not of the plan, which may name a large one
+        parts += coverage(records, k)
     if records and dump.draws:
         parts += draws(records, dump.draws)
     if not records:
@@ -33,12 +34,11 @@ def report(path: str) -> str:
 def coverage(records: list[Record], k: int) -> list[str]:
     """How much mass the entries hold, how often the next token is among them, the entropy."""
     found = [look(record, k) for record in records]
-    mass = np.concatenate([of.mass for of in found])
-    hits = np.concatenate([of.hits for of in found])
     entropy = np.concatenate([of.entropy for of in found])
     ks = [2**power for power in range(k.bit_length()) if 2**power < k] + [k]
-    held = mass.mean(0)[[at - 1 for at in ks]]
-    covered = hits.mean(0)[[at - 1 for at in ks]]
+    columns = [at - 1 for at in ks]
+    held = np.sum([of.mass for of in found], 0)[columns] / len(entropy)
+    covered = np.sum([of.hits for of in found], 0)[columns] / len(entropy)
     figures, (against_k, sure) = axes(2)
     against_k.plot(ks, held, "C0", marker="o", markersize=3, label="mass held")
     against_k.plot(ks, covered, "C1", marker="s", markersize=3, label="true next token among them")
@@ -50,7 +50,9 @@ def coverage(records: list[Record], k: int) -> list[str]:
     sure.set(xlabel="entropy of {kept ids, tail}, nats", ylabel="positions")
     return [
         heading("Mass and coverage"),
-        picture(figures, f"Over {len(mass):,} positions of {len(records):,} rows, evenly spread."),
+        picture(
+            figures, f"Over {len(entropy):,} positions of {len(records):,} rows, evenly spread."
+        ),
         table(
             ["k", "mass held", "tail", "true next token among them"],
             [
@@ -69,20 +71,21 @@ class Look(NamedTuple):
     """One row of P positions."""
 
     mass: Float64s
-    """[P, k]: mass of the best 1 to k entries."""
-    hits: npt.NDArray[np.bool_]
-    """[P, k]: whether the true next token is among them."""
+    """[k]: mass of the best 1 to k entries, summed over the positions."""
+    hits: Float64s
+    """[k]: positions whose true next token is among them."""
     entropy: Float64s
     """[P]: nats, of the entries and the tail."""
 
 
 def look(record: Record, k: int) -> Look:
-    ids, logprobs = record.topk.dense(max(k, int(record.topk.counts.max(initial=0))))
+    ids, logprobs = record.topk.dense(k)
     p = np.exp(logprobs.astype(np.float64))
     is_next = (ids == record.input_ids[1:, None]) & (p > 0)
     outcomes = np.concatenate([p, np.exp(record.topk.tail_logprob.astype(np.float64))[:, None]], 1)
     entropy = -(outcomes * np.log(np.where(outcomes > 0, outcomes, 1))).sum(1)
-    return Look(p.cumsum(1)[:, :k], np.maximum.accumulate(is_next, 1)[:, :k], entropy)
+    hits = np.maximum.accumulate(is_next, 1).sum(0, dtype=np.float64)
+    return Look(p.sum(0).cumsum(), hits, entropy)
 
 
 def draws(records: list[Record], number: int) -> list[str]:

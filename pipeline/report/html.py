@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from storage.text import printable
+
 STYLE = """
 :root { --line: #d8dee4; --soft: #59636e; }
 * { box-sizing: border-box; }
@@ -33,41 +35,45 @@ pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; white-space: pre-wr
 """
 
 
+def escape(text: str) -> str:
+    """Foreign text as HTML: nothing in it is an element, or turns the direction of a line."""
+    return html.escape(printable(text))
+
+
 def page(title: str, parts: Iterable[str]) -> str:
     """A complete HTML document; `parts` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
 def heading(text: str, level: int = 2) -> str:
-    return f"<h{level}>{html.escape(text)}</h{level}>"
+    return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def quote(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escape(text)}</pre>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
     )
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{names}</tr>{cells}</table></div>'
 
 
 def pairs(values: dict[str, Any]) -> str:
     """A table with one name and value per line; nested values have dotted names."""
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(say(value))}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td>{escape(say(value))}</td></tr>"
         for name, value in flatten(values)
     )
     return f'<div class="scroll"><table class="pairs">{rows}</table></div>'
@@ -90,7 +96,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def picture(figures: Sequence[Any], caption: str) -> str:
     """matplotlib figures as inline SVG, side by side if there is room, with a caption."""
     shown = "".join(svg(figure, caption) for figure in figures)
-    return f"<figure><div>{shown}</div><figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure><div>{shown}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def svg(figure: Any, label: str) -> str:
@@ -99,7 +105,7 @@ def svg(figure: Any, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    alt = html.escape(label, quote=True)
+    alt = escape(label)
     return text.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
 
 
@@ -108,8 +114,9 @@ def axes(number: int = 1, width: float = 4.4, height: float = 3.2) -> tuple[list
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Text stays text, and the same numbers give the same bytes.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report"})
+    # Text stays text, dollar signs too; the same numbers give the same bytes.
+    same: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report"}
+    matplotlib.rcParams.update(same | {"text.parse_math": False})
     figures = [Figure(figsize=(width, height), layout="constrained") for _ in range(number)]
     plots = [figure.subplots() for figure in figures]
     for plot in plots:

@@ -1,15 +1,20 @@
 """Write a page about a dump, a training run or a study, whichever a directory holds."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.places import check_file
 from pipeline.progress import say
 
 
 def run(path: str, output: str) -> dict[str, Any]:
     """Write the page. Raises ConfigError if the directory holds none of the three."""
     text, kind = make(path)
+    if kind == "dump":  # which holds nothing but what stage one wrote
+        check_file("--output", output, {"the dump": path})
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -23,11 +28,13 @@ def make(path: str) -> tuple[str, str]:
     if (folder / "results.json").exists():
         from pipeline.report import study_page
 
-        return study_page.report(folder), "study"
+        with as_written(folder / "results.json", "study"):
+            return study_page.report(folder), "study"
     if (folder / "metrics.jsonl").exists():
         from pipeline.report import run_page
 
-        return run_page.report(folder), "training run"
+        with as_written(folder / "metrics.jsonl", "training run"):
+            return run_page.report(folder), "training run"
     if (folder / "plan.json").exists() or "://" in path:
         from pipeline.report import dump_page
 
@@ -36,3 +43,15 @@ def make(path: str) -> tuple[str, str]:
         f"{path}: neither a study (results.json), a training run (metrics.jsonl) nor a dump "
         "(plan.json)"
     )
+
+
+@contextlib.contextmanager
+def as_written(file: Path, kind: str) -> Iterator[None]:
+    """ConfigError where the file's values are not those that a run of this project writes."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: not what a {kind} writes ({type(error).__name__}: {error}). Another program "
+            "wrote it, or it was edited: restore it from a copy"
+        ) from error

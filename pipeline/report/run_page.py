@@ -1,21 +1,21 @@
 """The page about one training run."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import KINDS
+from pipeline.json_files import read_json, read_lines
 from pipeline.report.html import axes, heading, page, pairs, picture
+from pipeline.types import Json
 
-Json = dict[str, Any]
 KNOWN = ("steps", "null_test_kl", "seconds", "domain_tokens", "general_tokens")
 
 
 def report(folder: Path) -> str:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    parts = [pairs({name: summary[name] for name in KNOWN if name in summary})]
+    summary = read_json(summary_file) if summary_file.exists() else {}
+    known = {name: summary[name] for name in KNOWN if name in summary}
+    parts = [pairs(known | null_test(summary))]
     for title, plots in [
         ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
         (
@@ -31,6 +31,16 @@ def report(folder: Path) -> str:
     if "identity" in summary:
         parts += [heading("Settings"), pairs(summary["identity"])]
     return page(f"Training run {folder}", parts)
+
+
+def null_test(summary: Json) -> Json:
+    """What the null test answered, and where a difference begins; nothing for older runs."""
+    found = summary.get("null_test") or {}
+    return {
+        label: found[name]
+        for name, label in (("answer", "null test"), ("where", "null test, difference"))
+        if found.get(name)
+    }
 
 
 def curves(lines: list[Json], plots: dict[str, list[str]]) -> str | None:

@@ -1,24 +1,27 @@
 """The page about a study: the domain gain of each run against its loss on general text."""
 
-import json
 import math
 from itertools import cycle
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from pipeline.agreement import Answer
 from pipeline.config import KINDS
+from pipeline.json_files import read_json
 from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
 from pipeline.study.results import RESULTS
 from pipeline.study.results import table as as_markdown
+from pipeline.types import Json
+from storage.text import printable
 
-Json = dict[str, Any]
+DIFFERENT = Answer.DIFFERENT.value
 MARKERS = "os^Dv<>Pp*Xh"
 BELOW: Json = {"loc": "outside lower center", "fontsize": "small"}
 
 
 def report(folder: Path) -> str:
-    results = json.loads((folder / RESULTS).read_text())
+    results = read_json(folder / RESULTS)
     return page(
         f"Study of {results['model']}",
         [
@@ -35,6 +38,7 @@ def report(folder: Path) -> str:
             heading("Runs"),
             runs(results),
             note("Intervals: 95 % bootstrap over held-out documents."),
+            *differences(results),
             *examples(results),
             heading("Made with"),
             pairs(results["machine"] | {"max_length": results["max_length"]}),
@@ -80,6 +84,7 @@ def by_arm(results: Json) -> dict[str, list[Json]]:
     found: dict[str, list[Json]] = {}
     for of in results["arms"]:
         label = f"{of['arm']} {of['learning_rate']:g}" if rates else of["arm"]
+        label = printable(f" {label}" if label.startswith("_") else label)  # no legend shows _x
         found[label] = [
             one
             for one in results["runs"].values()
@@ -142,6 +147,15 @@ def runs(results: Json) -> str:
                 row += [digits(of["reverse_kl"], 4), digits(of["tail_kl"], 3), digits(of["ece"], 3)]
                 rows.append([*row, f"{of['documents_worse']} of {of['documents']}"])
     return table(head, rows)
+
+
+def differences(results: Json) -> list[str]:
+    """A note on the runs that went on although the null test found a difference."""
+    found = [name for name, one in results["runs"].items() if one.get("null_test") == DIFFERENT]
+    kl = max((float(results["runs"][name]["null_test_kl"]) for name in found), default=0.0)
+    return [
+        note(f"Null test: {DIFFERENT}, {kl:.1e} nats at most, accepted in {', '.join(found)}.")
+    ] * bool(found)
 
 
 def span(of: Json, name: str, number: int) -> str:

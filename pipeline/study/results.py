@@ -1,12 +1,12 @@
 """Results of a study: the numbers of each run, means and spread over seeds, the table."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import KINDS
+from pipeline.json_files import read_json, read_lines
 from pipeline.study.config import StudyConfig
 
 Json = dict[str, Any]
@@ -15,13 +15,14 @@ BASE, RESULTS = "base", "results.json"
 
 def of_run(folder: Path, base: Json) -> Json:
     """The numbers of one finished run."""
-    measures = json.loads((folder / "measures.json").read_text())
+    measures = read_json(folder / "measures.json")
     summary = folder / "summary.json"
-    trained = json.loads(summary.read_text()) if summary.exists() else {}
+    trained = read_json(summary) if summary.exists() else {}
     return {
         **against(measures, base),
         "seconds": trained.get("seconds"),
         "null_test_kl": trained.get("null_test_kl"),
+        "null_test": (trained.get("null_test") or {}).get("answer"),
         "curve": curve(folder / "metrics.jsonl"),
         **{kind: measures[kind] for kind in KINDS if kind in measures},
     }
@@ -108,8 +109,7 @@ def spread(values: list[float]) -> Json:
 def curve(metrics: Path) -> Json:
     """{"step", "domain", "general", "other"}: held-out perplexities during training; {"loss_step",
     "ce", "kl"}: the losses."""
-    text = metrics.read_text() if metrics.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines(metrics) if metrics.exists() else []
     held = [line for line in lines if "eval_domain_perplexity" in line]
     kinds = [kind for kind in KINDS if any(f"eval_{kind}_perplexity" in line for line in held)]
     steps = [line for line in lines if "ce" in line]

@@ -6,17 +6,18 @@ is written last. The runs follow one another in this process.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import parse, script_parser
-from pipeline.config import EvalConfig, TrainConfig, held_out_texts
+from pipeline.config import EvalConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
-from pipeline.json_files import write_json
+from pipeline.json_files import read_json, write_json
 from pipeline.models.directory import ModelFolder
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import say, show
-from pipeline.recorded import refuse_other_settings
+from pipeline.recorded import recorded, refuse_other_settings
 from pipeline.script_files import run_script
 from pipeline.signals import stop_on_signals
 from pipeline.study import arms
@@ -25,7 +26,6 @@ from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.training import train
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, Output
-from pipeline.training.places import refuse_inputs_inside
 from pipeline.types import Json
 
 RUN, MEASURES, TABLE = "run.json", "measures.json", "table.md"
@@ -54,7 +54,7 @@ def run(config: StudyConfig) -> Json:
     output = Path(config.output)
     runs = list(plan(config))
     todo = [one for one in runs if config.only is None or one.arm in config.only]
-    check_place(config)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(study.folder.path)})
     with stop_on_signals(), hold(output):
         for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
@@ -69,17 +69,6 @@ def run(config: StudyConfig) -> Json:
     show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
     return results
-
-
-def check_place(config: StudyConfig) -> None:
-    """ConfigError for an output directory that contains an input."""
-    inputs: dict[str, str | Path] = {"model": config.model, "domain.path": config.domain.path}
-    texts = {"general": config.general}
-    texts |= {f"held_out.{kind}": text for kind, text in held_out_texts(config.held_out)}
-    inputs |= {f"{name}.path": text.path for name, text in texts.items() if text is not None}
-    given = {name: dump for name, dump in config.dumps.items() if isinstance(dump, str)}
-    inputs |= {f"dumps.{name}": dump for name, dump in given.items()}
-    refuse_inputs_inside(Path(config.output), inputs)
 
 
 def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
@@ -116,13 +105,13 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
     folder = Path(config.output) / "runs" / full
     settings: Json = {
         "model": config.model,
-        "domain": asdict(config.domain),
+        "domain": recorded(config.domain),
         "max_length": config.max_length,
         "training": {"save_strategy": "no", "report_to": "none"},
     }
     measure = config.measure
     if measure.curve_steps:
-        settings["held_out"] = asdict(config.held_out) | {"sequences": measure.curve_sequences}
+        settings["held_out"] = recorded(config.held_out) | {"sequences": measure.curve_sequences}
         settings["training"] |= {
             "eval_strategy": "steps",
             "eval_steps": measure.curve_steps,
@@ -164,14 +153,14 @@ def make_dump(config: StudyConfig, name: str) -> None:
     folder = Path(dump_path(config, name))
     settings = {
         "model": config.model,
-        "corpus": asdict(config.general),
+        "corpus": recorded(config.general),
         "max_length": config.max_length,
         **given,
         "output": str(folder),
     }
     file = folder.parent / f"{name}.json"
     if file.exists():
-        refuse_other_settings(folder, json.loads(file.read_text()), settings)
+        refuse_other_settings(folder, read_json(file), settings)
     if (folder / "manifest.json").exists():
         return
     say(f"\n=== dump {name}")
@@ -207,8 +196,8 @@ class Study:
     def measuring(self) -> Json:
         """Settings that decide the measures of a student."""
         config = self.config
-        kept = {k: v for k, v in asdict(config.measure).items() if not k.startswith("curve_")}
-        return {"model": config.model, "held_out": asdict(config.held_out), **kept}
+        kept = {k: v for k, v in recorded(config.measure).items() if not k.startswith("curve_")}
+        return {"model": config.model, "held_out": recorded(config.held_out), **kept}
 
     def base(self) -> Json:
         folder = Path(self.config.output) / BASE
@@ -217,7 +206,7 @@ class Study:
 
     def settings(self, one: Run) -> Json:
         """All settings that decide a run."""
-        arm = asdict(self.config.arms[one.arm])
+        arm = recorded(self.config.arms[one.arm])
         for name in ("seeds", "learning_rates"):
             del arm[name]  # they decide which runs there are, not the content of a run
         return {"arm": arm, "train": one.settings, "measure": self.measuring()}
@@ -246,15 +235,14 @@ class Study:
         file = folder / MEASURES
         if not file.exists():
             write_json(file, self.comparison.measure(name, model))
-        found: Json = json.loads(file.read_text())
-        return found
+        return read_json(file)
 
 
 def check_same(folder: Path, settings: Json) -> None:
     """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
     plain: Json = json.loads(json.dumps(settings))
     if (folder / RUN).exists():
-        refuse_other_settings(folder, json.loads((folder / RUN).read_text()), plain)
+        refuse_other_settings(folder, read_json(folder / RUN), plain)
     write_json(folder / RUN, plain)
 
 

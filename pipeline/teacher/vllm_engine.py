@@ -12,6 +12,7 @@ import torch
 from pipeline.engine_args import check_engine_args, reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.passed import blamed
 from pipeline.teacher.vllm_log import VllmLog
 
 # Every vLLM interface that this folder uses: module, name, parameters.
@@ -100,7 +101,10 @@ def engine_settings(
 
 
 def start_engine(settings: dict[str, Any], log: VllmLog) -> Any:
-    """Start vLLM's engine with these EngineArgs; what it writes goes to the log."""
+    """Start vLLM's engine with these EngineArgs; what it writes goes to the log.
+
+    Raises ConfigError that names the setting which vLLM refuses, and vLLM's own errors.
+    """
     from vllm import EngineArgs, LLMEngine
 
     # On a CPU vLLM 0.32 searches all loaded modules for kernels to replace. It fails on a module of
@@ -109,9 +113,33 @@ def start_engine(settings: dict[str, Any], log: VllmLog) -> Any:
     try:
         with log.catching():
             return LLMEngine.from_engine_args(EngineArgs(**settings))
+    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
+        with log.catching():
+            name = blamed(config_of, settings) if refuses(settings) else ""
+        if not name:
+            raise
+        raise ConfigError(
+            f"engine_args{name}: vLLM does not start with these settings: {log.reason(error)}"
+        ) from error
     finally:
         if numba_library is not None:
             sys.modules["llvmlite.binding.ffi"] = numba_library
+
+
+def config_of(**settings: Any) -> Any:
+    """vLLM's configuration; the engine does not start."""
+    from vllm import EngineArgs
+
+    return EngineArgs(**settings).create_engine_config()
+
+
+def refuses(settings: dict[str, Any]) -> bool:
+    """Whether vLLM finds fault with the settings alone."""
+    try:
+        config_of(**settings)
+    except Exception:
+        return True
+    return False
 
 
 def check_interface() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import ConfigError, FailedError, Interrupted
-from pipeline.models.directory import short
+from pipeline.passed import reason
 
 # A user who sets this wants to see what vLLM writes. Read now: `engine_settings` sets it later.
 SHOWN = "VLLM_LOGGING_LEVEL" in os.environ
@@ -80,10 +80,10 @@ class VllmLog:
         invalid = INVALID.search(str(error))
         own = f"ValueError: {invalid[1]}" if invalid else f"{type(error).__name__}: {error}"
         if not PASSED_ON.search(own):
-            return short(Exception(own))
+            return reason(Exception(own))
         text = self.path.read_text(errors="replace") if self.path is not None else ""
         others = [found[1] for found in ERROR.finditer(text) if not PASSED_ON.search(found[1])]
-        return short(Exception(others[-1] if others else own))
+        return reason(Exception(others[-1] if others else own))
 
     @contextlib.contextmanager
     def explained(self, model: object, before: str = "") -> Iterator[None]:
@@ -91,7 +91,7 @@ class VllmLog:
         is. `before` is the reason why an earlier way failed."""
         try:
             yield
-        except Interrupted:
+        except (ConfigError, Interrupted):
             raise
         except Exception as error:
             reasons = [self.reason(error), before]

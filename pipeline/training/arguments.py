@@ -4,17 +4,22 @@ import difflib
 import inspect
 import os
 from copy import deepcopy
+from functools import partial
+from typing import get_type_hints
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from pipeline.config import HeldOutConfig, TrainConfig, held_out_texts
 from pipeline.errors import ConfigError
-from pipeline.training import fsdp
+from pipeline.passed import blamed, typed
+from pipeline.training import fsdp, probes
 from pipeline.training.argument_table import FIXED, REFUSED
 from pipeline.types import Json
 
+DOCUMENTED = {"fsdp": bool | str | list[str] | None}
+"""Types of arguments that take more than they declare."""
 GENERAL_KL = "general_kl"
 
 
@@ -38,20 +43,28 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # it would wait for the device at each micro-step
     }
     check_names(config)
-    # YAML reads a bare `no` as false.
-    given = {
-        name: "no" if value is False and name.endswith("_strategy") else value
-        for name, value in config.training.items()
-    }
+    given = typed_values(config.training)
     try:
         args = TrainingArguments(**deepcopy({**defaults(config), **given, **fixed}))
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"training: {error}") from error
+        name = blamed(partial(TrainingArguments, **fixed), given)
+        raise ConfigError(f"training{name}: {error}") from error
     check_evaluation(args, metrics_of(config.held_out))
-    check_optimizer(args)
+    probes.check(args)
     check_reporters(args)
     check_processes(args)
     return args
+
+
+def typed_values(given: Json) -> Json:
+    """The arguments as transformers declares them."""
+    hints = {**get_type_hints(TrainingArguments), **DOCUMENTED}
+    found = {}
+    for name, value in given.items():
+        # YAML reads a bare `no` as false.
+        value = "no" if value is False and name.endswith("_strategy") else value
+        found[name] = typed(f"training.{name}", value, hints[name])
+    return found
 
 
 def defaults(config: TrainConfig) -> Json:
@@ -98,16 +111,6 @@ def check_evaluation(args: TrainingArguments, metrics: list[str]) -> None:
         raise ConfigError(
             f"training.metric_for_best_model {best}: nothing of that name is measured; {choices}"
         )
-
-
-def check_optimizer(args: TrainingArguments) -> None:
-    """ConfigError for an optimizer whose package is not installed, or arguments it cannot take."""
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except AttributeError:
-        pass  # the optimizer asks for the model, which is not there yet
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"training.optim {args.optim}: {error}") from error
 
 
 def check_reporters(args: TrainingArguments) -> None:

@@ -1,15 +1,17 @@
-"""Failures of the disk under an output directory, whichever library meets them."""
+"""Failures of the files of an output directory, whichever library meets them."""
 
 import contextlib
 import errno
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
-from pipeline.errors import FailedError
+from pipeline.errors import ConfigError, FailedError
 from storage.store import ADVICE
 
 TORCH = re.compile("unexpected pos|PytorchStreamWriter failed|iostream error")
@@ -27,6 +29,28 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise FailedError(
             f"{folder}: cannot be written: {reason}. The last whole checkpoint is kept"
+        ) from error
+
+
+UNREADABLE = (
+    *(pickle.UnpicklingError, SafetensorError, EOFError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What libraries raise for a checkpoint's file that was damaged, or is not theirs."""
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path, part: str) -> Iterator[None]:
+    """ConfigError, which names the checkpoint, where this part of it cannot be read."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        found = str(error).partition(".")[0].partition("\n")[0]
+        raise ConfigError(
+            f"{checkpoint}: its {part} cannot be read ({type(error).__name__}: {found}). Restore "
+            "the checkpoint from a copy, or remove it to resume from the one before"
         ) from error
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pipeline.losses import Direction, linear_sparse_divergence
-from pipeline.models.attention import enable_packing
-from pipeline.models.head import check_head, hidden_states, linear_head, logit_transform
+from pipeline.models.attention import Way, enable_packing, take_way, way_of
+from pipeline.models.head import LogitTransform, hidden_states, linear_head, logit_transform
+from pipeline.training import fsdp
 
 
 def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
@@ -19,6 +20,8 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
     Raises ConfigError for a model whose logits are not a linear head on its decoder, scaled and
     soft-capped at most, or that cannot keep packed sequences apart.
     """
+    way, transform = fsdp.on_first_rank(lambda: learnt(model))
+    take_way(model, way)
     plain_forward = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, targets: Any = None, **kwargs: Any) -> Any:
@@ -27,7 +30,7 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
         hidden = hidden_states(
             self, kwargs["input_ids"], kwargs["position_ids"], kwargs["sequence_lengths"]
         )
-        head, transform = linear_head(self), logit_transform(self)
+        head = linear_head(self)
         loss, losses = linear_sparse_divergence(
             hidden.index_select(0, targets["rows"]),
             head.weight,
@@ -43,6 +46,10 @@ def add_distill_forward(model: PreTrainedModel, direction: Direction) -> None:
         )
         return {"loss": loss, "losses": losses}
 
-    enable_packing(model)
-    check_head(model)
     model.forward = MethodType(forward, model)
+
+
+def learnt(model: PreTrainedModel) -> tuple[Way, LogitTransform]:
+    """How the model keeps packed sequences apart, and what it does to its head's logits."""
+    enable_packing(model)
+    return way_of(model), logit_transform(model)

@@ -5,7 +5,8 @@ gathered the head's weight. All other code for FSDP is here.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -13,10 +14,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
 from pipeline.progress import say
+
+Result = TypeVar("Result")
 
 
 def is_asked_for(args: TrainingArguments) -> bool:
@@ -80,13 +83,24 @@ def load_on_one_rank(args: TrainingArguments) -> None:
         os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
 
 
-def agree_on_attention(model: PreTrainedModel) -> None:
-    """Use the attention of rank 0 on all ranks: the others may have no weights to test it with."""
-    if distributed.is_initialized():
-        chosen = [model.config._attn_implementation]
-        distributed.broadcast_object_list(chosen)
-        if chosen[0] != model.config._attn_implementation:
-            model.set_attn_implementation(chosen[0])
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """What `work` returns or raises as ConfigError on rank 0, on all ranks.
+
+    For what is learnt from the weights: the other ranks may have none yet.
+    """
+    if not distributed.is_initialized():
+        return work()
+    found: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            found = [work()]
+        except ConfigError as error:
+            found = [error]
+    distributed.broadcast_object_list(found)
+    if isinstance(found[0], ConfigError):
+        raise found[0]
+    result: Result = found[0]
+    return result
 
 
 def reshard(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
         "dump": ", ".join(f"{d.fingerprint} × {weight:g}" for d, weight in inputs.dumps.items()),
         "domain": inputs.corpus.fingerprint(),
         "domain_rendering": inputs.corpus.rendering(),
+        **({"domain_special_tokens": "split"} if inputs.corpus.special else {}),
         "mix": config.mix,
         "mix_by": config.mix_by,
         "max_length": inputs.max_length,
@@ -48,6 +49,8 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
             if not name.startswith(FREE) and name not in BATCH
         },
     }
+    if config.quantization is not None:  # runs without it have no such key
+        identity["quantization"] = config.quantization
     plain: Json = json.loads(json.dumps(identity, default=str))
     return plain
 

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.models.vocabulary import check_ids
 from storage import LogitDataset
+from storage.plan import needed
 
 
 class Inputs:
@@ -37,12 +38,12 @@ class Inputs:
         """Tokens of the longest domain sequence: the user's setting, or that of the dumps."""
         if self.config.max_length is not None:
             return self.config.max_length
-        return max(int(dump.plan["max_length"]) for dump in self.dumps)
+        return max(int(needed(dump.plan, "max_length")) for dump in self.dumps)
 
     @property
     def add_eos(self) -> bool:
         """Whether domain documents end with end-of-text: as the general ones do."""
-        return all(dump.plan["add_eos"] for dump in self.dumps)
+        return all(needed(dump.plan, "add_eos") for dump in self.dumps)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -95,7 +96,7 @@ def open_held_out_dump(config: TrainConfig) -> LogitDataset | None:
     if path is None:
         return None
     dump = LogitDataset(path, samples=False)
-    if dump.plan["k"] == 0:
+    if dump.k == 0:
         raise ConfigError(f"held_out.dump {path}: holds samples alone; a KL needs k above 0")
     return dump
 
@@ -116,8 +117,8 @@ def check(inputs: Inputs) -> None:
         check_student(inputs, dump)
     shares_of(list(inputs.dumps), list(inputs.dumps.values()))
     check_targets(inputs.config, list(inputs.dumps))
-    plans = [dump.plan["teacher"] for dump in inputs.all_dumps]
-    teachers = {teacher["fingerprint"]: teacher["name"] for teacher in plans}
+    plans = [dump.plan for dump in inputs.all_dumps]
+    teachers = {needed(p, "teacher.fingerprint"): needed(p, "teacher.name") for p in plans}
     if len(teachers) > 1:
         raise RefusedError(
             f"the dumps are of different teachers ({', '.join(teachers.values())}): a student is "
@@ -133,7 +134,7 @@ def check_student(inputs: Inputs, dump: LogitDataset) -> None:
     fingerprint = tokenizer_fingerprint(inputs.model.tokenizer)
     found = {
         "vocabulary": (plan["vocab_size"], inputs.model.vocab_size),
-        "tokenizer": (plan["tokenizer"]["fingerprint"][:16], fingerprint[:16]),
+        "tokenizer": (needed(plan, "tokenizer.fingerprint")[:16], fingerprint[:16]),
     }
     wrong = [
         f"  {what}: {there} in the dump, {here} in the student"
@@ -143,7 +144,7 @@ def check_student(inputs: Inputs, dump: LogitDataset) -> None:
     if wrong:
         raise RefusedError(
             f"student {inputs.config.model} does not belong to the dump {name} of "
-            f"{plan['teacher']['name']}:\n" + "\n".join(wrong) + "\nStored ids mean other "
+            f"{needed(plan, 'teacher.name')}:\n" + "\n".join(wrong) + "\nStored ids mean other "
             "tokens to this student. Start from the dump's own base model, or dump with this "
             "tokenizer."
         )
@@ -151,16 +152,16 @@ def check_student(inputs: Inputs, dump: LogitDataset) -> None:
 
 def check_targets(config: TrainConfig, dumps: list[LogitDataset]) -> None:
     """Refuse top-k entries and samples that cannot be learnt, or not together."""
-    if config.loss.targets == "topk" and any(dump.plan["k"] == 0 for dump in dumps):
+    if config.loss.targets == "topk" and any(dump.k == 0 for dump in dumps):
         raise ConfigError(
             "loss.targets topk: a dump holds samples alone (its k is 0); leave loss.targets out"
         )
-    kinds = {(dump.draws > 0, dump.plan["k"] > 0) for dump in dumps}
+    kinds = {(dump.draws > 0, dump.k > 0) for dump in dumps}
     if len(kinds) > 1:
         raise RefusedError(
             "the dumps hold different targets, and their KL would not mean the same: "
             + ", ".join(
-                f"{dump.dump.store.path} k {dump.plan['k']}, samples {dump.draws}" for dump in dumps
+                f"{dump.dump.store.path} k {dump.k}, samples {dump.draws}" for dump in dumps
             )
             + ". Where all have a k above 0, loss.targets: topk leaves the samples out"
         )

@@ -19,6 +19,8 @@ from pipeline.types import Json
 from storage.manifest import differences
 
 FINAL, DRAFT, SUMMARY, METRICS = "model", "model.draft", "summary.json", "metrics.jsonl"
+ADAPTER = "adapter"
+"""Of a run on quantised weights: the adapters that it trained on them."""
 MARKER = ".mol-distill.json"
 """Written first into a directory that a run makes: the run's identity."""
 COMPLETE = "distill.json"
@@ -40,7 +42,8 @@ class Output:
 
     def check(self) -> None:
         """RefusedError where something that this run did not make has a name that it would use."""
-        for path in [*self.checkpoints(), self.folder / FINAL, self.folder / DRAFT]:
+        names = [FINAL, DRAFT, *[ADAPTER] * ("quantization" in self.identity)]
+        for path in [*self.checkpoints(), *(self.folder / name for name in names)]:
             if os.path.lexists(path):
                 self.check_own(path)
         summary, metrics = self.folder / SUMMARY, self.folder / METRICS

@@ -14,23 +14,29 @@ from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import MixedDataset
+from pipeline.data.packing import collate
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
+from pipeline.models import own_rows
+from pipeline.models.attention import way_of
 from pipeline.models.directory import WEIGHTS
+from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.training import memory
+from pipeline.training import memory, quantised
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.disk import writing
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.lock import hold
-from pipeline.training.null_test import null_test
 from pipeline.training.output import FINAL, SUMMARY, Output
-from pipeline.training.places import check_place
+from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
+
+FIRST = 8
+"""Batches from which the share of padding is taken."""
 
 
 def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = DistillTrainer) -> Json:
@@ -43,8 +49,9 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     config = replace(config, output=str(Path(config.output).expanduser()))
     inputs = Inputs(config)
     check(inputs)
-    check_place(config, inputs.model.path)
+    check_output(config.output, {**dict(inputs_of(config)), "model": str(inputs.model.path)})
     args = training_arguments(config)
+    quantised.check(config, args, inputs.model)
     with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
         summary = finished(Path(config.output), identity)
@@ -78,7 +85,8 @@ def train(
     dataset = mixed_dataset(inputs, args)
     texts = inputs.held_out()
     say(describe(inputs, dataset, items_per_step(args)))
-    memory.check(config, args, inputs.model, inputs.row_tokens(args))
+    rows = first_rows(dataset, args, config.row_tokens)
+    memory.check(config, args, inputs.model, inputs.row_tokens(args), rows)
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
@@ -90,6 +98,8 @@ def train(
 
     with stop_on_signals(ask):
         student, dtype = load_student(config, inputs.model, args)
+        if way_of(student).own_rows and args.process_index == 0:
+            say(own_rows.cost(student, own_rows.padding(rows)))
         trainer = trainer_class(
             student,
             args,
@@ -106,10 +116,10 @@ def train(
         checkpoint = trainer.resume_point()
         if checkpoint is not None:
             say(f"{output}: resuming from {checkpoint.name}")
-        null_kl: list[float] = []
         if dataset.general is not None and checkpoint is None and config.null_test.batches:
-            test = partial(null_test, config, trainer, dataset.general, identity["model"])
-            trainer.before_training = lambda: null_kl.append(test())
+            trainer.before_training = partial(
+                null_test, config, trainer, dataset.general, inputs.model, identity["model"]
+            )
         began = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -122,11 +132,12 @@ def train(
         **last_logged(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "best": best_checkpoint(trainer),
-        "null_test_kl": null_kl[0] if null_kl else None,
+        "null_test_kl": trainer.null_test["kl"] if trainer.null_test else None,
+        "null_test": trainer.null_test,
         "seconds": time.monotonic() - began,
         "identity": identity,
     }
-    save_final(config, trainer, inputs.model, dtype)
+    summary |= save_final(config, trainer, inputs.model, dtype)
     if trainer.args.should_save:
         write_json(output / SUMMARY, summary)
         best = summary["best"]
@@ -141,6 +152,17 @@ def mixed_dataset(inputs: Inputs, args: TrainingArguments) -> MixedDataset:
     return MixedDataset(
         inputs.domain, inputs.general(seed), config.mix, seed, items_per_step(args), config.mix_by
     )
+
+
+def first_rows(
+    dataset: MixedDataset, args: TrainingArguments, row_tokens: int | None
+) -> list[list[int]]:
+    """The lengths of the sequences in each packed row of a few batches."""
+    size = args.train_batch_size
+    starts = range(0, min(len(dataset), FIRST * size), size)
+    batches = [[dataset[at] for at in range(start, start + size)] for start in starts]
+    rows = [row for batch in batches for row in collate(batch, row_tokens)["packed"]]
+    return [row["sequence_lengths"] for row in rows]
 
 
 def describe(inputs: Inputs, dataset: MixedDataset, per_step: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pipeline.config import LossConfig
@@ -31,9 +33,10 @@ from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets,
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
-from pipeline.json_files import read_object, write_json
+from pipeline.json_files import read_json, read_object, write_json
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
+from pipeline.training.disk import reading
 from pipeline.training.gradients import gradient_parts
 from pipeline.training.output import COMPLETE, Output
 from pipeline.training.run_log import RunLog
@@ -84,7 +87,8 @@ class DistillTrainer(Trainer):
         self.waited = 0.0
         self.stop_asked = False  # a signal has reached this rank
         self.stopping = False  # the same on all ranks at each step
-        self.before_training: Callable[[], None] | None = None  # runs once the model is prepared
+        self.before_training: Callable[[], Json] | None = None  # runs once the model is prepared
+        self.null_test: Json | None = None  # what it returned, here or before the run was resumed
         super().__init__(
             model,
             args,
@@ -317,7 +321,7 @@ class DistillTrainer(Trainer):
     def losses_of(self, row: PackedRow) -> Tensor:
         """float64 [N] on the CPU: the loss of each target of a packed row."""
         weights = torch.ones(len(row["targets"]["rows"]))
-        row = self._prepare_inputs(with_targets(row, row_weights=weights))
+        row = send_to_device(with_targets(row, row_weights=weights), self.model.device)
         with self.accelerator.autocast():
             losses: Tensor = self.model(**row)["losses"]
         return losses.double().cpu()
@@ -339,6 +343,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
         if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
+            marker["null_test"] = self.null_test
             write_json(self.output.folder / name / COMPLETE, marker)
             self.rotate()
 
@@ -348,10 +353,23 @@ class DistillTrainer(Trainer):
             best = self.state.best_model_checkpoint
             self.output.rotate(self.save_total_limit, best, keep_last)
 
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        with reading(Path(checkpoint), "weights"):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "optimizer or scheduler state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "random number state"):
+            super()._load_rng_state(checkpoint)
+
     def resume_point(self) -> Path | None:
         """The last whole checkpoint of this run; None if there is none.
 
-        Removes the run's own incomplete checkpoints and restores the token totals.
+        Removes the run's own incomplete checkpoints. Restores the token totals and what the null
+        test found.
         Raises RefusedError for a checkpoint that another run made.
         """
         whole = []
@@ -365,7 +383,9 @@ class DistillTrainer(Trainer):
         if not whole:
             return None
         last, marker = whole[-1]
+        read_json(last / TRAINER_STATE_NAME)
         self.totals = {name: marker[name] for name in self.totals}
+        self.null_test = marker.get("null_test")  # markers of earlier releases have none
         return last
 
 
@@ -386,7 +406,7 @@ class Hooks(TrainerCallback):
         trainer = self.trainer
         fsdp.say_shares(trainer.accelerator, trainer.model)
         if trainer.before_training is not None:
-            trainer.before_training()
+            trainer.null_test = trainer.before_training()
             fsdp.reshard(trainer.model)
         trainer.begin_log_interval()
 

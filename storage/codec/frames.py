@@ -200,7 +200,11 @@ def inflate(frame: "bytes | memoryview", size: int) -> bytes:
             raise CorruptPayload(f"{size} bytes expected in a frame, it claims {found}")
         if size > MAX_RATIO * len(frame):
             raise CorruptPayload(f"a frame of {len(frame)} bytes cannot hold {size}")
-        plane = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+        plane = zstandard.ZstdDecompressor().decompress(
+            frame,
+            max_output_size=size,
+            allow_extra_data=True,  # a row head may follow
+        )
     except zstandard.ZstdError as error:
         raise CorruptPayload(f"zstd: {error}") from None
     if len(plane) != size:

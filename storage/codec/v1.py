@@ -7,6 +7,7 @@ Each plane (all low bytes, then all high bytes) is a zstd frame. Grid difference
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,6 @@ class Ranks:
     frequent: Int32s
     vocab_size: int
     order: Int32s = field(init=False)
-    rank_of: Int32s = field(init=False)
     checksum: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,11 +43,16 @@ class Ranks:
         order = np.concatenate([frequent, np.flatnonzero(rest)]).astype(np.int32)
         if len(order) != self.vocab_size:
             raise CorruptPayload("rank table: an id appears twice")
-        rank_of = np.empty_like(order)
-        rank_of[order] = np.arange(self.vocab_size, dtype=np.int32)
         checksum = zlib.crc32(order.astype("<i4").tobytes()) or 1  # 0 means "no table"
-        for name, value in [("order", order), ("rank_of", rank_of), ("checksum", checksum)]:
+        for name, value in [("order", order), ("checksum", checksum)]:
             object.__setattr__(self, name, value)
+
+    @cached_property
+    def rank_of(self) -> Int32s:
+        """int32 [V]: the rank of each id, which only a writer and version 2 need."""
+        ranks = np.empty_like(self.order)
+        ranks[self.order] = np.arange(self.vocab_size, dtype=np.int32)
+        return ranks
 
     @classmethod
     def learn(cls, kept: Iterable[TopK | Grid], vocab_size: int) -> "Ranks":

@@ -1,4 +1,4 @@
-"""Fuzz whole dumps: plan, manifest, markers, footers, columns and payloads, every checksum right.
+"""Fuzz whole dumps: plan, manifest, markers, index, footers, columns and payloads, each sealed.
 
     make fuzz FUZZ_SECONDS=600
 
@@ -24,20 +24,25 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 
-from storage import LogitDataset, StorageError, verify
+from storage import LogitDataset, StorageError, index_files, row_head, verify
 from storage.codec import samples as sampled
 from storage.codec.frames import HEADER, Header, Planes, deflate, join, split_planes
 from storage.codec.v2_tables import PARTS
 from storage.gc import leftovers
+from storage.index import Index
+from storage.index_files import dump_index
 from storage.inspect import describe, describe_row
 from storage.manifest import Dump
 from storage.parsing import to_json
+from storage.scan import index_dump
 from tests.helpers.forged import (
     SHAPES,
+    as_before,
     data_file,
     read_json,
     rewrite,
     seal,
+    seal_index,
     with_column,
     zeros,
 )
@@ -275,7 +280,55 @@ def table_bomb(rng: Random, path: Path) -> None:
     rewrite(path, with_column("successors", change))
 
 
+def places(rng: Random, path: Path) -> None:
+    """The index of rows: numbers and bytes changed, checksums right, and bounds not."""
+    file, data = an_index(path)
+    bad = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = 4 * int(rng.integers(2, len(bad) // 4))
+        kind, most = (
+            ("<Q", 1 << 64) if rng.random() < 0.5 and at + 8 <= len(bad) else ("<I", 1 << 32)
+        )
+        (there,) = struct.unpack_from(kind, bad, at)
+        value = there + int(rng.integers(-9, 9)) if rng.random() < 0.5 else pick(rng, NUMBERS)
+        struct.pack_into(kind, bad, at, value % most)
+    if rng.random() < 0.2:
+        bad = bytearray(damage(rng, bytes(bad)))
+    file.write_bytes(bytes(bad) if rng.random() < 0.1 else seal_index(bytes(bad)))
+
+
+def heads(rng: Random, path: Path) -> None:
+    """The heads in the index of a dump of before, each with its checksum right."""
+    as_before(path)
+    file, data = an_index(path)
+    index = Index(data, file.name, Dump(path).manifest().fingerprint, Dump(path).plan_sha256)
+    shard, bad = data_file(path).read_bytes(), bytearray(data)
+    for entry in index.entries:
+        at, size = index.heads_at + int(entry["head_offset"]), int(entry["head_size"])
+        body = bytearray(bad[at : at + size - 4])
+        for _ in range(int(rng.integers(0, 3))):
+            place = int(rng.integers(4, len(body)))
+            width = "<I" if rng.random() < 0.5 and place + 4 <= len(body) else "<B"
+            top = 32 if width == "<I" else 8
+            struct.pack_into(width, body, place, pick(rng, NUMBERS) % (1 << top))
+        payload = shard[int(entry["offset"]) :][: int(entry["size"])]
+        crc = row_head.checksum(bytes(body), b"", payload)
+        bad[at : at + size] = bytes(body) + struct.pack("<I", crc)
+    file.write_bytes(seal_index(bytes(bad)))
+
+
+def an_index(path: Path) -> tuple[Path, bytes]:
+    """The index of a dump and its name, made where the dump has changed since."""
+    dump = Dump(path)
+    manifest = dump.manifest()
+    file = path / dump_index(manifest.fingerprint)
+    return file, file.read_bytes() if file.exists() else bytes(index_dump(dump, manifest).data)
+
+
 PARTS_OF_ANY = [
+    places,
+    places,
+    heads,
     plan,
     marker,
     marker,
@@ -309,10 +362,17 @@ def read(path: Path) -> str:
             assert 0 <= record.topk.ids.min(initial=0) <= record.topk.ids.max(initial=0) < 1 << 22
             list(describe_row(record, str))
 
+    def alone() -> None:
+        dataset = LogitDataset(path)
+        for number in range(min(len(dataset), 9)):
+            record = dataset[number]
+            assert np.isfinite(record.topk.logprobs).all()
+            assert dataset.lengths[number] == len(record.input_ids)
+
     def finish() -> None:
         Dump(path).finish()
 
-    for way in (rows, lambda: rows(samples=False), lambda: rows(partial=True),
+    for way in (rows, alone, lambda: rows(samples=False), lambda: rows(partial=True),
                 lambda: leftovers(path, -1), finish):  # fmt: skip
         try:
             way()
@@ -337,6 +397,7 @@ def fuzz(seconds: float, seed: int, cases: int = 1 << 60, limit: bool = True) ->
     found: Counter[str] = Counter()
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
+        index_files.user_cache = lambda: Path(folder) / "cache"
         for number, (codec, samples, k) in enumerate(KINDS):
             good = Path(folder) / str(number)
             make_dump(good, shards=1, rows=3, codec=codec, samples=samples, k=k)

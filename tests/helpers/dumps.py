@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import CorpusConfig, DumpConfig
+from pipeline.dump import dump
 from storage import LogitDataset, ShardWriter, create_dump
 from tests.helpers.paths import SCRIPTS
 
@@ -50,3 +51,9 @@ def with_rows(source: Path, target: Path, change: Any) -> Path:
     dump.partition(0).finish({})
     dump.finish()
     return target
+
+
+def dumped(model: Path, corpus: Path, output: Path) -> Path:
+    """A dump by transformers of what the model says to the corpus."""
+    dump.run(settings(output.parent, model, corpus, output=str(output)))
+    return output

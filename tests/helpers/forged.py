@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage import index, row_head
 from storage.parsing import to_json
 from storage.shard_writer import footer_of, sha256_of
 
@@ -44,8 +47,71 @@ def seal(
     (path / "manifest.json").write_bytes(to_json({**whole, **(manifest or {})}))
 
 
+def strip(payload: bytes) -> bytes:
+    """The payload without its head, as releases before wrote it."""
+    start, end = row_head.first_part(payload)
+    (size,) = struct.unpack_from("<I", payload, end - 8)
+    if end > len(payload) or payload[end - size - 8 : end - size - 4] != row_head.SKIPPABLE:
+        return payload
+    length = struct.pack("<I", end - start - size - 8)
+    found = payload[:44] + length + payload[48 : end - size - 8] + payload[end:]
+    return found[:-4] + struct.pack("<I", zlib.crc32(found[:-4])) if found[4] == 2 else found
+
+
+def as_before(path: Path) -> None:
+    """Turn a dump into one of a release that wrote neither heads nor indexes."""
+    for file in [*path.glob("*.index"), *path.glob("*/*.index")]:
+        file.unlink()
+    for file in path.glob("*/*.json"):
+        if file.name != "complete.json":
+            compression = {"payload": "none", "samples": "none", "successors": "none"}
+            names = pq.read_schema(data_file(path, f"{file.parent.name}/{file.stem}")).names
+            own = {name: compression.get(name, "zstd") for name in names}
+            own["input_ids.list.element"] = own.pop("input_ids")
+            rewrite(path, name=f"{file.parent.name}/{file.stem}", compression=own)
+
+
+def index_file(path: Path) -> Path:
+    """The index of a finished dump."""
+    (file,) = path.glob("rows-*.index")
+    return file
+
+
+def seal_index(data: bytes) -> bytes:
+    """An index of changed bytes with its checksums right: the header's alone if it claims more."""
+    _, version, flags, shards, rows, heads, key, plan, *_ = index.HEADER.unpack_from(data)
+    table_at = index.HEADER.size
+    tokens_at = table_at + index.SHARD.itemsize * shards
+    entries_at = tokens_at + 4 * rows
+    kind, crcs, body = index.entry_type(flags % 4), (0, 0), data[table_at:]
+    if entries_at + kind.itemsize * rows <= len(data):
+        table = np.frombuffer(data, index.SHARD, shards, table_at).copy()
+        entries = np.frombuffer(data, kind, rows, entries_at)
+        for here, stop in zip(table, [*table["start"][1:].tolist(), rows], strict=True):
+            here["crc32"] = zlib.crc32(entries[int(here["start"]) : int(stop)].tobytes())
+        crcs = zlib.crc32(table.tobytes()), zlib.crc32(data[tokens_at:entries_at])
+        body = table.tobytes() + data[tokens_at:]
+    numbers = (version, flags, shards, rows, heads)
+    head = index.HEADER.pack(index.MAGIC, *numbers, key, plan, *crcs, 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head)) + body
+
+
 def data_file(path: Path, name: str = "00000/00000") -> Path:
     return path / name.split("/")[0] / read_json(path / f"{name}.json")["file"]
+
+
+def replan(path: Path, plan: dict[str, Any]) -> None:
+    """Give a finished dump this plan, in every place that names the plan."""
+    (path / "plan.json").write_bytes(to_json(plan))
+    digest = hashlib.sha256(to_json(plan)).hexdigest().encode()
+    shards = read_json(path / "manifest.json")["shards"]
+    rows = {shard["name"]: shard["rows"] for shard in shards}
+    for name in rows:
+        rewrite(path, metadata={b"plan_sha256": digest}, name=name)
+    for name, number in rows.items():
+        marker = read_json(path / f"{name}.json")
+        (path / f"{name}.json").write_bytes(to_json({**marker, "rows": number}))
+    seal(path)
 
 
 def rewrite(
@@ -54,12 +120,17 @@ def rewrite(
     metadata: dict[bytes, bytes | None] | None = None,
     marker: dict[str, Any] | None = None,
     plan: dict[str, Any] | None = None,
+    name: str = "00000/00000",
     **options: Any,
 ) -> None:
-    """Change the table and the metadata of the first shard; None removes a key."""
-    file = data_file(path)
+    """Change the table and the metadata of a shard, and drop the heads; None removes a key."""
+    file = data_file(path, name)
     with pq.ParquetFile(file) as source:
         table, kept = source.read(), dict(source.metadata.metadata)
+    if table.schema.field("payload").type == pa.binary():
+        table = with_column("payload", lambda column: pa.array(map(strip, column.to_pylist())))(
+            table
+        )
     table = table if change is None else change(table)
     if plan is not None:
         there = {**read_json(path / "plan.json"), **plan}
@@ -75,7 +146,7 @@ def rewrite(
     with pq.ParquetWriter(file, table.schema, **given) as writer:
         writer.write_table(table, row_group_size=rows)
         writer.add_key_value_metadata({k: v for k, v in kept.items() if v is not None})
-    seal(path, plan, {"rows": len(table), **(marker or {})})
+    seal(path, plan, {"rows": len(table), **(marker or {})} if change or marker else None)
 
 
 def with_column(name: str, make: Callable[[pa.ChunkedArray], Any]) -> Change:

@@ -13,6 +13,8 @@ from pipeline.config import CorpusConfig, TrainConfig
 from tests.helpers.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "train_student.py"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+"""Settings of QLoRA, as transformers.BitsAndBytesConfig takes them."""
 UNTIMED = {"tokens_per_s", "wait_share"}
 
 

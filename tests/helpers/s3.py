@@ -18,13 +18,18 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 FAULTS = ("error before", "error after", "cut before", "cut after", "stall", "trickle")
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class MotoServer:
     """`with MotoServer() as server`: an S3 server on loopback at server.port."""
 
     def __enter__(self) -> "MotoServer":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

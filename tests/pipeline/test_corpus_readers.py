@@ -194,6 +194,41 @@ def test_a_document_too_long_is_named(
         read(path)
 
 
+LONG = "".join(chr(97 + at % 26) for at in range(3 << 20))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_row_group_of_long_rows_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    monkeypatch.setattr(corpus_readers, "DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(corpus_readers, "LINE_BYTES", 1000)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    rows = [[{"role": "user", "content": each}] if chat else each for each in ("a", LONG)]
+    table = pa.table({"other": ["x" * 10, "y"], "text": rows})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 1: document of more than"):
+        read(tmp_path / "a.parquet", chat=chat)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_long_value_is_refused_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool, dictionary: bool
+) -> None:
+    monkeypatch.setattr(corpus_readers, "DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(corpus_readers, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(corpus_readers, "BATCH_ROWS", 4)
+    texts = ["a"] * 10 + [LONG] + ["b"] * 5
+    rows = [[{"role": "user", "content": each}] for each in texts] if chat else texts
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", use_dictionary=dictionary)
+    found = Source(str(tmp_path / "a.parquet"), str(tmp_path / "a.parquet"), "text", chat)
+    copied = []
+    with pytest.raises(ConfigError, match=r"a\.parquet, row (10|4 or later): doc"):
+        copied.extend(text for text, _ in found.documents())
+    assert all(len(text or "") < 100 for text in copied)
+
+
 @pytest.mark.parametrize("start", ["", "["])
 def test_a_line_or_array_too_long_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str

@@ -23,7 +23,8 @@ FORBIDDEN = {
 
 BASE = (
     "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "json_files",
-    "progress", "ranges", "signals", "foreign", "script_files",
+    "outside", "passed", "places", "progress", "ranges", "signals", "foreign", "script_files",
+    "onset",
 )  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 

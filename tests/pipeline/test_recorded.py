@@ -1,12 +1,10 @@
-"""Settings that are recorded beside a result, and the bounds of agreement."""
-
-import math
+"""Settings that are recorded beside a result."""
 
 import pytest
 
-from pipeline.agreement import BOUND, SURE, limit
+from pipeline.config import CorpusConfig, GenerateConfig
 from pipeline.errors import RefusedError
-from pipeline.recorded import refuse_other_settings
+from pipeline.recorded import recorded, refuse_other_settings
 
 
 def test_every_difference_is_named() -> None:
@@ -20,7 +18,8 @@ def test_every_difference_is_named() -> None:
     assert "mix" not in str(told.value)
 
 
-def test_the_limit_adds_the_sampling_error() -> None:
-    assert limit(BOUND) == BOUND
-    assert limit(0.1, 0.01) == pytest.approx(0.1 + SURE * 0.01)
-    assert not math.nan <= limit(0.1)
+def test_records_are_those_of_earlier_releases_where_nothing_is_new() -> None:
+    old = recorded(GenerateConfig("m", "o", 5, prompts=CorpusConfig("c")))
+    assert "special_tokens" not in old["prompts"]
+    new = GenerateConfig("m", "o", 5, prompts=CorpusConfig("c", special_tokens="split"))
+    assert recorded(new)["prompts"]["special_tokens"] == "split"

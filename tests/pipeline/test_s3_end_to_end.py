@@ -217,7 +217,7 @@ def test_readers_keep_a_local_copy(
     sizes = [shard.marker["bytes"] for shard in shards]
     monkeypatch.setenv("MOL_CACHE", str(tmp_path / "cache"))
     assert rows(output) == expected
-    kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "cache").glob("*.parquet"))
     assert kept == sorted(f"{shard.marker['sha256']}.parquet" for shard in shards)
     for shard in shards:  # from now on, rows must come from the copies
         client.delete_object(Bucket=BUCKET, Key=f"dump/{shard.file}")
@@ -228,7 +228,26 @@ def test_readers_keep_a_local_copy(
     client.put_object(Bucket=BUCKET, Key=f"dump/{shards[0].file}", Body=b"x" * sizes[0])
     with pytest.raises(CorruptShard, match="changed after commit"):
         rows(output)
-    assert not list((tmp_path / "other").iterdir())
+    assert not list((tmp_path / "other").glob("*.parquet"))
+
+
+def test_a_row_is_one_request(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any, server: MotoServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """At the start plan, manifest and index, for which s3fs asks twice; the tables of a shard once;
+    then a GET a row."""
+    output = f"s3://{BUCKET}/dump"
+    dump.run(settings(tmp_path, model_path, corpus, output=output))
+    expected = [record.doc_id for record in LogitDataset(output)]
+    with FaultyProxy(server.port, rate=0) as proxy:
+        use(proxy.port, monkeypatch)
+        dataset = LogitDataset(output)
+        assert len(dataset.lengths) == len(expected)
+        assert proxy.requests <= 6
+        before, order = proxy.requests, list(range(len(dataset)))[::-1]
+        assert [dataset[number].doc_id for number in order] == expected[::-1]
+        assert proxy.requests - before == len(dataset) + len(dataset.shards)
 
 
 def test_the_cache_is_bounded(
@@ -244,7 +263,8 @@ def test_the_cache_is_bounded(
     monkeypatch.setenv("MOL_CACHE_GB", str(limit / 1e9))
     for _ in range(2):
         assert rows(output) == expected
-        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
+        kept = (tmp_path / "cache").glob("*.parquet")
+        assert sum(path.stat().st_size for path in kept) <= limit
 
 
 def test_training_from_s3_equals_training_from_disk(

@@ -48,7 +48,7 @@ def test_rows_read_together_open_each_row_group_once(
     monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", 60)
     monkeypatch.setattr("storage.dataset.CACHED_GROUPS", 1)
     make_dump(tmp_path, shards=2, rows=10)
-    dataset, opened = LogitDataset(tmp_path), []
+    dataset, opened = LogitDataset(tmp_path, partial=True), []  # without an index
     read_group = ShardReader.read_group
 
     def counted(reader: ShardReader, group: int) -> object:

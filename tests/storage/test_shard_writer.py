@@ -16,6 +16,7 @@ from storage import (
     create_dump,
     verify,
 )
+from tests.helpers.forged import strip
 from tests.helpers.records import make_dump, plan, random_record
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
@@ -115,5 +116,5 @@ def test_the_exact_part_is_the_same_with_samples_or_without(tmp_path: Path) -> N
     for name, samples in [("with", DRAWS), ("without", 0)]:
         dump = make_dump(tmp_path / name, shards=1, samples=samples)
         table = pq.read_table(tmp_path / name / dump.shards()[0].file)
-        payloads.append(table.column("payload").to_pylist())
+        payloads.append([strip(payload) for payload in table.column("payload").to_pylist()])
     assert payloads[0] == payloads[1]

@@ -81,3 +81,13 @@ def test_a_damaged_plan_is_another_plan(model: Path, chats: Path) -> None:
     here = plan_of(model, chats, messages_column="messages")
     for there in [{}, {"corpus": {}, "teacher": None}]:
         assert plan_differences(there, here)
+
+
+def test_special_tokens_are_in_the_plan_only_where_they_are_split(model: Path, chats: Path) -> None:
+    there = plan_of(model, chats, messages_column="messages")
+    here = plan_of(model, chats, messages_column="messages", special_tokens="split")
+    assert "special_tokens" not in there["corpus"]
+    assert here["corpus"]["special_tokens"] == "split"
+    assert plan_differences(there, here) == [
+        "corpus.special_tokens: None in the dump, 'split' asked for"
+    ]

@@ -1,16 +1,24 @@
 """A dump compared with the model that made it, and with others."""
 
+import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.agreement import Answer, bounds
 from pipeline.dump import recompute as verify
 from pipeline.errors import ConfigError
+from storage import CorruptShard, LogitDataset
+from storage.plan import ALWAYS, FIELDS, look_up
+from tests.helpers.forged import replan
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
+from tests.helpers.plans import with_field, without_field
 
 SCRIPT = SCRIPTS / "verify_dump.py"
 
@@ -21,14 +29,15 @@ def test_its_own_model_agrees_and_another_does_not(
     checks = verify.recompute(str(dump_path), str(model_path), rows=12)
     assert len({check.row for check in checks}) == 12
     assert all(0 <= check.kl_mean < 1e-3 for check in checks)  # the codec's rounding
-    lines, good = verify.report(checks, bound=0.02)
-    assert good
+    limits = bounds(None, 1 / 16, "float32", "float32")
+    lines, answer = verify.report(checks, limits, {})
+    assert answer is Answer.SAME
     assert len(lines) == 14
     other = tiny_model(tmp_path / "other", seed=1)
     checks = verify.recompute(str(dump_path), str(other), rows=3)
-    lines, good = verify.report(checks, bound=0.02)
-    assert not good
-    assert sum("FAULT" in line for line in lines) == 3
+    lines, answer = verify.report(checks, limits, {})
+    assert answer is Answer.OTHER
+    assert sum(f"<- {Answer.OTHER}" in line for line in lines) == 3
     small = tiny_model(tmp_path / "small", vocab_size=400)
     with pytest.raises(ConfigError, match="400 ids, the dump has 512"):
         verify.recompute(str(dump_path), str(small), rows=3)
@@ -53,6 +62,44 @@ def test_row_kl_is_over_the_kept_ids_and_the_tail(dump_path: Path, model_path: P
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_plan_may_lack_what_only_others_need(
+    dump_path: Path, model_path: Path, tmp_path: Path, name: str
+) -> None:
+    """Rows are recomputed, or the field is named: never another error."""
+    plan = LogitDataset(dump_path).plan
+    if not look_up(plan, name)[1] or name == "vocab_size":
+        return
+    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(dump, without_field(plan, name))
+    if name in ALWAYS:
+        with pytest.raises(CorruptShard, match=rf"plan\.json: {name}: "):
+            verify.recompute(str(dump), str(model_path), rows=1)
+    else:
+        assert verify.recompute(str(dump), str(model_path), rows=1)[0].kl_mean < 1e-3
+
+
+@pytest.mark.parametrize("value", ["hub", "int8", [1], None, ""])
+def test_the_dtype_of_a_plan_is_one_of_weights(
+    dump_path: Path, model_path: Path, tmp_path: Path, value: object
+) -> None:
+    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(dump, with_field(LogitDataset(dump_path).plan, "teacher.dtype", value))
+    with pytest.raises(CorruptShard, match=r"plan\.json: teacher\.dtype: expected one of auto, "):
+        verify.recompute(str(dump), str(model_path), rows=1)
+
+
+def test_one_wrong_row_among_many_is_found(dump_path: Path, model_path: Path) -> None:
+    checks = verify.recompute(str(dump_path), str(model_path), rows=12)
+    limits = bounds(None, 1 / 16, "float32", "float32")
+    at = min(range(12), key=lambda at: len(checks[at].kl))  # their mean alone would not tell
+    checks[at] = replace(checks[at], kl=checks[at].kl + 2)
+    lines, answer = verify.report(checks, limits, {})
+    assert answer is Answer.OTHER
+    assert sum("<-" in line for line in lines) == 1
+    assert verify.report([], limits, {})[1] is Answer.SAME
+
+
 @pytest.mark.slow
 def test_script_exit_codes(dump_path: Path, model_path: Path, tmp_path: Path) -> None:
     def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -64,4 +111,10 @@ def test_script_exit_codes(dump_path: Path, model_path: Path, tmp_path: Path) ->
     assert "2 rows recomputed" in good.stdout
     other = tiny_model(tmp_path / "other", seed=1)
     assert run(dump_path, "--against", other, "--sample", 2).returncode == 4
+    config = json.loads((model_path / "config.json").read_text()) | {"rms_norm_eps": 0.01}
+    shutil.copy(model_path / "model.safetensors", other)
+    (other / "config.json").write_text(json.dumps(config))
+    words = [dump_path, "--against", other, "--sample", 2]
+    assert run(*words).returncode == 3
+    assert run(*words, "--accept-different").returncode == 0
     assert run(tmp_path / "none").returncode == 2

@@ -1,92 +1,167 @@
-"""Packed sequences have the same logits as the sequences alone, which the teacher saw."""
+"""Packed sequences have the logits that the model's own eager attention gives them alone."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers.models.qwen3 import modeling_qwen3
 
 from pipeline.errors import ConfigError
-from pipeline.models.attention import PACKED, enable_packing, packing_arguments
+from pipeline.models.attention import (
+    PACKED,
+    PACKED_EAGER,
+    Way,
+    enable_packing,
+    packing_arguments,
+    way_of,
+)
+from pipeline.models.directory import ModelFolder
+from tests.helpers.architectures import logits_alone, saved, sharpened, tiny
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-}
 LENGTHS = [3, 17, 2, 9]
+IDS = (torch.arange(sum(LENGTHS)) * 37 + 5) % 512
 
 
-def make(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SHAPE))
-    if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-    if kind == "sliding":
-        return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4))
-    if kind == "mixed":
-        types = ["sliding_attention", "full_attention"]
-        window = {"use_sliding_window": True, "sliding_window": 4, "layer_types": types}
-        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, **window))
-    capped = Gemma2Config(**SHAPE, attn_logit_softcapping=0.5, final_logit_softcapping=None)
-    capped._attn_implementation = "eager"
-    return Gemma2ForCausalLM(capped)
-
-
-def logits_alone(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    parts = ids.split(LENGTHS)
-    return torch.cat([model(part[None], use_cache=False).logits[0] for part in parts])
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "sliding", "mixed", "soft-capped"])
-def test_packed_equals_alone_with_gradients(kind: str) -> None:
-    model = make(kind)
-    ids = torch.randint(0, 97, (sum(LENGTHS),))
-    expected = logits_alone(model, ids)  # with the model's own attention
-    weights = torch.randn_like(expected)
-    (expected * weights).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    enable_packing(model)
-    assert (model.config._attn_implementation == PACKED) == (kind != "soft-capped")
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    found = model(
-        ids[None],
-        position_ids=positions[None],
+def packed(model: PreTrainedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
         use_cache=False,
         **packing_arguments(model, LENGTHS),
     ).logits[0]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    return logits
+
+
+def eager(kind: str, **changes: Any) -> PreTrainedModel:
+    model = tiny(kind, **changes)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    return model
+
+
+PACKS = {
+    "llama": PACKED,
+    "qwen3": PACKED,
+    "mistral": PACKED,
+    "gemma2": PACKED,
+    "gpt_oss": PACKED,
+    "cohere2": PACKED,
+}
+OWN_ROWS = ["falcon", "falcon_alibi", "bloom", "mamba2", "lfm2", "falcon_h1", "granite4"]
+OWN_ROWS += ["qwen3_next", "llama4"]
+
+
+@pytest.mark.parametrize("kind", [*PACKS, *OWN_ROWS])
+def test_packed_equals_alone_with_gradients(kind: str) -> None:
+    """Logits and gradients are those of eager attention on each sequence.
+
+    In float64, where models still take some sums, such as the softmax, in float32.
+    """
+    alone, model = eager(kind).double(), tiny(kind).double()
+    enable_packing(model)
+    assert way_of(model).own_rows == (kind in OWN_ROWS)
+    if kind in PACKS:
+        assert way_of(model).attention == PACKS[kind]
+    expected = logits_alone(alone, IDS, LENGTHS)
+    weights = torch.linspace(-1, 1, expected.numel()).reshape(expected.shape)
+    (expected * weights).sum().backward()
+    found = packed(model)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     (found * weights).sum().backward()
+    known = dict(alone.named_parameters())
     for name, parameter in model.named_parameters():
-        scale = gradients[name].abs().max()
-        assert (parameter.grad - gradients[name]).abs().max() < 1e-3 * scale, name
-    torch.testing.assert_close(logits_alone(model, ids), expected, rtol=1e-3, atol=1e-3)
+        if known[name].grad is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        off = (parameter.grad - known[name].grad).abs().max()
+        assert off <= 1e-5 * known[name].grad.abs().max(), name
+    torch.testing.assert_close(logits_alone(model, IDS, LENGTHS), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_mixes_packed_sequences_is_refused() -> None:
-    torch.manual_seed(0)
-    shape = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}
-    mamba = Mamba2ForCausalLM(
-        Mamba2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, expand=2, **shape)
+@pytest.mark.parametrize("cap", [3.0, 10.0, 50.0])
+def test_a_soft_cap_of_the_attention_is_kept(cap: float, tmp_path: Path) -> None:
+    """Gemma 2 with scores that the cap bends: loaded, packed, and eager are one model."""
+    path = saved(sharpened(tiny("gemma2", attn_logit_softcapping=cap), 3.0), tmp_path)
+    reference = ModelFolder(path).load("float32")
+    reference.set_attn_implementation("eager")
+    model = ModelFolder(path).load("float32")
+    with torch.no_grad():
+        expected = logits_alone(reference, IDS, LENGTHS).log_softmax(-1)
+        found = logits_alone(model, IDS, LENGTHS).log_softmax(-1)
+        enable_packing(model)
+        in_rows = packed(model).log_softmax(-1)
+        reference.set_attn_implementation("sdpa")
+        without = logits_alone(reference, IDS, LENGTHS).log_softmax(-1)
+    for other, most in ((found, 1e-6), (in_rows, 1e-6)):
+        assert (expected.exp() * (expected - other)).sum(-1).mean() < most
+    assert (expected.exp() * (expected - without)).sum(-1).mean() > 2e-4, "the cap does not bite"
+
+
+def test_a_model_is_loaded_with_what_its_attention_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capped = ModelFolder(saved(tiny("gemma2"), tmp_path / "gemma2")).load("float32")
+    assert capped.config._attn_implementation == "eager"
+    assert "sdpa would leave out softcap" in capsys.readouterr().err
+    plain = ModelFolder(saved(tiny("qwen3"), tmp_path / "qwen3")).load("float32")
+    assert plain.config._attn_implementation == "sdpa"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_only_the_eager_code_does_is_found_by_numbers(
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An eager function that caps without a word in its options: sdpa cannot know of it."""
+    plain = modeling_qwen3.eager_attention_forward
+
+    def capped(module: Any, query: Any, key: Any, *rest: Any, **options: Any) -> Any:
+        return plain(module, query.tanh(), key, *rest, **options)
+
+    monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", capped)
+    path = saved(tiny("qwen3"), tmp_path)
+    model = ModelFolder(path).load(str(dtype).removeprefix("torch."))
+    assert model.config._attn_implementation == "eager"
+    assert "sdpa would leave out something" in capsys.readouterr().err
+    enable_packing(model)
+    assert way_of(model) == Way(PACKED_EAGER)
+
+
+def test_chunks_are_kept_however_long_they_are() -> None:
+    """A chunk longer than any probe cannot be seen in its logits, but in the mask's function."""
+    model = tiny("llama4", attention_chunk_size=8192)
+    enable_packing(model)
+    assert way_of(model).own_rows
+
+
+def test_a_window_longer_than_the_probe_is_packed() -> None:
+    model = tiny("mistral", sliding_window=4096)
+    enable_packing(model)
+    assert way_of(model) == Way(PACKED)
+
+
+def test_a_packed_model_reads_padding_and_a_cache() -> None:
+    """Without sequence_lengths the model is what it was, in generation too."""
+    model, reference = tiny("gemma2"), eager("gemma2")
+    enable_packing(model)
+    prompt = IDS[None, :9]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(prompt, **options).equal(reference.generate(prompt, **options))
+    batch, mask = torch.stack([IDS[:6], IDS[6:12]]), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    found, expected = (m(input_ids=batch, attention_mask=mask).logits for m in (model, reference))
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_sees_what_follows_is_refused() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    both_ways = BertLMHeadModel(
+        BertConfig(vocab_size=512, num_attention_heads=2, initializer_range=0.3, **shape)
     )
-    with pytest.raises(ConfigError, match="see each other"):
-        enable_packing(mamba)
+    with pytest.raises(ConfigError, match="see each other or what follows them"):
+        enable_packing(both_ways)

@@ -130,7 +130,7 @@ def test_the_broken_file_is_named(tmp_path: Path, name: str) -> None:
         _ = folder.tokenizer
         folder.load("float32")
 
-    with pytest.raises(ConfigError, match=rf"/{name}\.json: expected JSON"):
+    with pytest.raises(ConfigError, match=rf"/{name}\.json: expected a JSON object"):
         read()
 
 

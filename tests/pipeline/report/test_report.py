@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.agreement import Answer
 from pipeline.errors import ConfigError
 from pipeline.json_files import strict
-from pipeline.report import dump_page, report, study_page
+from pipeline.report import dump_page, report, run_page, study_page
 from pipeline.report.html import page, pairs, quote
 from storage import Dump, LogitDataset, Record, ShardWriter, TopK, create_dump
+from tests.helpers.forged import replan
 from tests.helpers.paths import SCRIPTS
+from tests.helpers.records import make_dump
 
 SCRIPT = SCRIPTS / "report.py"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -175,15 +178,30 @@ def test_pages_of_what_diverged(
 
 def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
     record = LogitDataset(dump_path)[3]
-    mass, hits, entropy = dump_page.look(record, 8)
+    found_mass, found_hits, entropy = dump_page.look(record, 8)
     ids, logprobs = record.topk.dense()
+    mass, hits = [0.0] * 8, [0] * 8
     for t in range(len(record.topk)):
         p = [math.exp(value) for value in logprobs[t]]
         tail = math.exp(record.topk.tail_logprob[t])
-        assert mass[t] == pytest.approx([sum(p[: k + 1]) for k in range(8)])
-        expected = [record.input_ids[t + 1] in ids[t][: k + 1] for k in range(8)]
-        assert hits[t].tolist() == expected
+        for k in range(8):
+            mass[k] += sum(p[: k + 1])
+            hits[k] += record.input_ids[t + 1] in ids[t][: k + 1]
         assert entropy[t] == pytest.approx(-sum(x * math.log(x) for x in [*p, tail] if x > 0))
+    assert found_mass == pytest.approx(mass)
+    assert found_hits.tolist() == hits
+
+
+@pytest.mark.parametrize("k", [65_535, None])
+def test_the_page_goes_by_the_entries_of_the_rows(tmp_path: Path, k: int | None) -> None:
+    """A plan may name any k, or none: a column for each would be gigabytes."""
+    make_dump(tmp_path / "dump", shards=1, rows=3)
+    plan = LogitDataset(tmp_path / "dump").plan
+    changed = {**plan, "k": k} if k else {key: plan[key] for key in plan if key != "k"}
+    replan(tmp_path / "dump", changed)
+    text, _ = report.make(str(tmp_path / "dump"))
+    assert "<td>8</td>" in text
+    assert "65535</td><td>" not in text
 
 
 def empty_dump(folder: Path, source: Path, **changes: object) -> Dump:
@@ -238,6 +256,51 @@ def test_text_is_escaped() -> None:
     assert "<b>" not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$\\frac{1}{0$", "$\\frac{1}{0$"),
+        ("$\\alpha$", "$\\alpha$"),
+        ("a\ud800b", "a\\ud800b"),
+        ("a\x1b[31m\u202eb", "a\\x1b[31m\\u202eb"),
+        ("_hidden", "_hidden"),
+    ],
+)
+def test_any_name_of_an_arm_is_shown_as_it_is(
+    tmp_path: Path, study_folder: Path, name: str, shown: str
+) -> None:
+    text = (study_folder / "results.json").read_text()
+    named = text.replace(json.dumps("ce"), json.dumps(name))
+    (tmp_path / "results.json").write_text(named)
+    report.run(str(tmp_path), str(tmp_path / "page.html"))
+    written = (tmp_path / "page.html").read_text()
+    assert re.search(rf"<text[^>]*>\s*{re.escape(shown)}</text>", written), "in the legend"
+    assert re.search(rf"<td>\s*{re.escape(shown)}</td>", written), "in the table"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("results.json", "{", "results.json: expected a JSON object, found what is not JSON"),
+        ("results.json", "[" * 20_000, "results.json: expected a JSON object"),
+        ("results.json", '{"arms": 5}', "results.json: not what a study writes"),
+        ("metrics.jsonl", "not json\n", "metrics.jsonl, line 1: expected a JSON object"),
+        ("metrics.jsonl", '{"step": 1}\n[1]\n', "metrics.jsonl, line 2: expected a JSON object"),
+        ("metrics.jsonl", '{"ce": 1}\n', "metrics.jsonl: not what a training run writes"),
+    ],
+)
+def test_files_of_others_are_named(tmp_path: Path, file: str, content: str, expected: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        report.make(str(tmp_path))
+
+
+def test_a_log_that_a_crash_cut_short_has_a_page(tmp_path: Path, training_run: Path) -> None:
+    log = (training_run / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(log + '{"step": 8, "c')
+    assert report.make(str(tmp_path))[1] == "training run"
+
+
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a study"):
         report.make(str(tmp_path))
@@ -277,3 +340,18 @@ def test_a_phone_needs_no_sideways_scrolling(
         width, needed = map(int, found.groups())
         assert width < 400
         assert needed <= width
+
+
+def test_an_accepted_difference_is_on_the_pages(training_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(training_run, tmp_path / "run")
+    summary = json.loads((training_run / "summary.json").read_text())
+    answer = {"kl": 6e-3, "answer": str(Answer.DIFFERENT), "where": "It begins at position 64"}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary | {"null_test": answer}))
+    told = run_page.report(tmp_path / "run")
+    assert Answer.DIFFERENT in told
+    assert "begins at position 64" in told
+    assert Answer.DIFFERENT not in run_page.report(training_run)
+    runs = {"one": {"null_test": answer["answer"], "null_test_kl": 6e-3}, "two": {}}
+    (note,) = study_page.differences({"runs": runs})
+    assert "6.0e-03 nats at most, accepted in one." in note
+    assert study_page.differences({"runs": {"two": {"null_test": "the same"}}}) == []

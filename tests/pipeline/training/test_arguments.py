@@ -1,7 +1,10 @@
 """Every one of transformers.TrainingArguments has an effect, or is refused with the reason."""
 
 import inspect
+import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,9 @@ OTHER: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "lr_scheduler_kwargs": {"num_cycles": 1},
     "optim": "sgd",
-    "optim_args": "foreach=true",
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "optim_args": "momentum=0.9",
     "optim_target_modules": "all-linear",
     "neftune_noise_alpha": 5.0,
     "data_seed": 3,
@@ -52,6 +57,8 @@ OTHER: dict[str, Any] = {
 }
 """Values where changing the default's type or size is not enough."""
 WITH: dict[str, Any] = {
+    "optim_args": {"optim": "sgd"},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"},
     "optim_target_modules": {"optim": "galore_adamw"},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
@@ -82,8 +89,7 @@ def config_of(tmp_path: Path) -> Callable[..., TrainConfig]:
     def of(**training: Any) -> TrainConfig:
         config = settings(tmp_path, Path("m"), None, Path("d.jsonl"), mix=0, max_length=64)
         config.held_out = HeldOutConfig(domain=CorpusConfig("d.jsonl"))
-        config.training = {"report_to": "none", **training}
-        return config
+        return replace(config, training={"report_to": "none", **training})
 
     return of
 
@@ -100,10 +106,61 @@ def test_honoured(
     config_of: Callable[..., TrainConfig], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "optim_target_modules":  # for optimizers of packages that are not installed here
-        monkeypatch.setattr(arguments, "check_optimizer", lambda args: None)
+        monkeypatch.setattr(arguments.probes, "check", lambda args: None)
     value = other_than(name)
     found = getattr(training_arguments(config_of(**WITH.get(name, {}), **{name: value})), name)
     assert found == value or str(getattr(found, "value", found)) == str(value) or value in found
+
+
+CLASS = {"class_path": "os.system", "init_args": {"command": "true"}}
+ODD = [None, CLASS, [1], "", "x", -1, 1.5, {"a": None}, [{"a": 1}], True, math.nan, "1e400"]
+
+
+@pytest.mark.parametrize("name", sorted(HONOURED))
+def test_any_value_is_taken_or_refused_by_name(
+    config_of: Callable[..., TrainConfig], name: str
+) -> None:
+    for value in ODD:
+        refused = ""
+        try:
+            training_arguments(config_of(**WITH.get(name, {}), **{name: value}))
+        except ConfigError as error:
+            refused = str(error)
+        named = refused.split(":")[0]
+        assert not refused or any(each in named for each in (name, *WITH.get(name, {})))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optim_args": CLASS}, "training.optim_args: expected str, found {'class_path': "),
+        ({"lr_scheduler_kwargs": CLASS}, "training.lr_scheduler_kwargs {"),
+        ({"gradient_checkpointing_kwargs": {"a": 1}}, "training.gradient_checkpointing_kwargs "),
+        ({"dataloader_multiprocessing_context": "x", "dataloader_num_workers": 1}, "'fork'"),
+        ({"dataloader_persistent_workers": True}, "needs num_workers > 0"),
+        ({"log_level": "x"}, "training.log_level"),
+        ({"metric_for_best_model": 5}, "training.metric_for_best_model: expected str, found 5"),
+        ({"report_to": {"a": 1}}, "training.report_to: expected str or list[str], found "),
+        ({"max_steps": 1.5}, "training.max_steps: expected int, found 1.5"),
+        ({"warmup_steps": "soon"}, "training.warmup_steps: expected float, found 'soon'"),
+        ({"learning_rate": None}, "training.learning_rate: expected float, found None"),
+        ({"save_strategy": "often"}, "training.save_strategy: "),
+        ({"torch_compile_backend": "x"}, "training.torch_compile_backend x: "),
+        ({"ddp_bucket_cap_mb": 0}, "training.ddp_bucket_cap_mb: at least 1, found 0"),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, "training.optim sgd, optim_args momentum=x"),
+        ({"optim_args": "a=b"}, "optim_args change nothing of this optimizer"),
+    ],
+)
+def test_the_argument_is_named(
+    config_of: Callable[..., TrainConfig], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        training_arguments(config_of(**given))
+
+
+def test_text_that_spells_a_number_is_one(config_of: Callable[..., TrainConfig]) -> None:
+    args = training_arguments(config_of(learning_rate="1e-5", warmup_steps="3", max_steps=7.0))
+    assert (args.learning_rate, args.warmup_steps, args.max_steps) == (1e-5, 3, 7)
 
 
 @pytest.mark.parametrize("name", [*FIXED, *REFUSED])

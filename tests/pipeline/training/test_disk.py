@@ -1,6 +1,8 @@
 """Failures of the disk while a run writes."""
 
 import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from pipeline.errors import FailedError
+from pipeline.errors import ConfigError, FailedError
 from pipeline.training import train
 from pipeline.training.disk import writing
 from tests.helpers.corpora import some_texts, write_texts
@@ -57,3 +59,39 @@ def test_a_run_ends_with_a_message_and_resumes(
             train.run(config)
     assert train.run(config)["steps"] == 4
     assert "resuming from checkpoint-2" in capsys.readouterr().err
+
+
+class Harmful:
+    """A pickle that runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_damaged_checkpoint_is_named_and_runs_nothing(tmp_path: Path, model_path: Path) -> None:
+    domain = write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(6)])
+    training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    config = settings(tmp_path, model_path, None, domain, mix=0, max_length=64, training=training)
+    train.run(config)
+    run = Path(config.output)
+    shutil.rmtree(run / "checkpoint-2")
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    checkpoint, harm = run / "checkpoint-1", tmp_path / "harm"
+    for name, part in [
+        ("optimizer.pt", "its optimizer or scheduler state cannot be read"),
+        ("scheduler.pt", "its optimizer or scheduler state cannot be read"),
+        ("rng_state.pth", "its random number state cannot be read"),
+        ("model.safetensors", "its weights cannot be read"),
+        ("trainer_state.json", "trainer_state.json: expected a JSON object"),
+    ]:
+        content = (checkpoint / name).read_bytes()
+        torch.save(Harmful(harm), checkpoint / name)
+        with pytest.raises(ConfigError, match=part):
+            train.run(config)
+        assert not harm.exists()
+        (checkpoint / name).write_bytes(content)
+    assert train.run(config)["steps"] == 2

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import CorpusConfig, HeldOutConfig, NullTestConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training import train
+from tests.helpers.architectures import saved, tiny
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import dumped
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -163,3 +165,24 @@ def test_a_rank_leaves_with_its_code_after_the_exit_handlers() -> None:
 
     assert leaves("rank") == (75, ["reporters are done"])
     assert leaves("alone") == (0, ["alone", "reporters are done"])
+
+
+@pytest.mark.long
+def test_two_shards_with_a_row_for_each_sequence(tmp_path: Path, domain: Path) -> None:
+    """One packed row stays one forward of the decoder, so the ranks stay in step."""
+    model = saved(tiny("lfm2"), tmp_path / "model")
+    made = dumped(model, write_texts(tmp_path / "general.jsonl", some_texts(8)), tmp_path / "dump")
+    training = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    common: dict[str, Any] = {"row_tokens": 150, "null_test": NullTestConfig(batches=2)}
+    one = settings(
+        tmp_path, model, made, domain, **common, output=str(tmp_path / "one"),
+        training=training | {"per_device_train_batch_size": 4},
+    )  # fmt: skip
+    train.run(one)
+    for name, fsdp_config in (("plain", {}), ("sparing", SPARING)):
+        sharded = settings(
+            tmp_path, model, made, domain, **common, output=str(tmp_path / name),
+            training=training | FSDP | {"fsdp_config": {"version": 2, **fsdp_config}},
+        )  # fmt: skip
+        assert "has a row of its own" in two_ranks(sharded, tmp_path)
+        assert_close(steps(sharded.output), steps(one.output))

@@ -1,4 +1,4 @@
-"""A wrapper's language model is trained, and the student is the wrapper that it was."""
+"""Adapters that peft refuses are named; a wrapper's student is the wrapper that it was."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,37 @@ from safetensors.torch import load_file
 
 from pipeline.config import CorpusConfig, DumpConfig, EvalConfig
 from pipeline.dump import dump
+from pipeline.errors import ConfigError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
 from pipeline.training import train
+from pipeline.training.student import with_lora
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.runs import settings
 from tests.helpers.wrappers import PROCESSOR, tiny_wrapper
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"no_such": 1}, r"lora\.no_such: .*unexpected keyword"),
+        ({"r": -1}, r"lora\.r: .* positive integer"),
+        ({"r": {"class_path": "os.system"}}, r"lora\.r: "),
+        ({"target_modules": "["}, r"lora\.target_modules: unterminated"),
+        ({"target_modules": 5}, "lora"),
+        ({"rank_pattern": 5}, "lora"),
+        ({"task_type": "X"}, "lora"),
+        ({"loftq_config": 5, "init_lora_weights": "loftq"}, "lora"),
+        ({"init_lora_weights": "nonsense"}, "lora"),
+    ],
+)
+def test_adapters_that_peft_refuses(
+    model_path: Path, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    config = settings(tmp_path, model_path, None, Path("d"), mix=0, max_length=64)
+    config.lora = {"target_modules": "all-linear", **given}
+    with pytest.raises(ConfigError, match=message):
+        with_lora(ModelFolder(model_path).load("float32"), config)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,17 +28,27 @@ from transformers import (
 )
 
 from pipeline import cli
-from pipeline.config import CorpusConfig, HeldOutConfig, LossConfig, NullTestConfig
+from pipeline.config import (
+    CorpusConfig,
+    EvalConfig,
+    HeldOutConfig,
+    LossConfig,
+    NullTestConfig,
+)
 from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
+from pipeline.dump import recompute
 from pipeline.errors import ConfigError, RefusedError
+from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
+from pipeline.models.directory import ModelFolder
 from pipeline.training import train
 from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
+from tests.helpers.architectures import saved, sharpened, tiny
 from tests.helpers.corpora import some_texts, write_texts
-from tests.helpers.dumps import with_rows
+from tests.helpers.dumps import dumped, with_rows
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -93,6 +104,7 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
         model = AutoModelForCausalLM.from_pretrained(student)
     else:
         model = scaled_or_capped(arch)
+        model.set_attn_implementation("eager")  # which knows a cap of the attention
     labels, rows = len(targets["labels"]), targets["rows"]
 
     plain = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
@@ -121,19 +133,59 @@ def test_forward_gives_ce_and_kl_with_their_gradients(
 
 
 def test_a_model_that_changes_its_logits_is_refused() -> None:
-    class Doubled(LlamaForCausalLM):
+    class Bent(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            output.logits = 2 * output.logits
+            output.logits = output.logits + 2 * output.logits.abs()
             return output
 
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
-    model = Doubled(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, **shape))
+    model = Bent(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, **shape))
     with pytest.raises(ConfigError, match="does something to its logits"):
         add_distill_forward(model, "forward")
 
 
 # ---- whole runs
+
+
+@pytest.mark.parametrize("cap", [3.0, 50.0])
+def test_a_soft_cap_of_the_attention_passes_the_null_test(
+    tmp_path: Path, domain: Path, cap: float
+) -> None:
+    """Gemma 2 with scores that the cap bends, dumped and trained: both keep the cap."""
+    model = saved(sharpened(tiny("gemma2", attn_logit_softcapping=cap), 3.0), tmp_path / "model")
+    made = dumped(model, write_texts(tmp_path / "general.jsonl", some_texts(6)), tmp_path / "dump")
+    summary = train.run(settings(tmp_path, model, made, domain, training={"max_steps": 1}))
+    assert abs(summary["null_test_kl"]) < 2e-4
+    folder = ModelFolder(model)
+    reference = folder.load("float32")
+    reference.set_attn_implementation("eager")
+    checks = [recompute.check_row(row, LogitDataset(made)[row], reference) for row in range(6)]
+    assert max(check.kl_mean for check in checks) < 2e-4
+
+
+def test_sequences_with_rows_of_their_own_are_dumped_trained_and_evaluated(
+    tmp_path: Path, domain: Path
+) -> None:
+    """LFM2 has convolutions, which cannot keep packed sequences apart."""
+    model = saved(tiny("lfm2"), tmp_path / "model")
+    general = write_texts(tmp_path / "general.jsonl", some_texts(8))
+    made = dumped(model, general, tmp_path / "dump")
+    held_out = HeldOutConfig(domain=CorpusConfig(str(domain)))
+    config = settings(tmp_path, model, made, domain, held_out=held_out, training={"max_steps": 6})
+    done = script(yaml_of(tmp_path / "config.yaml", config))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"its own: [1-9]\d?% of the tokens in the decoder are padding", done.stderr)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert abs(summary["null_test_kl"]) < 2e-4
+    losses = [step["loss"] for step in steps(config.output)]
+    assert losses[-1] < losses[0]
+    student = tmp_path / "run" / "model"
+    models = {"base": str(model), "student": str(student)}
+    report = evaluate.run(EvalConfig(models, domain=CorpusConfig(str(domain)), max_length=100))
+    found = report["models"]["student"]["domain_perplexity"]
+    assert found < report["models"]["base"]["domain_perplexity"]
+    assert found == pytest.approx(summary["eval_domain_perplexity"], rel=1e-3)
 
 
 def test_a_run_learns_and_leaves_a_plain_model(

@@ -1,0 +1,63 @@
+"""One answer of three, from the mean KL of two computations."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.agreement import FAR, SURE, Answer, Bounds, bounds, floor
+from storage import TopK, decode, encode
+from storage.topk import codec_kl
+
+
+@pytest.mark.parametrize(
+    ("step", "dtypes", "mean", "answer"),
+    [
+        (1 / 16, ("float32", "float32"), 1.2e-4, Answer.SAME),
+        (1 / 16, ("float32", "float32"), 1.4e-3, Answer.DIFFERENT),  # a soft cap that is ignored
+        (1 / 16, ("float32", "bfloat16"), 1.1e-3, Answer.SAME),
+        (1 / 16, ("bfloat16", "bfloat16"), 1.2e-3, Answer.SAME),
+        (1 / 16, ("bfloat16", "bfloat16"), 6e-3, Answer.DIFFERENT),  # a window off by one
+        (1 / 16, ("bfloat16", "bfloat16"), 1.7e-2, Answer.DIFFERENT),
+        (1 / 4, ("float32", "float32"), 2.2e-3, Answer.SAME),
+        (1 / 16, ("float32", "float32"), -1e-2, Answer.DIFFERENT),
+        (1 / 16, ("float32", "float32"), 1.3, Answer.OTHER),
+        (1 / 16, ("bfloat16", "bfloat16"), math.nan, Answer.OTHER),
+        (1 / 16, ("bfloat16", "bfloat16"), math.inf, Answer.OTHER),
+    ],
+)
+def test_measured_differences(
+    step: float, dtypes: tuple[str, ...], mean: float, answer: Answer
+) -> None:
+    """Measured: the floors, and differences of real families."""
+    assert bounds(None, step, *dtypes).answer(mean, positions=1000) is answer
+
+
+@given(st.sampled_from([1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]), st.integers(0, 1000))
+def test_the_grid_costs_no_more_than_the_floor(step: float, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(0, 2, (200, 50))
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.argsort(-logprobs, 1)[:, :20]
+    kept = np.take_along_axis(logprobs, ids, 1)
+    tail = np.log1p(-np.exp(kept).sum(1))
+    exact = TopK.from_dense(ids, kept, tail)
+    stored = decode(encode(exact, vocab_size=50, step=step))
+    cost = codec_kl(exact, stored).mean()
+    assert 0 < cost < 1.1 * floor(step)
+
+
+def test_a_bound_that_is_given_is_that_of_the_same() -> None:
+    limits = bounds(0.02, 1 / 16, "float32", "float32")
+    assert limits.limit(positions=1) == 0.02
+    assert [limits.answer(mean) for mean in (0.02, 0.021, 0.51)] == list(Answer)
+    assert bounds(2.0, 1 / 16).answer(1.9) is Answer.SAME
+
+
+def test_noise_and_few_positions_widen_the_bound() -> None:
+    assert Bounds(0.1).limit(0.01) == pytest.approx(0.1 + SURE * 0.01)
+    assert Bounds(0.1).answer(FAR + 0.03, noise=0.01) is Answer.DIFFERENT
+    limits = bounds(None, 1 / 16, "bfloat16", "bfloat16")
+    assert limits.limit(positions=1) > 2 * limits.limit(positions=100)
+    assert limits.limit(positions=10**6) == pytest.approx(limits.same, rel=0.01)

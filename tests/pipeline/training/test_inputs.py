@@ -1,0 +1,101 @@
+"""What a run reads of a dump's plan is there, or named, before weights are read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.errors import DAMAGED, ConfigError
+from pipeline.training.inputs import Inputs, check
+from storage import LogitDataset
+from storage.plan import ALWAYS, FIELDS, look_up
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.forged import replan
+from tests.helpers.plans import with_field, without_field
+from tests.helpers.runs import settings
+
+NEEDED = (
+    *ALWAYS, "max_length", "add_eos", "teacher", "teacher.name", "teacher.fingerprint",
+    "tokenizer", "tokenizer.fingerprint",
+)  # fmt: skip
+
+
+@pytest.fixture
+def dump(dump_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dump_path, tmp_path / "dump"))
+
+
+def start(tmp_path: Path, model: Path, dump: Path) -> int:
+    corpus = write_texts(tmp_path / "domain.jsonl", some_texts(2))
+
+    def work() -> dict[str, object]:
+        inputs = Inputs(settings(tmp_path, model, dump, corpus))
+        check(inputs)
+        assert len(inputs.domain)
+        return {}
+
+    return cli.main(work, None)
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_field_that_is_missing_is_named(
+    dump: Path, model_path: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = LogitDataset(dump).plan
+    if not look_up(plan, name)[1]:
+        return
+    replan(dump, without_field(plan, name))
+    code = start(tmp_path, model_path, dump)
+    if name in NEEDED:
+        assert code == DAMAGED
+        assert f"plan.json: {name}" in capsys.readouterr().err
+    else:
+        assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", "x"),
+        ("tokenizer", 5),
+        ("tokenizer.fingerprint", ["a"]),
+        ("teacher.fingerprint", {"a": 1}),
+        ("teacher.name", None),
+        ("max_length", 0),
+        ("max_length", -5),
+        ("max_length", 2**60),
+        ("max_length", True),
+        ("add_eos", "yes"),
+        ("add_eos", None),
+        ("engine", [1]),
+        ("temperature", 2.0),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(
+    dump: Path,
+    model_path: Path,
+    tmp_path: Path,
+    name: str,
+    value: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replan(dump, with_field(LogitDataset(dump).plan, name, value))
+    assert start(tmp_path, model_path, dump) == DAMAGED
+    assert f"plan.json: {name}: expected " in capsys.readouterr().err
+
+
+def test_a_long_dump_is_longer_than_the_student_reads(
+    dump: Path, model_path: Path, tmp_path: Path
+) -> None:
+    replan(dump, with_field(LogitDataset(dump).plan, "max_length", 10**9))
+    inputs = Inputs(settings(tmp_path, model_path, dump, tmp_path / "none.jsonl"))
+    with pytest.raises(ConfigError, match="the student reads at most"):
+        check(inputs)
+
+
+def test_a_dump_without_k_has_entries(dump: Path) -> None:
+    assert LogitDataset(dump).k == 8
+    plan = LogitDataset(dump).plan
+    replan(dump, without_field(plan, "k"))
+    assert LogitDataset(dump).k == plan["vocab_size"]
