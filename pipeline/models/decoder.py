@@ -9,18 +9,18 @@ from pipeline.errors import ConfigError
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The module whose `last_hidden_state` the head turns into logits; ConfigError without one.
 
-    Some models name themselves as their decoder, head included; then it is the outermost model
-    within that has the input embeddings and not the head.
+    The decoder holds the input embeddings, which a vision tower does not, and not the head. Some
+    models name themselves, head included, and some wrappers name a tower or such a model; then it
+    is the outermost model within that does.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    named: nn.Module = model.get_decoder()
-    if all(module is not head for module in named.modules()):
-        return named
-    for found in model.modules():
-        if isinstance(found, PreTrainedModel):
-            parts = list(found.modules())
-            if any(part is embeddings for part in parts) and all(
-                part is not head for part in parts
-            ):
-                return found
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for found in (model.get_decoder(), *inner):
+        if holds(found, embeddings) and not holds(found, head):
+            decoder: nn.Module = found
+            return decoder
     raise ConfigError(f"{type(model).__name__}: no decoder without the head was found in it")
+
+
+def holds(outer: nn.Module, part: nn.Module | None) -> bool:
+    return any(module is part for module in outer.modules())
