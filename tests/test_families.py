@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pipeline.data.packing import packed_rows
 from pipeline.models.directory import ModelFolder
@@ -18,16 +18,22 @@ from tests.helpers.families import LEFT_OUT, SHARED, VOCAB, model_types, tiny_fa
 from tests.helpers.supported import STEPS, SUPPORTED, rows_of, write_table
 
 TEXT = [name for name in SHARED if not name.endswith("ForConditionalGeneration")]
+WRAPPERS = [
+    f"{name}ForConditionalGeneration"
+    for name in ("Gemma3", "Gemma4", "Llama4", "Mistral3", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")
+]
 LENGTHS = [137, 5, 23]  # the first is longer than windows and attention chunks
 REAL = ["Gemma2ForCausalLM", "GptOssForCausalLM"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", TEXT)
+@pytest.mark.parametrize("architecture", [*TEXT, *WRAPPERS])
 def test_a_packed_student_is_the_model(architecture: str, tmp_path: Path) -> None:
     """The loss of a packed row is the KL to the model's own eager attention, which is 0."""
     path = tiny_family(tmp_path / "model", architecture)
-    teacher = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    auto = AutoModelForCausalLM if architecture in TEXT else AutoModelForImageTextToText
+    teacher = auto.from_pretrained(path, attn_implementation="eager").eval()
+    assert type(teacher).__name__ == architecture
     rng = np.random.default_rng(0)
     records = []
     for number, length in enumerate(LENGTHS):
@@ -50,7 +56,7 @@ def test_a_packed_student_is_the_model(architecture: str, tmp_path: Path) -> Non
 
 @pytest.mark.vllm
 def test_families_through_the_whole_pipeline(tmp_path: Path) -> None:
-    """A soft cap; sinks, in rows of their own."""
+    """A soft cap; sinks."""
     command = [sys.executable, "-m", "tests.helpers.matrix", "--results", str(tmp_path), "--only"]
     run = subprocess.run([*command, *REAL], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr

@@ -52,7 +52,8 @@ def row(name: str, result: dict[str, Any] | None) -> str:
     kind = outcome(result) if result["steps"] else "not measured"
     failed = next((step for step, code in result["steps"].items() if code), "")
     notes = {"whole": "", "stops": f"stops at: {failed}", "differs": "differs"}
-    note = ". ".join(part for part in (notes.get(kind, kind), CAUSES.get(name, "")) if part)
+    cause = CAUSES.get(name, "") if kind in ("stops", "differs") else ""
+    note = ". ".join(part for part in (notes.get(kind, kind), cause) if part)
     return f"| {name} | {result['way']} | {result['packing']} | {told.strip()} | {note} |"
 
 
