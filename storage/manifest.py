@@ -290,10 +290,11 @@ class Dump:
         }
         data = to_json(body)
         fingerprint = hashlib.sha256(data).hexdigest()
-        files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
-        index = joined(self.store, files, fingerprint, self.plan_sha256)
-        if index is not None:
-            self.store.create(dump_index(fingerprint), index)
+        if not self.store.exists(dump_index(fingerprint)):
+            files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
+            index = joined(self.store, files, fingerprint, self.plan_sha256)
+            if index is not None:
+                self.store.create(dump_index(fingerprint), index)
         self.store.create("manifest.json", data)
         return self.manifest()
 

@@ -1,4 +1,4 @@
-"""Shared set-up: the tests work offline, and tokenizers do not use all cores."""
+"""Shared set-up: the tests work offline, and neither tokenizers nor processes take all cores."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, also for what the tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, the tests of a file share one, and so do all that start vLLM: no two
+    engines at a time. These come first, because they take longest."""
+    engines = {item.path for item in items if item.get_closest_marker("vllm")}
+    for item in items:
+        group = "vllm" if item.path in engines else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path not in engines)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -93,8 +93,8 @@ def run_with(
     if partition is not None and not 0 <= partition < config.partitions:
         raise ConfigError(f"partition {partition}: there are {config.partitions}, numbered from 0")
     model = ModelFolder.find(config.model, config.revision)
-    check_trainable(model)
     check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
+    check_trainable(model)
     corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))

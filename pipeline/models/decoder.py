@@ -9,19 +9,18 @@ from pipeline.errors import ConfigError
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The module whose `last_hidden_state` the head turns into logits; ConfigError without one.
 
-    Some models name themselves as their decoder, head included; a wrapper may then name such a
-    model (Llama 4), whose own decoder is meant.
+    The decoder holds the input embeddings, which a vision tower does not, and not the head. Some
+    models name themselves, head included, and some wrappers name a tower or such a model; then it
+    is the outermost model within that does.
     """
-    head, named = model.get_output_embeddings(), model.get_decoder()
-    if isinstance(named, PreTrainedModel) and named is not model and has(named, head):
-        return decoder_of(named)
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    for found in (named, model.base_model, *inner):
-        if found is not model and not has(found, head):
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for found in (model.get_decoder(), *inner):
+        if holds(found, embeddings) and not holds(found, head):
             decoder: nn.Module = found
             return decoder
     raise ConfigError(f"{type(model).__name__}: no decoder without the head was found in it")
 
 
-def has(module: nn.Module, head: nn.Module) -> bool:
-    return any(part is head for part in module.modules())
+def holds(outer: nn.Module, part: nn.Module | None) -> bool:
+    return any(module is part for module in outer.modules())

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.models.decoder import decoder_of
+
 
 def other_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The outermost modules that hold weights, none of them of the decoder or the head, by name;
@@ -25,7 +27,7 @@ def other_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def text_parts(model: PreTrainedModel) -> list[nn.Module]:
     head = model.get_output_embeddings()
-    return [model.get_decoder(), *([] if head is None else [head])]
+    return [decoder_of(model), *([] if head is None else [head])]
 
 
 def freeze_other_parts(model: PreTrainedModel) -> list[str]:

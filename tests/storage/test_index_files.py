@@ -1,5 +1,6 @@
 """Where indexes come from: writers, the end of a dump, first use, the command; and the cache."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from storage import (
 from storage import scan as scanning
 from storage.__main__ import main
 from storage.gc import leftovers
+from storage.index import Part
+from storage.manifest import Shard
 from tests.helpers.forged import as_before, data_file, index_file, rewrite, seal_index
 from tests.helpers.linked import Counted, counted
 from tests.helpers.records import assert_same, make_dump, plan, random_record
@@ -260,6 +263,30 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
     assert not file.exists()
     same_rows(path, 10)
     assert file.read_bytes() == good
+
+
+def test_one_process_makes_the_index_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, log = tmp_path / "dump", tmp_path / "log"
+    make_dump(path)
+    as_before(path)
+    scan_file = scanning.scan_file
+
+    def logged(dump: Dump, shard: Shard) -> Part:
+        with log.open("a") as file:
+            file.write(f"{shard.name}\n")
+        return scan_file(dump, shard)
+
+    monkeypatch.setattr(scanning, "scan_file", logged)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.map(tokens_of, [path] * 3, chunksize=1)
+    assert found == [200] * 3
+    assert log.read_text().split() == ["00000/00000", "00000/00001"]
+
+
+def tokens_of(path: Path) -> int:
+    return int(LogitDataset(path).lengths.sum())
 
 
 def test_without_a_cache_the_index_stays_in_memory(

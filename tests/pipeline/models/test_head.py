@@ -9,7 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from pipeline.errors import ConfigError
 from pipeline.models.attention import enable_packing
@@ -136,3 +141,15 @@ def test_the_decoder_is_found_where_a_model_names_itself() -> None:
     model = tiny("llama4")
     assert model.get_decoder() is model
     assert decoder_of(model) is model.model
+
+
+def test_the_decoder_of_a_wrapper_is_that_of_its_language_model() -> None:
+    """The vision model beside it is a model without the head, too."""
+    text = tiny("llama4").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "vision_output_dim": 16}
+    vision |= {"projector_input_dim": 16, "projector_output_dim": 16}
+    config = Llama4Config(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = Llama4ForConditionalGeneration(config)
+    assert decoder_of(model) is model.language_model.model

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.models.decoder import decoder_of
 from pipeline.models.directory import ModelFolder
 from pipeline.models.language_part import freeze_other_parts, other_parts
 from pipeline.training.student import with_lora
@@ -36,6 +37,9 @@ def test_a_wrapper_is_read_as_what_it_is(wrapper: Path) -> None:
     model = folder.load("float32")
     assert [type(model).__name__] == folder.architectures == [type(folder.empty()).__name__]
     assert (folder.vocab_size, folder.longest, folder.dtype()) == (520, 2048, "float32")
+    decoder = decoder_of(model)
+    assert model.get_input_embeddings() in list(decoder.modules())
+    assert model.get_output_embeddings() not in list(decoder.modules())
     assert freeze_other_parts(model) == PARTS[folder.config.model_type]
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert frozen == {

@@ -74,7 +74,7 @@ def rope(theta: float) -> dict[str, Any]:
 def test_a_difference_between_engines_is_refused_unless_accepted(
     differ: Differ, teacher: Any, student: Any, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All three were below the 0.02 nats that used to be this model's, or had no cause named."""
+    """In training and in verification, with the place where it begins."""
     path, config = differ(teacher, student)
     with pytest.raises(RefusedError, match=f"answer is: {Answer.DIFFERENT}. .*{where}") as told:
         train.run(config)
