@@ -26,7 +26,6 @@ FLIPS = (
 CAUSES = {
     "AXK1ForCausalLM": "vLLM wants post_mlp_layernorm in dense layers, too",
     "DeepseekV4ForCausalLM": "vLLM does not read transformers' config.json (mlp_layer_types)",
-    "HYV3ForCausalLM": ROUTER,
     "HrmTextForCausalLM": "the cause is not known",
     "InklingForCausalLM": "vLLM wants a tokenizer of it",
     "KimiLinearForCausalLM": "vLLM's linear attention of it needs CUTLASS",
@@ -75,20 +74,23 @@ def row(name: str, result: dict[str, Any] | None) -> str:
     if result is None:
         return f"| {name} | | | | not measured |"
     kl = "" if result["null_kl"] is None else f"{result['null_kl']:.1e}"
-    if result["dtype"] == "bfloat16":
+    if kl and result["dtype"] == "bfloat16":
         kl += " (bfloat16)"
     note = ""
     if (kind := outcome(result)) != "whole":
         failed = next((step for step, code in result["steps"].items() if code), "")
         what = f"stops at: {failed}" if kind == "stops" else kind
         note = ". ".join(filter(None, (what, CAUSES.get(name) or told_by_vllm(result["error"]))))
-    return f"| {name} | {result['way']} | {result['packing']} | {kl.strip()} | {note} |"
+    return f"| {name} | {result['way']} | {result['packing']} | {kl} | {note} |"
 
 
 def told_by_vllm(error: str) -> str:
     """Its reason, without the place of the model, which is a temporary one."""
     found = re.search(r"vLLM cannot run [^:]+: (.*?) *\(its log", error)
-    return f"vLLM: {found[1].rstrip(':')}"[:120].replace("|", "/") if found else ""
+    if not found:
+        return ""
+    reason = re.sub(r" with `/\S+`", "", found[1]).rstrip(":")
+    return f"vLLM: {reason}"[:120].replace("|", "/")
 
 
 def rows_of(page: str) -> list[str]:
