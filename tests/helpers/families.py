@@ -102,7 +102,12 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {**NOAUX, "first_k_dense_replace": 1},
     "glm_moe_dsa": NOAUX,
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+    "hy_v3": {
+        "first_k_dense_replace": 1,
+        "expert_hidden_dim": 64,
+        "route_norm": True,
+        "qk_norm": True,
+    },
     "longcat_flash": {
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
@@ -132,6 +137,7 @@ OWN: dict[str, dict[str, Any]] = {
         "sliding_window_size": WINDOW,
         "scoring_func": "sigmoid",
     },
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     # other layers than the first two or four of the default
     "granitemoehybrid": alternating("mamba", "attention"),
@@ -151,7 +157,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "falcon": {"ffn_hidden_size": 4 * HIDDEN},
     "glm4v_moe_text": {
-        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+        "head_dim": 32,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]},
     },
     "glm4v_text": MROPE,
     "glm5_next_text": {"num_key_value_heads": 2},
@@ -159,6 +166,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 4},
     "zamba2": {"num_key_value_heads": 2},
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
@@ -172,6 +180,7 @@ OWN: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
         "ple_embed_dim": 64,
         "split_ngram_parts": 2,
+        "output_gate_type": "silu",
     },
 }
 """Settings of one model_type, in place of those of SMALL."""
@@ -270,8 +279,10 @@ def small_values(default: PreTrainedConfig) -> dict[str, Any]:
         values |= {"head_dim": given["qk_rope_head_dim"], "num_key_value_heads": 2}
         values = {name: value for name, value in values.items() if name in given}
     values |= layers(given, own) | rope(given, values) | special_tokens(given) | own
-    for name in default.sub_configs:
+    for name, kind in default.sub_configs.items():
         inner = given.get(name)
+        if inner is None and name == "vision_config":  # Gemma 4 can be without
+            inner = kind()
         if isinstance(inner, PreTrainedConfig):
             values[name] = {"model_type": inner.model_type, **small_values(inner)}
             values[name] |= own.get(name, {})

@@ -182,7 +182,8 @@ class Family:
             self.found.dtype = "bfloat16"
             shutil.rmtree(self.dump, ignore_errors=True)
             good = self.step("dump", self.dump_of(self.model, self.dump, 24))
-        self.found.way = "prompt_logprobs" if "prompt_logprobs" in self.said() else "plug-in"
+        if good:
+            self.found.way = "prompt_logprobs" if "prompt_logprobs" in self.said() else "plug-in"
         return good
 
     def pack(self) -> bool:

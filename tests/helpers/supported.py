@@ -1,6 +1,7 @@
 """SUPPORTED.md: the table of what was measured, and why two engines differ."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,47 @@ STEPS = ["build", "dump", "pack", "train", "evaluate", "reload in vLLM", "compar
 WINDOW = "vLLM's sliding window is one token longer than the config's (commandr.py, cohere2_moe.py)"
 SCAN = "vLLM's CPU build has no kernel for Mamba 1 (selective_scan_fwd)"
 ROUTER = "vLLM's CPU build routes to experts by softmax or in groups alone (cpu_router.py)"
+LATENT = (
+    "latent attention on a CPU differs from the second token on, also with VLLM_MLA_DISABLE=1; "
+    "the cause is not known"
+)
+SECOND = "it begins at the second token; the cause is not known"
+FLIPS = (
+    "rounding: some tokens take another expert. transformers in bfloat16 is 2e-2 from itself in "
+    "float32"
+)
 CAUSES = {
+    "AXK1ForCausalLM": "vLLM wants post_mlp_layernorm in dense layers, too",
+    "DeepseekV4ForCausalLM": "vLLM does not read transformers' config.json (mlp_layer_types)",
+    "HYV3ForCausalLM": ROUTER,
+    "HrmTextForCausalLM": "the cause is not known",
+    "InklingForCausalLM": "vLLM wants a tokenizer of it",
+    "KimiLinearForCausalLM": "vLLM's linear attention of it needs CUTLASS",
     "Cohere2ForCausalLM": WINDOW,
     "Cohere2MoeForCausalLM": WINDOW,
-    "Cohere2VisionForConditionalGeneration": WINDOW,
+    "Cohere2VisionForConditionalGeneration": "transformers' wrapper leaves out logit_scale",
     "DbrxForCausalLM": "vLLM 0.32 does not find its experts (blocks.0.ffn.experts.w13_weight)",
     "FalconMambaForCausalLM": SCAN,
-    "Gemma3nForCausalLM": "the cause is not known",
+    "DeepseekV2ForCausalLM": LATENT,
+    "DeepseekV3ForCausalLM": LATENT,
+    "DeepseekV32ForCausalLM": "vLLM has no sparse attention on a CPU",
+    "Gemma3nForCausalLM": "the first token differs already; the cause is not known",
+    "Glm4MoeLiteForCausalLM": LATENT,
+    "GlmMoeDsaForCausalLM": "vLLM has no sparse attention on a CPU",
+    "HYV4ForCausalLM": "vLLM has no sparse attention on a CPU",
     "JambaForCausalLM": SCAN,
     "LagunaForCausalLM": ROUTER,
     "LongcatFlashForCausalLM": "transformers saves weights for experts that compute nothing, and "
     "vLLM has no place for them",
+    "Lfm2ForCausalLM": SECOND,
+    "Lfm2MoeForCausalLM": SECOND,
+    "Lfm2VlForConditionalGeneration": SECOND,
     "MambaForCausalLM": SCAN,
     "MiniMaxM2ForCausalLM": ROUTER,
     "NemotronHForCausalLM": "vLLM's CPU build has no experts without a gate (is_act_and_mul)",
+    "Qwen3NextForCausalLM": FLIPS,
+    "Qwen3_5MoeForCausalLM": FLIPS,
+    "Qwen3_5MoeForConditionalGeneration": FLIPS,
     "OlmoHybridForCausalLM": "vLLM's linear attention of it needs Triton",
 }
 """Why vLLM and transformers differ or stop, where that is known."""
@@ -44,17 +72,23 @@ def outcome(result: dict[str, Any] | None) -> str:
 
 def row(name: str, result: dict[str, Any] | None) -> str:
     """A line of the table."""
-    result = result or {"way": "", "packing": "", "null_kl": None, "dtype": "", "steps": {}}
-    kl = result["null_kl"]
-    told = "" if kl is None else f"{kl:.1e}"
+    if result is None:
+        return f"| {name} | | | | not measured |"
+    kl = "" if result["null_kl"] is None else f"{result['null_kl']:.1e}"
     if result["dtype"] == "bfloat16":
-        told += " (bfloat16)"
-    kind = outcome(result) if result["steps"] else "not measured"
-    failed = next((step for step, code in result["steps"].items() if code), "")
-    notes = {"whole": "", "stops": f"stops at: {failed}", "differs": "differs"}
-    cause = CAUSES.get(name, "") if kind in ("stops", "differs") else ""
-    note = ". ".join(part for part in (notes.get(kind, kind), cause) if part)
-    return f"| {name} | {result['way']} | {result['packing']} | {told.strip()} | {note} |"
+        kl += " (bfloat16)"
+    note = ""
+    if (kind := outcome(result)) != "whole":
+        failed = next((step for step, code in result["steps"].items() if code), "")
+        what = f"stops at: {failed}" if kind == "stops" else kind
+        note = ". ".join(filter(None, (what, CAUSES.get(name) or told_by_vllm(result["error"]))))
+    return f"| {name} | {result['way']} | {result['packing']} | {kl.strip()} | {note} |"
+
+
+def told_by_vllm(error: str) -> str:
+    """Its reason, without the place of the model, which is a temporary one."""
+    found = re.search(r"vLLM cannot run [^:]+: (.*?) *\(its log", error)
+    return f"vLLM: {found[1].rstrip(':')}"[:120].replace("|", "/") if found else ""
 
 
 def rows_of(page: str) -> list[str]:
