@@ -24,7 +24,7 @@ demo: setup  ## the whole pipeline in minutes: train a base, dump it with vLLM, 
 
 PROCESSES ?= 2
 test: setup  ## all tests except Airflow's and the long ones, in PROCESSES processes
-	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadgroup -m "not long"
+	$(PYTHON) -m pytest -n $(PROCESSES) -m "not long"
 
 test-kill: setup  ## kill a dump 200 times, also with a second live writer, and compare all rows; then the long tests
 	$(PYTHON) -m tests.helpers.kills --kills 200
@@ -34,7 +34,7 @@ test-models: setup  ## every family of models through the whole pipeline; writes
 	$(PYTHON) -m tests.helpers.matrix --table
 
 test-fast: setup  ## only the fast tests, which do not start vLLM
-	$(PYTHON) -m pytest -n $(PROCESSES) --dist loadgroup -m "not slow and not vllm and not long"
+	$(PYTHON) -m pytest -n $(PROCESSES) -m "not slow and not vllm and not long"
 
 FUZZ_SECONDS ?= 60
 .venv-fuzz:

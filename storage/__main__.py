@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -102,6 +103,16 @@ def gc_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def place(path: str) -> str:
+    """A path or URL; without user names and passwords, since messages show it."""
+    if re.search(r"://[^/\s]*@", path):
+        raise argparse.ArgumentTypeError(
+            "the URL holds a user name or a password; set them in the environment, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return path
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m storage", description="Inspect, verify, export, index or clean a dump."
@@ -110,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str):  # type: ignore[no-untyped-def]
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("dump", help="the dump's directory, local or s3://…")
+        sub.add_argument("dump", type=place, help="the dump's directory, local or s3://…")
         sub.set_defaults(run=run)
         return sub
 
@@ -149,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "export", export_command, "write plain Parquet columns for DuckDB, Polars and pandas"
     )
-    sub.add_argument("target", help="the Parquet file to write")
+    sub.add_argument("target", type=place, help="the Parquet file to write")
     sub.add_argument(
         "--per",
         choices=["position", "sequence"],

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -11,17 +12,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, also for wh
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.helpers.paths import ROOT
+
+ENGINES = {
+    str(file.relative_to(ROOT))
+    for file in (ROOT / "tests").rglob("test_*.py")
+    if "mark.vllm" in file.read_text(encoding="utf-8")
+}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class OneEngine(LoadScopeScheduling):
+    """Several processes: the tests of a file share one, and so do all that start vLLM."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "vllm" if file in ENGINES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
+    config.option.loadscopereorder = False  # the order below
+    return OneEngine(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, the tests of a file share one, and so do all that start vLLM: no two
-    engines at a time. These come first, because they take longest."""
-    engines = {item.path for item in items if item.get_closest_marker("vllm")}
-    for item in items:
-        group = "vllm" if item.path in engines else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in engines)
+    """Those that start vLLM come first, because they take longest."""
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in ENGINES)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -74,3 +74,16 @@ def test_inspect_and_export_show_samples(tmp_path: Path, capsys) -> None:  # typ
     make_dump(tmp_path / "dump")
     assert main(["export", str(tmp_path / "dump"), str(tmp_path / "bare.parquet")]) == 0
     assert "sampled_ids" not in pq.read_table(tmp_path / "bare.parquet").column_names
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "index", "gc", "export"])
+def test_a_password_in_a_url_is_refused_and_not_shown(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["out.parquet"] if command == "export" else []
+    with pytest.raises(SystemExit) as ended:
+        main([command, "s3://AKIAX:S3SECRET@bucket/dump", *more])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "set them in the environment" in shown
+    assert "S3SECRET" not in shown

@@ -39,6 +39,7 @@ def test_the_reason_is_named(
 ) -> None:
     from pipeline.teacher import topk_model
 
+    monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: None)
     monkeypatch.setattr(topk_model, "registered", False)
     monkeypatch.setattr(plugin, "entry_points", lambda group: points)
     if allowed is not None:
