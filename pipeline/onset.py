@@ -82,7 +82,7 @@ def lengths(config: dict[str, Any]) -> list[tuple[str, int]]:
     for name, value in config.items():
         if isinstance(value, dict):
             found += lengths(value)
-        elif isinstance(value, int) and any(word in name for word in LENGTHS):
+        elif type(value) is int and value > 0 and any(word in name for word in LENGTHS):
             found.append((name, value))
     return list(dict.fromkeys(found))
 

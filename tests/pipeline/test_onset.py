@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.onset import describe, part
+from pipeline.onset import describe, lengths, part
 
 BOUND = 5e-4
 POSITIONS = np.tile(np.arange(100), 6)
@@ -50,3 +50,8 @@ def test_broken_values_are_described_too(value: float) -> None:
     kl[50::100] = value
     assert part(kl, POSITIONS, BOUND)[0] in ("step", "growing")
     assert part(np.full(2, value), np.arange(2), BOUND)[0] == "everywhere"
+
+
+def test_only_settings_that_count_tokens_are_suspected() -> None:
+    config = {"sliding_window": 64, "use_sliding_window": True, "chunk_size_feed_forward": 0}
+    assert lengths({"text_config": config}) == [("sliding_window", 64)]
