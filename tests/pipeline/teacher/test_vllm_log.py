@@ -1,5 +1,6 @@
 """What vLLM writes goes to a file, and the reason why it stopped is one line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, FailedError, Interrupted
+from pipeline.teacher import vllm_log
 from pipeline.teacher.vllm_log import VllmLog
 from tests.helpers.paths import ROOT
 
@@ -26,7 +28,8 @@ PYDANTIC = (
 
 
 @pytest.fixture
-def log() -> VllmLog:
+def log(monkeypatch: pytest.MonkeyPatch) -> VllmLog:
+    monkeypatch.setattr(vllm_log, "SHOWN", False)
     made = VllmLog()
     assert made.path is not None
     made.path.write_text(PROCESSES)
@@ -92,7 +95,8 @@ def test_own_lines_are_shown_and_all_others_go_to_the_file(tmp_path: Path) -> No
         "assert not log.path.exists()\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    quiet = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=quiet)
     assert done.stderr == "progress\nafter\n"
     lines = done.stdout.splitlines()
     assert lines[0] == "summary"
