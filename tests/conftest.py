@@ -31,6 +31,7 @@ class OneEngine(LoadScopeScheduling):
         return "vllm" if file in ENGINES else file
 
 
+@pytest.hookimpl(optionalhook=True)  # -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
     config.option.loadscopereorder = False  # the order below
     return OneEngine(config, log)

@@ -110,6 +110,8 @@ def check_command(command: str) -> None:
         storage_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "pytest"]:
         run([sys.executable, "-m", "pytest", "--collect-only", "-q", *words[3:]])
+    elif words[1] == "-m" and words[2].startswith("tests.helpers."):
+        run([sys.executable, "-c", PARSE_ONLY, words[2].replace(".", "/") + ".py", *words[3:]])
     elif scripts and words[scripts[0]].startswith("scripts/"):
         run([sys.executable, "-c", PARSE_ONLY, *words[scripts[0] :]])
     else:
