@@ -13,21 +13,9 @@ from storage.__main__ import main
 from storage.manifest import Shard
 from storage.parsing import from_json, to_json
 from tests.helpers.forged import data_file, read_json, rewrite, seal
-from tests.helpers.records import make_dump, plan
+from tests.helpers.records import plan
 
 MARKER = "00000/00000.json"
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good") / "dump"
-    make_dump(folder, shards=1, rows=3)
-    return folder
-
-
-@pytest.fixture
-def dump(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "dump"))
 
 
 @pytest.mark.parametrize(

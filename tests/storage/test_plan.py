@@ -1,7 +1,6 @@
 """Every field of a plan is checked when a dump is opened."""
 
 import copy
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from storage.__main__ import main
 from storage.plan import ALWAYS, FIELDS, check_plan, look_up, needed
 from tests.helpers.forged import seal
 from tests.helpers.plans import with_field, without_field
-from tests.helpers.records import make_dump, plan
+from tests.helpers.records import plan
 
 PIPELINE: dict[str, Any] = {
     **plan(samples=16, sample_seed=-3, codec="v2", min_prob=0.1, top_p=0.9),
@@ -45,18 +44,6 @@ PIPELINE: dict[str, Any] = {
 }
 NULLS = ("bos_token_id", "eos_token_id", "teacher.revision")
 ODD: list[Any] = [None, True, -5, 2**40, 10**30, 1.5, -1.0, 9e99, "", [1], {"x": []}]
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good") / "dump"
-    make_dump(folder, shards=1, rows=3)
-    return folder
-
-
-@pytest.fixture
-def dump(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "dump"))
 
 
 @pytest.mark.parametrize(
