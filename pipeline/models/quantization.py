@@ -104,10 +104,6 @@ def short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def is_quantised(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "is_quantized", False))
-
-
 def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing 4-bit weights for kernels without a backward.
 

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.attention import alone, tolerance
 from pipeline.models.directory import ModelFolder
 from pipeline.models.head import linear_head
-from pipeline.models.quantization import as_quantised, is_quantised, quantizer
+from pipeline.models.quantization import as_quantised, quantizer
 from pipeline.training.student import with_lora
 from tests.helpers.runs import NF4, settings
 
@@ -75,7 +75,7 @@ def test_gradients_pass_quantised_weights_also_after_an_evaluation(
     found = {}
     for kind in ("quantised", "dequantised"):
         model = ModelFolder(model_path).load("float32", NF4)
-        assert is_quantised(model)
+        assert model.is_quantized
         if kind == "dequantised":
             dequantise(model)
         torch.manual_seed(0)
