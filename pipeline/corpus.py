@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.errors import ConfigError
 from pipeline.outside import failure
 from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
 from pipeline.types import Int32s, Int64s, Json
+from storage.targets import Bools, positions_of
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
 
@@ -44,6 +45,14 @@ class Sequence:
     chunk: int
     input_ids: npt.NDArray[np.int32]
     ends_document: bool
+    """Whether it is the last sequence of its document."""
+    targets: Bools | None = None
+    """bool [tokens]: which tokens are learnt; None for all."""
+
+    @property
+    def positions(self) -> Int64s:
+        """int64 [P]: the positions that predict a learnt token."""
+        return positions_of(self.targets, len(self.input_ids))
 
 
 class Corpus:
@@ -126,19 +135,27 @@ class Corpus:
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
 
-        A document of fewer than two tokens predicts nothing and is skipped.
+        A sequence that predicts no learnt token is left out, and a document without any other.
         """
         stop = len(self) if stop is None else stop
         for batch in self.batches(start, stop):
             documents, doc_ids, texts = zip(*batch, strict=True)
             tokenized = self.tokenize(list(texts))
             for document, doc_id, tokens in zip(documents, doc_ids, tokenized, strict=True):
-                if len(tokens) < 2:
-                    continue
-                chunks = self.split(tokens)
-                for number, chunk in enumerate(chunks):
-                    ends = number == len(chunks) - 1
-                    yield Sequence(doc_id, document, number, chunk, ends)
+                yield from self.chunks(document, doc_id, tokens, None)
+
+    def chunks(
+        self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
+    ) -> list[Sequence]:
+        """A document's sequences, of max_length tokens at most, that predict a learnt token."""
+        found = []
+        for number, at in enumerate(range(0, len(tokens), self.max_length)):
+            part = slice(at, at + self.max_length)
+            mask = None if targets is None else targets[part]
+            sequence = Sequence(doc_id, document, number, tokens[part], False, mask)
+            if len(sequence.positions):
+                found.append(sequence)
+        return [*found[:-1], *(replace(last, ends_document=True) for last in found[-1:])]
 
     def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, str]]]:
         """(document, its id, its text) in groups of bounded number and size."""
@@ -273,13 +290,6 @@ class Corpus:
     def adds_eos(self) -> bool:
         ids = self.tokenizer("a", verbose=False)["input_ids"]
         return bool(ids[-1:] == [self.tokenizer.eos_token_id])
-
-    def split(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
-        """Chunks of max_length tokens; a last chunk of one token predicts nothing: drop it."""
-        chunks = [
-            tokens[at : at + self.max_length] for at in range(0, len(tokens), self.max_length)
-        ]
-        return chunks if len(chunks[-1]) > 1 else chunks[:-1]
 
 
 def short_hash(text: str) -> int:

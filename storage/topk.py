@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from storage.errors import InvalidRecord
 from storage.samples import Samples, fault
+from storage.targets import Bools, Int64s, positions_of
 
 UInt16s = npt.NDArray[np.uint16]
 Int32s = npt.NDArray[np.int32]
@@ -17,13 +18,13 @@ Floats = npt.NDArray[np.float32]
 class TopK:
     """Sparse next-token distributions of one sequence, ragged over positions.
 
-    counts        uint16  [P]  entries kept at each position, P = len(input_ids) - 1
+    counts        uint16  [P]  entries kept at each position
     ids           int32   [E]  token ids, E = counts.sum(); within a position by descending logprob
     logprobs      float32 [E]  full-vocabulary log-probabilities in nats, temperature 1
     tail_logprob  float32 [P]  log of the probability mass outside the kept ids; -inf if none
     samples       ids drawn from the tail, or None; with k = 0 the tail is everything
 
-    Entry t is the distribution over `input_ids[t + 1]`.
+    Each is over the token after its position, see Record.
     """
 
     counts: UInt16s
@@ -160,12 +161,22 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One row of a dump: a document, or a chunk of a long one, and its distributions."""
+    """One row of a dump: a document, or a chunk of a long one, and its distributions.
+
+    targets  bool [tokens] which tokens are learnt, None for all
+    topk     a distribution over each learnt token: entry i is over input_ids[positions[i] + 1]
+    """
 
     doc_id: str
     chunk: int
     input_ids: Int32s
     topk: TopK
+    targets: Bools | None = None
+
+    @property
+    def positions(self) -> Int64s:
+        """int64 [P]: where the distributions stand in the sequence."""
+        return positions_of(self.targets, len(self.input_ids))
 
 
 def within(starts: npt.NDArray[np.int64], counts: UInt16s) -> npt.NDArray[np.int64]:
