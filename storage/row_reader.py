@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from storage import row_head
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, Successors
+from storage.codec.v2_tables import Successors, tables_of_row
 from storage.data_file import open_local, read_range
 from storage.errors import CorruptShard, FormatVersionError
 from storage.index import SAMPLES, Index
@@ -21,6 +21,7 @@ from storage.row_head import RowHead
 from storage.shard import FORMATS, unpack_ranks
 from storage.shard_reader import RowDecoder, gate
 from storage.store import cache_folder
+from storage.targets import positions_of
 from storage.topk import Record
 
 OPEN_FILES = 64
@@ -98,16 +99,17 @@ class RowReader:
             head.check(shard.name, row, self.dump.plan_sha256, place.tokens)
         with gate(f"{shard.file}, row {row} (document {head.doc_id!r}, chunk {head.chunk})"):
             decoder = RowDecoder(shard, self.dump.plan, self.samples)
-            decoder.check(head.input_ids, place.tokens)
+            decoder.check(head.input_ids, place.tokens, head.targets)
             samples = None
             if decoder.has_samples and place.samples is not None:
                 samples = self.bytes_of(number, shard, *place.samples)
                 if zlib.crc32(samples) != head.samples_crc:
                     raise CorruptShard("the checksum of the samples is not the row's")
             tables = self.tables(number, shard)
-            ready: Ranks | Row = tables if isinstance(tables, Ranks) else tables.row(head.input_ids)
-            topk = decoder.decode(payload, samples, place.tokens, ready)
-        return Record(head.doc_id, head.chunk, head.input_ids, topk)
+            ready = tables_of_row(tables, head.input_ids, head.targets)
+            positions = len(positions_of(head.targets, place.tokens))
+            topk = decoder.decode(payload, samples, positions, ready)
+        return Record(head.doc_id, head.chunk, head.input_ids, topk, head.targets)
 
     def tables(self, number: int, shard: Shard) -> Ranks | Successors:
         """The tables of a shard, read once while they are kept."""
