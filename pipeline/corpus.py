@@ -25,6 +25,7 @@ from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
 from pipeline.errors import ConfigError
 from pipeline.outside import failure
+from pipeline.positions import Share
 from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
@@ -67,9 +68,10 @@ class Corpus:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         add_eos: bool = True,
+        share: Share | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.max_length, self.add_eos = max_length, add_eos
+        self.max_length, self.add_eos, self.share = max_length, add_eos, share
         self.column = config.messages_column or config.text_column
         self.files = find_files(config.path, config.split)
         if self.files:
@@ -152,6 +154,8 @@ class Corpus:
         for number, at in enumerate(range(0, len(tokens), self.max_length)):
             part = slice(at, at + self.max_length)
             mask = None if targets is None else targets[part]
+            if self.share is not None:
+                mask = self.share.draw(doc_id, number, mask, len(tokens[part]))
             sequence = Sequence(doc_id, document, number, tokens[part], False, mask)
             if len(sequence.positions):
                 found.append(sequence)
