@@ -185,7 +185,8 @@ class MixedDataset(Dataset[Item]):
         domain = []
         for item in items:
             epoch, at = divmod(item, self.epoch_items)
-            domain.append(self.domain[int(self._order(epoch)[at])])
+            order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
+            domain.append(self.domain[int(order[at % len(order)])])
         if self.general is None:
             return [Item(sequence, []) for sequence in domain]
         rows = [range(self.general_rows(item), self.general_rows(item + 1)) for item in items]
