@@ -7,10 +7,10 @@ One sequence is one document, or one chunk of a long one; no sequence holds two 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import datasets
@@ -20,13 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chats import BadChat, ChatTemplate
 from pipeline.config import CorpusConfig
-from pipeline.corpus_cache import cached_documents
+from pipeline.corpus_cache import cached_documents, local_copy
 from pipeline.corpus_files import find_files, relative
-from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
+from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
 from pipeline.errors import ConfigError
 from pipeline.outside import failure
 from pipeline.positions import Share
+from pipeline.progress import say
 from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
+from pipeline.token_columns import Marked, TokenColumns
+from pipeline.token_source import TokenSource, guess_mask, mask_of_schema
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
@@ -72,13 +75,17 @@ class Corpus:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.add_eos, self.share = max_length, add_eos, share
-        self.column = config.messages_column or config.text_column
+        self.column = config.tokens_column or config.messages_column or config.text_column
+        self.tokens: TokenColumns | None = None
+        """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
         if self.files:
-            chat = config.messages_column is not None
-            documents, self.digests = cached_documents(self.files, self.column, chat)
+            documents, self.digests = cached_documents(self.sources())
         else:
             documents = hub_documents(config)
+            if config.tokens_column is not None:
+                schema = documents.features.arrow_schema
+                self.tokens = self.token_columns(partial(mask_of_schema, schema))
         stop = len(documents) if config.limit is None else config.skip + config.limit
         self.documents = documents.select(range(config.skip, min(stop, len(documents))))
         self.arrow = self.documents.with_format("arrow")
@@ -87,16 +94,58 @@ class Corpus:
                 f"corpus {config.path}: no documents"
                 + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
             )
-        if self.column not in self.documents.column_names:
-            option = "messages_column" if config.messages_column else "text_column"
-            raise ConfigError(
-                f"corpus {config.path}: no column {self.column!r}; it has "
-                f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
-            )
+        for name in self.tokens.names if self.tokens else [self.column]:
+            if name not in self.documents.column_names:
+                raise ConfigError(
+                    f"corpus {config.path}: no column {name!r}; it has "
+                    f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
+                )
         chat = config.messages_column is not None
         split = config.special_tokens == "split"
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
+
+    @property
+    def option(self) -> str:
+        """The setting that names the column."""
+        if self.tokens is not None:
+            return TokenSource.option
+        return "messages_column" if self.config.messages_column else "text_column"
+
+    @property
+    def masked(self) -> bool:
+        """Whether sequences say which of their tokens are learnt."""
+        return self.tokens is not None and self.tokens.mask is not None
+
+    def targets_identity(self) -> Json:
+        """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
+        return {"which": "mask"} if self.masked else {}
+
+    def sources(self) -> list[Source]:
+        """What reads each file."""
+        config, chat = self.config, self.config.messages_column is not None
+        found = [Source(file, local_copy(file), self.column, chat) for file in self.files]
+        if config.tokens_column is None:
+            return found
+        self.tokens = self.token_columns(partial(guess_mask, found))
+        guessed = config.mask_column is None and config.targets != "all"
+        return [
+            TokenSource(each.name, each.path, each.column, columns=self.tokens, guessed=guessed)
+            for each in found
+        ]
+
+    def token_columns(self, guess: Callable[[], str | None]) -> TokenColumns:
+        """The columns of a token corpus; `guess` finds that of the mask where none is named."""
+        config, mask = self.config, self.config.mask_column
+        if config.targets == "all":
+            mask = None
+        elif mask is None and (mask := guess()) is not None:
+            say(
+                f"corpus {config.path}: the column {mask} says which tokens are learnt; "
+                "corpus.targets: all learns all of them"
+            )
+        size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return TokenColumns(self.column, mask, size)
 
     def chat_template(self) -> ChatTemplate:
         try:
@@ -118,6 +167,8 @@ class Corpus:
         """
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
+        if self.tokens is not None:
+            found.append({"mask": self.tokens.mask})
         if self.files:
             found += map(list, zip(relative(self.files), self.digests, strict=True))
         else:
@@ -126,11 +177,15 @@ class Corpus:
 
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
-        number = min(SAMPLED, len(self))
-        texts = [self.text(at * len(self) // number) for at in range(number)]
-        length = SAMPLED_CHARACTERS
-        heads = [t.head(length) if isinstance(t, Masked) else t[:length] for t in texts]
-        ids = self.tokenize(heads)
+        number, length = min(SAMPLED, len(self)), SAMPLED_CHARACTERS
+        chosen = [at * len(self) // number for at in range(number)]
+        if self.tokens is not None:
+            marked = (next(self.token_documents(at, at + 1)) for at in chosen)
+            ids: Iterable[Int32s] = (tokens[:length] for tokens, _ in marked)
+        else:
+            texts = map(self.text, chosen)
+            heads = [t.head(length) if isinstance(t, Masked) else t[:length] for t in texts]
+            ids = self.tokenize(heads)
         sample = hashlib.sha256(json.dumps([each.tolist() for each in ids]).encode()).hexdigest()
         return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
 
@@ -140,11 +195,41 @@ class Corpus:
         A sequence that predicts no learnt token is left out, and a document without any other.
         """
         stop = len(self) if stop is None else stop
+        if self.tokens is not None:
+            for at in range(start, stop, DOCUMENTS_AT_ONCE):
+                span = at, min(at + DOCUMENTS_AT_ONCE, stop)
+                documents = zip(self.ids(*span), self.token_documents(*span), strict=True)
+                for document, (doc_id, (tokens, targets)) in enumerate(documents, at):
+                    yield from self.chunks(document, doc_id, tokens, targets)
+            return
         for batch in self.batches(start, stop):
-            documents, doc_ids, texts = zip(*batch, strict=True)
+            numbers, doc_ids, texts = zip(*batch, strict=True)
             tokenized = self.tokenize(list(texts))
-            for document, doc_id, tokens in zip(documents, doc_ids, tokenized, strict=True):
+            for document, doc_id, tokens in zip(numbers, doc_ids, tokenized, strict=True):
                 yield from self.chunks(document, doc_id, tokens, None)
+
+    def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
+        """The documents of a token corpus. Those of files were checked as they were read."""
+        assert self.tokens is not None
+        table = self.arrow[start:stop]
+        rows = zip(*(table[name] for name in self.tokens.names), strict=True)
+        for document, row in enumerate(rows, start):
+            if self.files:
+                tokens, *mask = (value.values.to_numpy(zero_copy_only=False) for value in row)
+                yield tokens, mask[0] if mask else None
+            else:
+                yield self.tokens.of_arrow(row, partial(self.wrong, document))
+
+    def lengths(self, documents: list[int]) -> Int64s:
+        """Tokens of each of these documents."""
+        if self.tokens is not None:
+            marked = (next(self.token_documents(at, at + 1)) for at in documents)
+            return np.array([len(tokens) for tokens, _ in marked], np.int64)
+        tokenized = self.tokenize([self.text(at) for at in documents])
+        return np.array([len(tokens) for tokens in tokenized], np.int64)
+
+    def wrong(self, document: int, what: str) -> ConfigError:
+        return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 
     def chunks(
         self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
