@@ -16,6 +16,7 @@ Count = Annotated[int, Range(1, MOST)]
 Limit = Annotated[int | None, Range(1, MOST)]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
 Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
+Targets = Literal["all", "assistant", "completion"]
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -34,6 +35,10 @@ class CorpusConfig:
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them. A
     template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
+    targets: Targets | None = None
+    """Which tokens are learnt; the others are read as context only. all: every token. assistant:
+    what the assistant writes in a chat, each turn with the token that ends it. The chat template's
+    generation markers say where that is, or else rendering the chat turn by turn."""
     special_tokens: Literal["parse", "split"] = "parse"
     """Special tokens that a document spells, such as <|endoftext|> in a web page. parse makes them
     tokens, as transformers and vLLM do: text that holds rendered chats needs it. split takes them

@@ -8,7 +8,7 @@ from pipeline.errors import RefusedError
 from pipeline.types import Json
 from storage.manifest import differences
 
-LATER = {"special_tokens": "parse"}
+LATER = {"special_tokens": "parse", "targets": None}
 """Settings that earlier releases lacked, with what these did."""
 
 
