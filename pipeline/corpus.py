@@ -7,11 +7,11 @@ One sequence is one document, or one chunk of a long one; no sequence holds two 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,14 +19,18 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chats import BadChat, ChatTemplate
-from pipeline.config import CorpusConfig, Targets
-from pipeline.corpus_cache import cached_documents
+from pipeline.config import CorpusConfig
+from pipeline.corpus_cache import cached_documents, local_copy
 from pipeline.corpus_files import find_files, relative
-from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
+from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
 from pipeline.errors import ConfigError
 from pipeline.outside import failure
+from pipeline.positions import Share
+from pipeline.progress import say
 from pipeline.spans import Text, TokenPlaces, mask_of
 from pipeline.special_tokens import CannotMask, SpecialTokens
+from pipeline.token_columns import Marked, TokenColumns
+from pipeline.token_source import TokenSource, guess_mask, mask_of_schema
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
@@ -68,16 +72,21 @@ class Corpus:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         add_eos: bool = True,
+        share: Share | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.max_length, self.add_eos = max_length, add_eos
-        self.column = config.messages_column or config.text_column
+        self.max_length, self.add_eos, self.share = max_length, add_eos, share
+        self.column = config.tokens_column or config.messages_column or config.text_column
+        self.tokens: TokenColumns | None = None
+        """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
         if self.files:
-            chat = config.messages_column is not None
-            documents, self.digests = cached_documents(self.files, self.column, chat)
+            documents, self.digests = cached_documents(self.sources())
         else:
             documents = hub_documents(config)
+            if config.tokens_column is not None:
+                schema = documents.features.arrow_schema
+                self.tokens = self.token_columns(partial(mask_of_schema, schema))
         stop = len(documents) if config.limit is None else config.skip + config.limit
         self.documents = documents.select(range(config.skip, min(stop, len(documents))))
         self.arrow = self.documents.with_format("arrow")
@@ -86,12 +95,12 @@ class Corpus:
                 f"corpus {config.path}: no documents"
                 + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
             )
-        if self.column not in self.documents.column_names:
-            option = "messages_column" if config.messages_column else "text_column"
-            raise ConfigError(
-                f"corpus {config.path}: no column {self.column!r}; it has "
-                f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
-            )
+        for name in self.tokens.names if self.tokens else [self.column]:
+            if name not in self.documents.column_names:
+                raise ConfigError(
+                    f"corpus {config.path}: no column {name!r}; it has "
+                    f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
+                )
         chat = config.messages_column is not None
         split = config.special_tokens == "split"
         self.special = SpecialTokens(tokenizer, chat) if split else None
@@ -100,8 +109,10 @@ class Corpus:
         self.places = TokenPlaces(tokenizer) if self.masked else None
 
     @property
-    def targets(self) -> Targets:
+    def targets(self) -> Literal["all", "assistant", "completion", "mask"]:
         """Which tokens are learnt."""
+        if self.tokens is not None:
+            return "all" if self.tokens.mask is None else "mask"
         return self.config.targets or "all"
 
     @property
@@ -110,7 +121,7 @@ class Corpus:
         return self.targets != "all"
 
     def targets_identity(self) -> Json:
-        """What a plan says of the targets; empty where every token is learnt."""
+        """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
         return {"which": self.targets} if self.masked else {}
 
     def check_targets(self) -> None:
@@ -121,11 +132,46 @@ class Corpus:
                 f"{name}: only chats have an assistant, and column {self.column!r} is read as "
                 "text. Name the column of chat messages with corpus.messages_column"
             )
-        if self.masked and not self.tokenizer.is_fast:
+        if self.targets == "completion":
+            raise ConfigError(f"{name}: the documents of column {self.column!r} have no prompt")
+        if self.masked and self.tokens is None and not self.tokenizer.is_fast:
             raise ConfigError(
                 f"{name}: needs a fast tokenizer, which says where its tokens stand in the text; "
                 f"{type(self.tokenizer).__name__} does not. Convert it to a tokenizer.json"
             )
+
+    @property
+    def option(self) -> str:
+        """The setting that names the column."""
+        if self.tokens is not None:
+            return TokenSource.option
+        return "messages_column" if self.config.messages_column else "text_column"
+
+    def sources(self) -> list[Source]:
+        """What reads each file."""
+        config, chat = self.config, self.config.messages_column is not None
+        found = [Source(file, local_copy(file), self.column, chat) for file in self.files]
+        if config.tokens_column is None:
+            return found
+        self.tokens = self.token_columns(partial(guess_mask, found))
+        guessed = config.mask_column is None and config.targets != "all"
+        return [
+            TokenSource(each.name, each.path, each.column, columns=self.tokens, guessed=guessed)
+            for each in found
+        ]
+
+    def token_columns(self, guess: Callable[[], str | None]) -> TokenColumns:
+        """The columns of a token corpus; `guess` finds that of the mask where none is named."""
+        config, mask = self.config, self.config.mask_column
+        if config.targets == "all":
+            mask = None
+        elif mask is None and (mask := guess()) is not None:
+            say(
+                f"corpus {config.path}: the column {mask} says which tokens are learnt; "
+                "corpus.targets: all learns all of them"
+            )
+        size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return TokenColumns(self.column, mask, size)
 
     def chat_template(self) -> ChatTemplate:
         try:
@@ -147,6 +193,8 @@ class Corpus:
         """
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
+        if self.tokens is not None:
+            found.append({"mask": self.tokens.mask})
         if self.files:
             found += map(list, zip(relative(self.files), self.digests, strict=True))
         else:
@@ -156,36 +204,80 @@ class Corpus:
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
         number = min(SAMPLED, len(self))
-        texts = [self.text(at * len(self) // number) for at in range(number)]
         found = [
             tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
-            for tokens, mask in self.tokenized([text.head(SAMPLED_CHARACTERS) for text in texts])
+            for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
         ]
         sample = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
 
+    def heads(self, documents: list[int]) -> Iterator[Marked]:
+        """The first tokens of some documents."""
+        if self.tokens is not None:
+            for at in documents:
+                tokens, _ = next(self.token_documents(at, at + 1))
+                yield tokens[:SAMPLED_CHARACTERS], None
+        else:
+            texts = map(self.text, documents)
+            yield from self.tokenized([text.head(SAMPLED_CHARACTERS) for text in texts])
+
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
 
-        A sequence that predicts no learnt token is left out, and a document without any other. So
-        is one whose prompt, all that is before its first learnt token, is longer than max_length.
+        A sequence that predicts no learnt token is left out, and a document without any other.
         """
         stop = len(self) if stop is None else stop
+        if self.tokens is not None:
+            for at in range(start, stop, DOCUMENTS_AT_ONCE):
+                span = at, min(at + DOCUMENTS_AT_ONCE, stop)
+                documents = zip(self.ids(*span), self.token_documents(*span), strict=True)
+                for document, (doc_id, (tokens, targets)) in enumerate(documents, at):
+                    yield from self.chunks(document, doc_id, tokens, targets)
+            return
         for batch in self.batches(start, stop):
-            documents, doc_ids, texts = zip(*batch, strict=True)
+            numbers, doc_ids, texts = zip(*batch, strict=True)
             tokenized = self.tokenized(list(texts))
-            for document, doc_id, (tokens, mask) in zip(documents, doc_ids, tokenized, strict=True):
-                if mask is None or mask[1 : self.max_length].any():
-                    yield from self.chunks(document, doc_id, tokens, mask)
+            for document, doc_id, (tokens, mask) in zip(numbers, doc_ids, tokenized, strict=True):
+                yield from self.chunks(document, doc_id, tokens, mask)
+
+    def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
+        """The documents of a token corpus. Those of files were checked as they were read."""
+        assert self.tokens is not None
+        table = self.arrow[start:stop]
+        rows = zip(*(table[name] for name in self.tokens.names), strict=True)
+        for document, row in enumerate(rows, start):
+            if self.files:
+                tokens, *mask = (value.values.to_numpy(zero_copy_only=False) for value in row)
+                yield tokens, mask[0] if mask else None
+            else:
+                yield self.tokens.of_arrow(row, partial(self.wrong, document))
+
+    def lengths(self, documents: list[int]) -> Int64s:
+        """Tokens of each of these documents."""
+        if self.tokens is not None:
+            marked = (next(self.token_documents(at, at + 1)) for at in documents)
+            return np.array([len(tokens) for tokens, _ in marked], np.int64)
+        tokenized = self.tokenize([self.text(at) for at in documents])
+        return np.array([len(tokens) for tokens in tokenized], np.int64)
+
+    def wrong(self, document: int, what: str) -> ConfigError:
+        return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 
     def chunks(
         self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
     ) -> list[Sequence]:
-        """A document's sequences, of max_length tokens at most, that predict a learnt token."""
+        """A document's sequences, of max_length tokens at most, that predict a learnt token.
+
+        None where its prompt, all that is before its first learnt token, is longer than that.
+        """
+        if targets is not None and not targets[1 : self.max_length].any():
+            return []
         found = []
         for number, at in enumerate(range(0, len(tokens), self.max_length)):
             part = slice(at, at + self.max_length)
             mask = None if targets is None else targets[part]
+            if self.share is not None:
+                mask = self.share.draw(doc_id, number, mask, len(tokens[part]))
             sequence = Sequence(doc_id, document, number, tokens[part], False, mask)
             if len(sequence.positions):
                 found.append(sequence)
@@ -271,7 +363,7 @@ class Corpus:
         place = f"corpus {self.config.path}, document {document}"
         messages = json.loads(value) if self.files else without_nulls(value)
         try:
-            text = chat.render(messages, targets=self.targets)
+            text = chat.render(messages, targets=self.config.targets or "all")
         except BadChat as error:
             raise ConfigError(f"{place}: {error}") from error.__cause__
         if len(text) > DOCUMENT_BYTES:

@@ -7,9 +7,10 @@ the same number of items per step.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
@@ -45,9 +46,23 @@ class GeneralStream:
 
     def record(self, at: int) -> Record:
         """Row `at` of the stream."""
+        (record,) = self.records([at])
+        return record
+
+    def records(self, rows: Iterable[int]) -> list[Record]:
+        """Rows of the stream. Those of a remote dump are requested at the same time."""
+        places = [self._place(row) for row in rows]
+        found: dict[tuple[int, int], Record] = {}
+        for number, dump in enumerate(self.dumps):
+            own = sorted({index for which, index in places if which == number})
+            found |= {(number, index): row for index, row in zip(own, dump.read(own), strict=True)}
+        return [found[place] for place in places]
+
+    def _place(self, at: int) -> tuple[int, int]:
+        """(number of the dump, index of its row) of row `at` of the stream."""
         block, offset = divmod(at, BLOCK)
         numbers, indices = self._block(block)
-        return self.dumps[int(numbers[offset])][int(indices[offset])]
+        return int(numbers[offset]), int(indices[offset])
 
     def rows_within(self, tokens: int) -> int:
         """Number of rows from the start that hold at most this many tokens."""
@@ -162,12 +177,24 @@ class MixedDataset(Dataset[Item]):
         return self.epoch_items
 
     def __getitem__(self, item: int) -> Item:
-        epoch, at = divmod(item, self.epoch_items)
-        sequence = self.domain[int(self._order(epoch)[at])]
+        (found,) = self.__getitems__([item])
+        return found
+
+    def __getitems__(self, items: Sequence[int]) -> list[Item]:
+        """Several items, as a loader asks for them: their general rows are read together."""
+        domain = []
+        for item in items:
+            epoch, at = divmod(item, self.epoch_items)
+            order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
+            domain.append(self.domain[int(order[at % len(order)])])
         if self.general is None:
-            return Item(sequence, [])
-        rows = range(self.general_rows(item), self.general_rows(item + 1))
-        return Item(sequence, [self.general.record(row) for row in rows])
+            return [Item(sequence, []) for sequence in domain]
+        rows = [range(self.general_rows(item), self.general_rows(item + 1)) for item in items]
+        records = iter(self.general.records(chain.from_iterable(rows)))
+        return [
+            Item(sequence, list(islice(records, len(own))))
+            for sequence, own in zip(domain, rows, strict=True)
+        ]
 
     def general_rows(self, items: int) -> int:
         """Rows of the general stream that the first `items` items hold."""

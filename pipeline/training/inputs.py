@@ -12,6 +12,7 @@ from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
 from pipeline.progress import say
 from storage import LogitDataset
+from storage.cache import too_small
 from storage.plan import needed
 
 
@@ -125,6 +126,10 @@ def check(inputs: Inputs) -> None:
             f"the dumps are of different teachers ({', '.join(teachers.values())}): a student is "
             "held to one base model"
         )
+    remote = [dump for dump in inputs.dumps if not dump.dump.store.local]
+    advice = too_small(sum(dump.manifest.bytes for dump in remote))
+    if advice:
+        say(advice)
 
 
 def check_student(inputs: Inputs, dump: LogitDataset) -> None:

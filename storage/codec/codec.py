@@ -24,10 +24,10 @@ def encode(
     """Compress one sequence's distributions.
 
     `step` is the grid's spacing in nats; decoding is off by at most step / 2 per log-probability
-    before it renormalises. `ranks` chooses the version: a Row (`successors.row(input_ids)`) gives
-    version 2, in which entries that are equal on the grid come back by ascending id. Raises
-    InvalidRecord if `topk` is not a distribution over `vocab_size` ids, or if `ranks` has another
-    vocabulary or length.
+    before it renormalises. `ranks` chooses the version: a Row (`successors.row(input_ids,
+    targets)`) gives version 2, in which entries that are equal on the grid come back by ascending
+    id. Raises InvalidRecord if `topk` is not a distribution over `vocab_size` ids, or if `ranks`
+    has another vocabulary or number of positions.
     """
     return pack(quantise(topk, vocab_size, step), ranks)
 

@@ -33,8 +33,8 @@ def pack(grid: Grid, row: Row) -> bytes:
             f"the tables have {row.successors.ranks.vocab_size} ids, the vocabulary has "
             f"{grid.vocab_size}"
         )
-    if len(row.tokens) != len(grid.counts):
-        raise InvalidRecord(f"{len(grid.counts)} positions, the row has {len(row.tokens)}")
+    if len(row.positions) != len(grid.counts):
+        raise InvalidRecord(f"{len(grid.counts)} positions, the row has {len(row.positions)}")
     counts, spreads, filled = grid.counts, grid.spreads, grid.counts > 0
     equal = is_equal(counts)
     contexts, symbols = row.symbols(grid)
@@ -61,11 +61,11 @@ def pack(grid: Grid, row: Row) -> bytes:
 
 def unpack(header: Header, data: bytes, row: Row | None) -> Grid:
     """The inverse of pack. Raises CorruptPayload."""
-    if row is None or row.checksum != header.needs or len(row.tokens) != header.positions:
+    if row is None or row.checksum != header.needs or len(row.positions) != header.positions:
         raise CorruptPayload(
             "the payload needs the successors of its own shard and the input_ids of its own row "
             f"(checksum {header.needs:08x}, found {row.checksum if row else 0:08x}): "
-            "pass successors.row(input_ids)"
+            "pass successors.row(input_ids, targets)"
         )
     if row.successors.ranks.vocab_size != header.vocab_size:
         raise CorruptPayload(

@@ -3,8 +3,9 @@
 Reader and writer must see the same contexts, so they share the walk. At each position it asks of
 every candidate: is it kept, and at which level? The candidates are the usual successors of the
 current token, then the ids kept at the longest earlier match (of up to 8 tokens), then the ids kept
-at the position before. The other entries are written as gaps between frequency ranks. All
-arithmetic is on integers, so every CPU reads the same.
+at the position before. Only positions that are stored count as earlier, or as the one before. The
+other entries are written as gaps between frequency ranks. All arithmetic is on integers, so every
+CPU reads the same.
 
 A writing walk lists the symbols and their contexts. A reading walk takes them from a rANS stream
 (Duda, arXiv 1311.2540): 32-bit state, 16-bit words, probabilities in 1/32768.
@@ -40,9 +41,13 @@ OVERRUN, TOO_MANY, BAD_ID, BAD_LEVEL, LEFT_OVER = 1, 2, 3, 4, 5  # of reading, s
 
 
 @njit(cache=True, nogil=True)
-def matches(tokens):
-    """For each position: the latest earlier position of the longest match or -1, the length."""
-    size = len(tokens)
+def matches(input_ids, positions):
+    """For each position: the latest earlier one of the longest match or -1, the length.
+
+    input_ids [T] is compared before both; positions [P], ascending, are the ones that may match.
+    Their numbers in `positions` are returned.
+    """
+    size, tokens = len(positions), input_ids[positions]
     place, length = np.full(size, -1, np.int32), np.zeros(size, np.uint8)
     before = np.full(size, -1, np.int32)  # previous position of the same token
     order = np.argsort(tokens, kind="mergesort")
@@ -50,10 +55,12 @@ def matches(tokens):
         if tokens[order[i]] == tokens[order[i - 1]]:
             before[order[i]] = order[i - 1]
     for t in range(size):
-        at, hops = before[t], 0
+        at, hops, here = before[t], 0, positions[t]
         while at >= 0 and hops < HOPS:
-            same = 1
-            while same < MATCH and at >= same and tokens[at - same] == tokens[t - same]:
+            same, there = 1, positions[at]
+            while (
+                same < MATCH and there >= same and input_ids[there - same] == input_ids[here - same]
+            ):
                 same += 1
             if same > length[t]:
                 place[t], length[t] = at, same
@@ -159,14 +166,15 @@ def sort(ids, begin, end):
 
 @njit(cache=True, nogil=True)
 def walk(
-    reading, tokens, counts, spreads, ids, levels,
+    reading, input_ids, positions, counts, spreads, ids, levels,
     starts, listed, kinds, order, rank_of, rank_kinds, level_kinds, shift,
     chances, sums, hints, words, contexts, symbols,
 ):  # fmt: skip
     """Write (list contexts and symbols) or read (fill ids and levels) the entries of a row.
 
-    tokens [P]; counts, spreads [P]: entries and the best one's level; ids, levels [E]: by
-    descending level, 0 for the last. Returns (failure or 0, symbols listed).
+    input_ids [T]; positions [P]: where in it; counts, spreads [P]: entries and the best one's
+    level; ids, levels [E]: by descending level, 0 for the last. Returns (failure or 0, symbols
+    listed).
     """
     vocab = len(order)
     # One word per id: position + 1, then 4 bits of EARLIER, 2 of BEFORE, 1 if already asked
@@ -180,7 +188,7 @@ def walk(
     offsets = np.zeros(len(counts) + 1, np.int64)
     for t in range(len(counts)):
         offsets[t + 1] = offsets[t] + counts[t]
-    place, length = matches(tokens)
+    place, length = matches(input_ids, positions)
     written, at = 0, 0
     state = np.uint32(LOW)
     if reading:
@@ -191,7 +199,7 @@ def walk(
         count, spread = np.int64(counts[t]), np.int64(spreads[t])
         if count == 0:
             continue
-        token, earlier = tokens[t], np.int64(place[t])
+        token, earlier = input_ids[positions[t]], np.int64(place[t])
         longest = min(np.int64(length[t]), LENGTHS) - 1 if earlier >= 0 else 0
         stamp = np.uint32((t + 1) << 8)
         nowhere = EARLIER - 1 if earlier < 0 else 0

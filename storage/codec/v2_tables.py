@@ -19,6 +19,7 @@ from storage.codec.frames import inflate, split_planes
 from storage.codec.grid import Grid, Integers
 from storage.codec.v1 import Ranks
 from storage.errors import CorruptPayload, StorageError
+from storage.targets import Bools, Int64s, pack_mask, positions_of
 from storage.topk import Int32s, UInt16s
 
 MAX_LEVEL = 4096  # grid points between the best and the last entry, exclusive
@@ -85,14 +86,23 @@ class Successors:
         object.__setattr__(self, "rank_kinds", rank_kinds)
         object.__setattr__(self, "checksum", checksum)
 
-    def row(self, input_ids: npt.ArrayLike) -> "Row":
-        """The tables for one sequence, to encode and decode its distributions."""
-        return Row(self, np.ascontiguousarray(input_ids, np.int32)[:-1])
+    def row(self, input_ids: npt.ArrayLike, targets: Bools | None = None) -> "Row":
+        """The tables for one sequence, to encode and decode its distributions.
+
+        `targets` bool [T] marks the tokens whose distributions are stored, None all of them.
+        """
+        return Row(self, np.require(input_ids, np.int32, ["C", "W"]), targets)
 
     @classmethod
-    def learn(cls, rows: Sequence[tuple[Int32s, Grid]], vocab_size: int) -> "Successors":
-        """Learn the tables from the (input_ids, grid) of all rows of a shard."""
+    def learn(
+        cls,
+        rows: Sequence[tuple[Int32s, Grid]],
+        vocab_size: int,
+        masks: Sequence[Bools | None] | None = None,
+    ) -> "Successors":
+        """Learn the tables from the (input_ids, grid) of all rows of a shard, and their masks."""
         kernels = compiled()
+        masks = [None] * len(rows) if masks is None else masks
         ranks = Ranks.learn((grid for _, grid in rows), vocab_size)
         levels = [levels_of(grid) for _, grid in rows]
         every = np.concatenate([np.zeros(0, np.uint16), *levels])
@@ -100,16 +110,21 @@ class Successors:
         level_kinds = np.digitize(np.arange(MAX_LEVEL), np.maximum(edges, 1)).astype(np.uint8)
         top = int(np.quantile(every, 0.999)) if len(every) else 0
         shift = max(0, (top // kernels.LEVELS).bit_length())
-        starts, listed, kinds = list_successors(rows, every, ranks)
+        tokens = [
+            input_ids[positions_of(targets, len(input_ids))]
+            for (input_ids, _), targets in zip(rows, masks, strict=True)
+        ]
+        starts, listed, kinds = list_successors(tokens, [grid for _, grid in rows], every, ranks)
         flags = np.zeros((kernels.FLAGS, 2), np.int64)
         tables = np.zeros((kernels.RAW - kernels.LEVEL, kernels.SYMBOLS), np.int64)
         plain = cls(
             ranks, starts, listed, kinds, level_kinds, shift,
             to_chances(flags), to_sums(tables),
         )  # fmt: skip
-        for input_ids, grid in rows[:: 1 + len(every) // LEARN_ENTRIES]:
+        share = slice(None, None, 1 + len(every) // LEARN_ENTRIES)
+        for (input_ids, grid), targets in zip(rows[share], masks[share], strict=True):
             if fits(grid):
-                kernels.count(*plain.row(input_ids).symbols(grid), flags, tables)
+                kernels.count(*plain.row(input_ids, targets).symbols(grid), flags, tables)
         return cls(
             ranks, starts, listed, kinds, level_kinds, shift,
             to_chances(flags), to_sums(tables),
@@ -204,28 +219,42 @@ class Successors:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The tables of a shard with the tokens of one sequence: int32 [P].
+    """The tables of a shard with one sequence: int32 [T], and which of its tokens are learnt.
 
-    Raises CorruptPayload for tokens outside the vocabulary.
+    positions  int64 [P]  where its distributions stand
+
+    Raises CorruptPayload for tokens outside the vocabulary, and for a mask of another length.
     """
 
     successors: Successors
-    tokens: Int32s
+    input_ids: Int32s
+    targets: Bools | None = None
+    positions: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
-        vocab = self.successors.ranks.vocab_size
-        if len(self.tokens) and not 0 <= self.tokens.min() <= self.tokens.max() < vocab:
+        vocab, read = self.successors.ranks.vocab_size, self.input_ids[:-1]
+        if len(read) and not 0 <= read.min() <= read.max() < vocab:
             raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
+        if self.targets is not None and len(self.targets) != len(self.input_ids):
+            raise CorruptPayload(
+                f"a mask of {len(self.targets)} tokens for {len(self.input_ids)} input ids"
+            )
+        positions = positions_of(self.targets, len(self.input_ids))
+        object.__setattr__(self, "positions", positions)
 
     @property
     def checksum(self) -> int:
-        return zlib.crc32(self.tokens.astype("<i4").tobytes(), self.successors.checksum) or 1
+        checksum = zlib.crc32(self.input_ids[:-1].astype("<i4").tobytes(), self.successors.checksum)
+        if self.targets is not None:
+            checksum = zlib.crc32(pack_mask(self.targets), checksum)
+        return checksum or 1
 
     def symbols(self, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(contexts, symbols) [n] that encode the grid."""
         sizes, counts = np.diff(self.successors.starts), grid.counts.astype(np.int64)
-        place, _ = compiled().matches(self.tokens)
-        asked = sizes[self.tokens].sum() + counts[:-1].sum() + counts[place[place >= 0]].sum()
+        place, _ = compiled().matches(self.input_ids, self.positions)
+        asked = sizes[self.input_ids[self.positions]].sum()
+        asked += counts[:-1].sum() + counts[place[place >= 0]].sum()
         # one for each candidate asked; for each entry at most 3 for its gap and 3 for its level
         contexts, symbols = np.empty((2, int(asked) + 6 * len(grid.ids)), np.int32)
         levels = levels_of(grid).astype(np.int32)
@@ -255,7 +284,7 @@ class Row:
         ids, levels, words, contexts, symbols = arrays
         s = self.successors
         return compiled().walk(
-            reading, self.tokens, counts, spreads.astype(np.int32), ids, levels,
+            reading, self.input_ids, self.positions, counts, spreads.astype(np.int32), ids, levels,
             s.starts, s.listed, s.kinds, s.ranks.order, s.ranks.rank_of, s.rank_kinds,
             s.level_kinds, s.shift, s.chances, s.sums, s.hints, words, contexts, symbols,
         )  # fmt: skip
@@ -273,13 +302,13 @@ def levels_of(grid: Grid) -> UInt16s:
 
 
 def list_successors(
-    rows: Sequence[tuple[Int32s, Grid]], levels: UInt16s, ranks: Ranks
+    of_rows: Sequence[Int32s], grids: Sequence[Grid], levels: UInt16s, ranks: Ranks
 ) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
-    """(starts, listed, kinds) of Successors."""
+    """(starts, listed, kinds) of Successors, from the tokens [P] and the grid of each row."""
     none = np.zeros(0, np.int32)
-    tokens = np.concatenate([none, *(input_ids[:-1] for input_ids, _ in rows)])
-    counts = np.concatenate([none, *(grid.counts for _, grid in rows)])
-    ids = np.concatenate([none, *(grid.ids for _, grid in rows)])
+    tokens = np.concatenate([none, *of_rows])
+    counts = np.concatenate([none, *(grid.counts for grid in grids)])
+    ids = np.concatenate([none, *(grid.ids for grid in grids)])
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     shares = (0.15, 0.3, 0.42, 0.55, 0.68, 0.8, 0.9)
     edges = np.quantile(levels, shares) if len(levels) else np.zeros(7)

@@ -77,6 +77,13 @@ def random_record(
     return Record(f"doc-{number}", chunk, ids, topk)
 
 
+def random_mask(tokens: int = 20, seed: int = 0, share: float = 0.4) -> np.ndarray:
+    """bool [tokens]: a random share of the tokens, and always the last one; never the first."""
+    mask = np.random.default_rng(seed).random(tokens) < share
+    mask[0], mask[-1] = False, True
+    return mask
+
+
 def plan(**changes: object) -> dict:
     return {"vocab_size": VOCAB, "k": 8, "step": 0.0625, "partitions": 1, **changes}
 

@@ -1,5 +1,6 @@
 """The stream of training items: domain sequences mixed with rows of dumps."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.linked import Meeting
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,31 @@ def test_an_item_depends_only_on_its_position(domain: TokenSequences, dump_path:
         assert same_items(backwards[at], expected[at])
     other = MixedDataset(domain, stream(general, seed=2), 1.0, seed=2, items_per_step=4)
     assert not all(same_items(other[at], expected[at]) for at in range(20))
+
+
+def test_rows_of_a_batch_are_requested_together(
+    domain: TokenSequences, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a remote dump, as a loader asks: the same items as one by one."""
+    local = MixedDataset(domain, stream(LogitDataset(dump_path)), 2.0, 1, items_per_step=4)
+    expected = [local[at] for at in (5, 2, 9)]
+    far = LogitDataset(f"meeting://{dump_path}")
+    for row in range(len(far)):
+        far[row]  # the tables of each shard
+    data = MixedDataset(domain, stream(far), 2.0, 1, items_per_step=4)
+    monkeypatch.setattr(Meeting, "barrier", threading.Barrier(6))
+    assert all(map(same_items, data.__getitems__([5, 2, 9]), expected))
+
+
+def test_rows_of_several_dumps_keep_their_order(domain: TokenSequences, dump_path: Path) -> None:
+    dumps = [LogitDataset(dump_path) for _ in range(2)]
+    general = stream(*dumps, weights=(1, 2))
+    rows = [5, 3, 8, 3, 1]
+    places = [general._place(row) for row in rows]
+    assert {which for which, _ in places} == {0, 1}
+    found = [(record.doc_id, record.chunk) for record in general.records(rows)]
+    one_by_one = [dumps[which][index] for which, index in places]
+    assert found == [(record.doc_id, record.chunk) for record in one_by_one]
 
 
 def test_an_epoch_sees_each_domain_sequence(domain: TokenSequences, dump_path: Path) -> None:

@@ -11,17 +11,24 @@ from storage import CorruptPayload, InvalidRecord, StorageError, Successors, Top
 from storage.codec.codec import pack, unpack
 from storage.codec.frames import HEADER
 from storage.codec.grid import Grid, quantise
-from tests.helpers.records import VOCAB, random_topk
+from storage.codec.v2_kernels import HOPS, MATCH, matches
+from tests.helpers.records import VOCAB, random_mask, random_topk
 
 
 def learned(
-    topks: list[TopK], vocab_size: int = VOCAB, step: float = 1 / 16, seed: int = 0
+    topks: list[TopK],
+    vocab_size: int = VOCAB,
+    step: float = 1 / 16,
+    seed: int = 0,
+    masks: list[np.ndarray] | None = None,
 ) -> tuple[Successors, list[np.ndarray], list[Grid]]:
     """Tables learned from these distributions, over random tokens from a small range."""
     rng = np.random.default_rng(seed)
-    inputs = [rng.integers(0, min(9, vocab_size), len(t) + 1).astype(np.int32) for t in topks]
+    lengths = [len(topk) + 1 for topk in topks] if masks is None else map(len, masks)
+    inputs = [rng.integers(0, min(9, vocab_size), n).astype(np.int32) for n in lengths]
     grids = [quantise(topk, vocab_size, step) for topk in topks]
-    return Successors.learn(list(zip(inputs, grids, strict=True)), vocab_size), inputs, grids
+    rows = list(zip(inputs, grids, strict=True))
+    return Successors.learn(rows, vocab_size, masks), inputs, grids
 
 
 def alike(positions: int, count: int, vocab_size: int, seed: int = 0) -> TopK:
@@ -63,6 +70,67 @@ def test_round_trip(made: tuple[TopK, int], step: float) -> None:
     np.testing.assert_allclose(found.logprobs, topk.logprobs, atol=step + 1e-4)
     total = found.kept_mass() + np.exp(found.tail_logprob.astype(np.float64))
     np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=80), st.integers(0, 40), st.integers(0, 99))
+@settings(deadline=None)
+def test_round_trip_of_any_mask(mask: list[bool], count: int, seed: int) -> None:
+    targets = np.array(mask)
+    topk = random_topk(int(targets[1:].sum()), count, seed=seed)
+    successors, (input_ids,), (grid,) = learned([topk], seed=seed, masks=[targets])
+    successors = Successors.unpack(successors.pack())
+    row = successors.row(input_ids, targets)
+    assert unpack(pack(grid, row), row).same(grid)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=60),
+)
+def test_matches_are_those_of_the_real_tokens_before(tokens: list[tuple[int, bool]]) -> None:
+    """Compared with the definition in FORMAT.md, one position at a time."""
+    input_ids = np.array([token for token, _ in tokens], np.int32)
+    positions = np.flatnonzero([stored for _, stored in tokens]).astype(np.int64)
+    place, length = matches(input_ids, positions)
+    ids = input_ids.tolist()
+    for t, here in enumerate(positions.tolist()):
+        best = (0, -1)
+        earlier = [m for m in range(t) if ids[positions[m]] == ids[here]][-HOPS:]
+        for m in earlier:
+            there = int(positions[m])
+            same = 0
+            while same < MATCH and same <= there and ids[there - same] == ids[here - same]:
+                same += 1
+            best = max(best, (same, m))
+        assert (length[t], place[t]) == best
+
+
+def test_a_mask_of_all_tokens_costs_nothing() -> None:
+    """The coded entries are those without a mask; only the checksums differ."""
+    (topk,) = topks = [alike(60, 16, VOCAB)]
+    successors, (input_ids,), (grid,) = learned(topks)
+    masked, _, _ = learned(topks, masks=[np.ones(61, bool)])
+    assert masked.checksum == successors.checksum
+    plain = pack(grid, successors.row(input_ids))
+    data = pack(grid, successors.row(input_ids, np.ones(61, bool)))
+    assert data[: HEADER.size - 8] == plain[: HEADER.size - 8]
+    assert data[HEADER.size : -4] == plain[HEADER.size : -4]
+    assert len(topk) == 60
+
+
+def test_a_payload_wants_its_own_mask() -> None:
+    """Another one with as many positions, none, and one of another length."""
+    targets = random_mask(60)
+    other = np.concatenate([targets[:1], np.roll(targets[1:], 1)])
+    topk = alike(int(targets[1:].sum()), 16, VOCAB)
+    successors, (input_ids,), (grid,) = learned([topk], masks=[targets])
+    data = pack(grid, successors.row(input_ids, targets))
+    first = np.concatenate([~targets[:1], targets[1:]])  # its mark has no meaning
+    assert unpack(data, successors.row(input_ids, first)).same(grid)
+    for wrong in (other, None):
+        with pytest.raises(CorruptPayload, match=r"pass successors.row\(input_ids, targets\)"):
+            unpack(data, successors.row(input_ids, wrong))
+    with pytest.raises(CorruptPayload, match="a mask of 59 tokens for 60 input ids"):
+        successors.row(input_ids, targets[1:])
 
 
 def test_all_of_a_vocabulary_and_none() -> None:
