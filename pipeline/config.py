@@ -16,6 +16,7 @@ Count = Annotated[int, Range(1, MOST)]
 Limit = Annotated[int | None, Range(1, MOST)]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
 Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
+Targets = Literal["all", "assistant", "completion"]
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -48,9 +49,11 @@ class CorpusConfig:
     as text, so that no document can end a sequence or forge a turn: use it for text from anyone. In
     chats the template's own special tokens stay. Tokens that the tokenizer adds but does not call
     special, such as <think>, are tokens in any case."""
-    targets: Literal["all", "assistant", "completion"] | None = None
-    """Which tokens are learnt. By default all, or those of the mask of a token corpus; all ignores
-    a mask."""
+    targets: Targets | None = None
+    """Which tokens are learnt; the others are read as context. By default all, or those of the mask
+    of a token corpus; all ignores a mask. assistant: what the assistant writes in chats, each turn
+    with the token that ends it. The template's generation markers say where that is, or else
+    rendering the chat turn by turn."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files

@@ -7,11 +7,11 @@ One sequence is one document, or one chunk of a long one; no sequence holds two 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -27,7 +27,8 @@ from pipeline.errors import ConfigError
 from pipeline.outside import failure
 from pipeline.positions import Share
 from pipeline.progress import say
-from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
+from pipeline.spans import Text, TokenPlaces, mask_of
+from pipeline.special_tokens import CannotMask, SpecialTokens
 from pipeline.token_columns import Marked, TokenColumns
 from pipeline.token_source import TokenSource, guess_mask, mask_of_schema
 from pipeline.types import Int32s, Int64s, Json
@@ -104,6 +105,40 @@ class Corpus:
         split = config.special_tokens == "split"
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
+        self.check_targets()
+        self.places = TokenPlaces(tokenizer) if self.masked else None
+
+    @property
+    def targets(self) -> Literal["all", "assistant", "completion", "mask"]:
+        """Which tokens are learnt."""
+        if self.tokens is not None:
+            return "all" if self.tokens.mask is None else "mask"
+        return self.config.targets or "all"
+
+    @property
+    def masked(self) -> bool:
+        """Whether sequences say which of their tokens are learnt."""
+        return self.targets != "all"
+
+    def targets_identity(self) -> Json:
+        """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
+        return {"which": self.targets} if self.masked else {}
+
+    def check_targets(self) -> None:
+        """ConfigError where the targets that are asked for cannot be known."""
+        name = f"corpus {self.config.path}: targets {self.targets}"
+        if self.targets == "assistant" and self.chat is None:
+            raise ConfigError(
+                f"{name}: only chats have an assistant, and column {self.column!r} is read as "
+                "text. Name the column of chat messages with corpus.messages_column"
+            )
+        if self.targets == "completion":
+            raise ConfigError(f"{name}: the documents of column {self.column!r} have no prompt")
+        if self.masked and self.tokens is None and not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"{name}: needs a fast tokenizer, which says where its tokens stand in the text; "
+                f"{type(self.tokenizer).__name__} does not. Convert it to a tokenizer.json"
+            )
 
     @property
     def option(self) -> str:
@@ -111,15 +146,6 @@ class Corpus:
         if self.tokens is not None:
             return TokenSource.option
         return "messages_column" if self.config.messages_column else "text_column"
-
-    @property
-    def masked(self) -> bool:
-        """Whether sequences say which of their tokens are learnt."""
-        return self.tokens is not None and self.tokens.mask is not None
-
-    def targets_identity(self) -> Json:
-        """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
-        return {"which": "mask"} if self.masked else {}
 
     def sources(self) -> list[Source]:
         """What reads each file."""
@@ -177,17 +203,23 @@ class Corpus:
 
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
-        number, length = min(SAMPLED, len(self)), SAMPLED_CHARACTERS
-        chosen = [at * len(self) // number for at in range(number)]
-        if self.tokens is not None:
-            marked = (next(self.token_documents(at, at + 1)) for at in chosen)
-            ids: Iterable[Int32s] = (tokens[:length] for tokens, _ in marked)
-        else:
-            texts = map(self.text, chosen)
-            heads = [t.head(length) if isinstance(t, Masked) else t[:length] for t in texts]
-            ids = self.tokenize(heads)
-        sample = hashlib.sha256(json.dumps([each.tolist() for each in ids]).encode()).hexdigest()
+        number = min(SAMPLED, len(self))
+        found = [
+            tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
+            for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
+        ]
+        sample = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
+
+    def heads(self, documents: list[int]) -> Iterator[Marked]:
+        """The first tokens of some documents."""
+        if self.tokens is not None:
+            for at in documents:
+                tokens, _ = next(self.token_documents(at, at + 1))
+                yield tokens[:SAMPLED_CHARACTERS], None
+        else:
+            texts = map(self.text, documents)
+            yield from self.tokenized([text.head(SAMPLED_CHARACTERS) for text in texts])
 
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
@@ -204,9 +236,9 @@ class Corpus:
             return
         for batch in self.batches(start, stop):
             numbers, doc_ids, texts = zip(*batch, strict=True)
-            tokenized = self.tokenize(list(texts))
-            for document, doc_id, tokens in zip(numbers, doc_ids, tokenized, strict=True):
-                yield from self.chunks(document, doc_id, tokens, None)
+            tokenized = self.tokenized(list(texts))
+            for document, doc_id, (tokens, mask) in zip(numbers, doc_ids, tokenized, strict=True):
+                yield from self.chunks(document, doc_id, tokens, mask)
 
     def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
         """The documents of a token corpus. Those of files were checked as they were read."""
@@ -234,7 +266,12 @@ class Corpus:
     def chunks(
         self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
     ) -> list[Sequence]:
-        """A document's sequences, of max_length tokens at most, that predict a learnt token."""
+        """A document's sequences, of max_length tokens at most, that predict a learnt token.
+
+        None where its prompt, all that is before its first learnt token, is longer than that.
+        """
+        if targets is not None and not targets[1 : self.max_length].any():
+            return []
         found = []
         for number, at in enumerate(range(0, len(tokens), self.max_length)):
             part = slice(at, at + self.max_length)
@@ -246,9 +283,9 @@ class Corpus:
                 found.append(sequence)
         return [*found[:-1], *(replace(last, ends_document=True) for last in found[-1:])]
 
-    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, str]]]:
+    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, Text]]]:
         """(document, its id, its text) in groups of bounded number and size."""
-        batch: list[tuple[int, str, str]] = []
+        batch: list[tuple[int, str, Text]] = []
         size = 0
         for first in range(start, stop, DOCUMENTS_AT_ONCE):
             last = min(first + DOCUMENTS_AT_ONCE, stop)
@@ -269,7 +306,7 @@ class Corpus:
             return iter(self.documents.select_columns(self.column)[start:stop][self.column])
         return (value.as_py() for value in self.arrow[start:stop][self.column])
 
-    def text(self, document: int) -> str:
+    def text(self, document: int) -> Text:
         """One document, as the tokenizer reads it."""
         (value,) = self.values(document, document + 1)
         return self.render(value, document)
@@ -309,10 +346,10 @@ class Corpus:
         repeats[first] = False
         return repeats, known
 
-    def render(self, value: Any, document: int) -> str:
+    def render(self, value: Any, document: int) -> Text:
         """A document's text; empty for null."""
         if value is None:
-            return ""
+            return Text()
         if self.chat:
             return self.render_chat(self.chat, value, document)
         if not isinstance(value, str):
@@ -320,36 +357,49 @@ class Corpus:
                 f"corpus {self.config.path}, document {document}: expected text in column "
                 f"{self.column!r}, found {type(value).__name__}"
             )
-        return value
+        return Text(value)
 
-    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> str:
+    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> Text:
         place = f"corpus {self.config.path}, document {document}"
+        messages = json.loads(value) if self.files else without_nulls(value)
         try:
-            text = chat.render(json.loads(value) if self.files else without_nulls(value))
+            text = chat.render(messages, targets=self.config.targets or "all")
         except BadChat as error:
             raise ConfigError(f"{place}: {error}") from error.__cause__
         if len(text) > DOCUMENT_BYTES:
             raise ConfigError(f"{place}: rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
-    def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """Yield the token ids of each text; a chat template adds its own special tokens."""
-        plain = self.config.messages_column is None
-        # Chats that spell special tokens are masked; the template's own are tokens in any case.
-        split = True if self.special and plain else None
-        encoded = self.tokenizer(
-            texts, add_special_tokens=plain, split_special_tokens=split, verbose=False
-        )["input_ids"]
-        for text, ids in zip(texts, encoded, strict=True):
-            if not text:
-                ids = []
-            elif isinstance(text, Masked):
-                ids = self.encode_masked(text)
-            elif plain:
-                ids = self.with_ends(ids)
-            yield np.asarray(ids, np.int32)
+    def tokenize(self, texts: list[Text]) -> Iterator[Int32s]:
+        """Yield the token ids of each text."""
+        return (tokens for tokens, _ in self.tokenized(texts))
 
-    def encode_masked(self, text: Masked) -> list[int]:
+    def tokenized(self, texts: list[Text]) -> Iterator[tuple[Int32s, Bools | None]]:
+        """Yield the token ids of each text, int32 [T], and which of them are learnt, bool [T]; None
+        for all. A chat template adds its own special tokens."""
+        plain = self.chat is None
+        # Chats that spell special tokens are masked; the template's own are tokens in any case.
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=plain,
+            split_special_tokens=True if self.special and plain else None,
+            return_offsets_mapping=self.masked,
+            verbose=False,
+        )
+        for at, text in enumerate(texts):
+            ids = encoded["input_ids"][at] if text else []
+            mask = None
+            if text.spelled:
+                ids, places = self.encode_spelled(text)
+            elif self.places is not None:
+                places = self.places.of(text, ids, encoded["offset_mapping"][at] if text else [])
+            if text.spans is not None:
+                mask = mask_of(text.spans, places)
+            if plain and text:
+                ids = self.with_ends(ids)
+            yield np.asarray(ids, np.int32), mask
+
+    def encode_spelled(self, text: Text) -> tuple[list[int], Int64s]:
         assert self.special is not None
         try:
             return self.special.encode(text)
