@@ -1,5 +1,6 @@
 """Sequences and rows with masks, in memory."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,9 @@ class MaskedDataset(LogitDataset):
     def __getitem__(self, index: int) -> Record:
         record = super().__getitem__(index)
         return masked(record, some_targets(len(record.input_ids)))
+
+    def read(self, indices: Iterable[int]) -> list[Record]:
+        return [self[index] for index in indices]
 
     @property
     def target_counts(self) -> Any:
