@@ -197,8 +197,8 @@ class GenerateConfig:
 
 @dataclass
 class LossConfig:
-    """The loss: CE on the domain + alpha · KL on the general corpus. Each is a mean over its targets
-    in a step, which are the tokens that are learnt."""
+    """The loss: CE on the domain + alpha · KL on the general corpus. Each is a mean over its
+    targets in a step, which are the tokens that are learnt."""
 
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
