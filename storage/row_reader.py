@@ -83,7 +83,7 @@ class RowReader:
     def record(self, number: int, row: int) -> Record:
         """Row `row` of shard `number`."""
         shard = self.shards[number]
-        self.index.check_shard(number, shard.rows, shard.tokens)
+        self.index.check_shard(number, *shard.counts)
         size = int(shard.marker["bytes"])
         place = self.index.place(number, row, size)
         with gate(f"{shard.file}, row {row}"):
@@ -100,6 +100,9 @@ class RowReader:
         with gate(f"{shard.file}, row {row} (document {head.doc_id!r}, chunk {head.chunk})"):
             decoder = RowDecoder(shard, self.dump.plan, self.samples)
             decoder.check(head.input_ids, place.tokens, head.targets)
+            learnt = len(positions_of(head.targets, place.tokens))
+            if head.targets is not None and learnt != place.targets:
+                raise self.index.damaged(f"{place.targets} targets, the row's mask has {learnt}")
             samples = None
             if decoder.has_samples and place.samples is not None:
                 samples = self.bytes_of(number, shard, *place.samples)
@@ -107,8 +110,7 @@ class RowReader:
                     raise CorruptShard("the checksum of the samples is not the row's")
             tables = self.tables(number, shard)
             ready = tables_of_row(tables, head.input_ids, head.targets)
-            positions = len(positions_of(head.targets, place.tokens))
-            topk = decoder.decode(payload, samples, positions, ready)
+            topk = decoder.decode(payload, samples, learnt, ready)
         return Record(head.doc_id, head.chunk, head.input_ids, topk, head.targets)
 
     def tables(self, number: int, shard: Shard) -> Ranks | Successors:

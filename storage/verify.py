@@ -130,7 +130,7 @@ def check_places(dump: Dump, shard: Shard, index: Index | None, number: int) -> 
     try:
         found = scan_file(dump, shard)
         if index is not None:
-            index.check_shard(number, shard.rows, shard.tokens)
+            index.check_shard(number, *shard.counts)
             if not agrees(index, number, found):
                 return f"{index.name}: other places than the rows of {shard.file} have"
     except Unindexable as error:
