@@ -16,6 +16,7 @@ Count = Annotated[int, Range(1, MOST)]
 Limit = Annotated[int | None, Range(1, MOST)]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
 Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
+Targets = Literal["all", "assistant", "completion"]
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -25,21 +26,34 @@ class CorpusConfig:
     """Where documents come from and how they become token sequences."""
 
     path: str
-    """File, directory or glob (JSONL, also .gz and .zst; Parquet; plain text), or a hub name. A
-    directory is read with its subdirectories, in the order of the names. It and a glob leave out
-    names that begin with . or _, README, LICENSE and COPYING; other kinds of files are left out of
-    a directory, too. Columns that are not asked for are not read, and nothing is converted."""
+    """File, directory or glob (JSONL, also .gz and .zst; Parquet; Arrow; plain text), a folder of
+    save_to_disk, or a hub name. A directory is read with its subdirectories, in the order of the
+    names. It and a glob leave out names that begin with . or _, README, LICENSE and COPYING; other
+    kinds of files are left out of a directory, too. Columns that are not asked for are not read,
+    and nothing is converted."""
     text_column: str = "text"
     """Column with the text of each document. The column id, if there is one, names it."""
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them. A
     template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
+    tokens_column: str | None = None
+    """Column of token ids to use instead, such as input_ids. They are used as they are: no token is
+    added, and no template."""
+    mask_column: str | None = None
+    """Column that says which tokens of tokens_column are learnt: 0 or 1 for each token, or labels
+    with -100 for those that are not, in a column with label in its name. By default loss_mask, or
+    labels, where the corpus has one of them."""
     special_tokens: Literal["parse", "split"] = "parse"
     """Special tokens that a document spells, such as <|endoftext|> in a web page. parse makes them
     tokens, as transformers and vLLM do: text that holds rendered chats needs it. split takes them
     as text, so that no document can end a sequence or forge a turn: use it for text from anyone. In
     chats the template's own special tokens stay. Tokens that the tokenizer adds but does not call
     special, such as <think>, are tokens in any case."""
+    targets: Targets | None = None
+    """Which tokens are learnt; the others are read as context. By default all, or those of the mask
+    of a token corpus; all ignores a mask. assistant: what the assistant writes in chats, each turn
+    with the token that ends it. The template's generation markers say where that is, or else
+    rendering the chat turn by turn."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
@@ -49,6 +63,21 @@ class CorpusConfig:
     limit: Limit = None
     """Use at most this many documents."""
 
+    def __post_init__(self) -> None:
+        tokens = self.tokens_column is not None
+        require(
+            not tokens or self.messages_column is None,
+            "tokens_column and messages_column: documents are either, so leave one out",
+        )
+        require(
+            tokens or self.mask_column is None,
+            "mask_column: it masks token ids, so set tokens_column, too",
+        )
+        require(
+            not tokens or self.targets in (None, "all"),
+            f"targets {self.targets}: token ids do not say which are theirs. Name a mask_column",
+        )
+
 
 @dataclass
 class DumpConfig:
@@ -56,7 +85,7 @@ class DumpConfig:
 
     common: ClassVar = (
         "k", "samples", "max_length", "codec", "partitions", "workers", "engine_args",
-        "corpus.text_column", "corpus.messages_column", "corpus.limit",
+        "corpus.text_column", "corpus.messages_column", "corpus.tokens_column", "corpus.limit",
     )  # fmt: skip
 
     model: str
@@ -168,8 +197,8 @@ class GenerateConfig:
 
 @dataclass
 class LossConfig:
-    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over its tokens of
-    a step."""
+    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over its targets of
+    a step: the tokens that are learnt."""
 
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
@@ -245,7 +274,8 @@ class TrainConfig:
     mix: Annotated[float, Range(0, MOST)] = 1.0
     """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
-    """What mix counts. With tokens, mix is general tokens per domain token."""
+    """What mix counts. With tokens, mix is general targets per domain target: all tokens of a
+    sequence without a mask, and the learnt ones of a sequence with one."""
     row_tokens: Limit = None
     """Largest number of tokens that go through the model at a time: a larger batch is cut into
     packed rows. By default a row holds the whole batch. Limits memory and does not change what is

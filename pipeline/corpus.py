@@ -7,11 +7,11 @@ One sequence is one document, or one chunk of a long one; no sequence holds two 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -20,12 +20,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chats import BadChat, ChatTemplate
 from pipeline.config import CorpusConfig
-from pipeline.corpus_cache import cached_documents
+from pipeline.corpus_cache import cached_documents, local_copy
 from pipeline.corpus_files import find_files, relative
-from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, without_nulls
+from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
 from pipeline.errors import ConfigError
 from pipeline.outside import failure
-from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
+from pipeline.positions import Share
+from pipeline.progress import say
+from pipeline.spans import Text, TokenPlaces, mask_of
+from pipeline.special_tokens import CannotMask, SpecialTokens
+from pipeline.token_columns import Marked, TokenColumns
+from pipeline.token_source import TokenSource, guess_mask, mask_of_schema
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
@@ -67,16 +72,21 @@ class Corpus:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         add_eos: bool = True,
+        share: Share | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.max_length, self.add_eos = max_length, add_eos
-        self.column = config.messages_column or config.text_column
+        self.max_length, self.add_eos, self.share = max_length, add_eos, share
+        self.column = config.tokens_column or config.messages_column or config.text_column
+        self.tokens: TokenColumns | None = None
+        """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
         if self.files:
-            chat = config.messages_column is not None
-            documents, self.digests = cached_documents(self.files, self.column, chat)
+            documents, self.digests = cached_documents(self.sources())
         else:
             documents = hub_documents(config)
+            if config.tokens_column is not None:
+                schema = documents.features.arrow_schema
+                self.tokens = self.token_columns(partial(mask_of_schema, schema))
         stop = len(documents) if config.limit is None else config.skip + config.limit
         self.documents = documents.select(range(config.skip, min(stop, len(documents))))
         self.arrow = self.documents.with_format("arrow")
@@ -85,16 +95,83 @@ class Corpus:
                 f"corpus {config.path}: no documents"
                 + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
             )
-        if self.column not in self.documents.column_names:
-            option = "messages_column" if config.messages_column else "text_column"
-            raise ConfigError(
-                f"corpus {config.path}: no column {self.column!r}; it has "
-                f"{', '.join(self.documents.column_names)}. Set corpus.{option}"
-            )
+        for name in self.tokens.names if self.tokens else [self.column]:
+            if name not in self.documents.column_names:
+                raise ConfigError(
+                    f"corpus {config.path}: no column {name!r}; it has "
+                    f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
+                )
         chat = config.messages_column is not None
         split = config.special_tokens == "split"
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
+        self.check_targets()
+        self.places = TokenPlaces(tokenizer) if self.masked else None
+
+    @property
+    def targets(self) -> Literal["all", "assistant", "completion", "mask"]:
+        """Which tokens are learnt."""
+        if self.tokens is not None:
+            return "all" if self.tokens.mask is None else "mask"
+        return self.config.targets or "all"
+
+    @property
+    def masked(self) -> bool:
+        """Whether sequences say which of their tokens are learnt."""
+        return self.targets != "all"
+
+    def targets_identity(self) -> Json:
+        """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
+        return {"which": self.targets} if self.masked else {}
+
+    def check_targets(self) -> None:
+        """ConfigError where the targets that are asked for cannot be known."""
+        name = f"corpus {self.config.path}: targets {self.targets}"
+        if self.targets == "assistant" and self.chat is None:
+            raise ConfigError(
+                f"{name}: only chats have an assistant, and column {self.column!r} is read as "
+                "text. Name the column of chat messages with corpus.messages_column"
+            )
+        if self.targets == "completion":
+            raise ConfigError(f"{name}: the documents of column {self.column!r} have no prompt")
+        if self.masked and self.tokens is None and not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"{name}: needs a fast tokenizer, which says where its tokens stand in the text; "
+                f"{type(self.tokenizer).__name__} does not. Convert it to a tokenizer.json"
+            )
+
+    @property
+    def option(self) -> str:
+        """The setting that names the column."""
+        if self.tokens is not None:
+            return TokenSource.option
+        return "messages_column" if self.config.messages_column else "text_column"
+
+    def sources(self) -> list[Source]:
+        """What reads each file."""
+        config, chat = self.config, self.config.messages_column is not None
+        found = [Source(file, local_copy(file), self.column, chat) for file in self.files]
+        if config.tokens_column is None:
+            return found
+        self.tokens = self.token_columns(partial(guess_mask, found))
+        guessed = config.mask_column is None and config.targets != "all"
+        return [
+            TokenSource(each.name, each.path, each.column, columns=self.tokens, guessed=guessed)
+            for each in found
+        ]
+
+    def token_columns(self, guess: Callable[[], str | None]) -> TokenColumns:
+        """The columns of a token corpus; `guess` finds that of the mask where none is named."""
+        config, mask = self.config, self.config.mask_column
+        if config.targets == "all":
+            mask = None
+        elif mask is None and (mask := guess()) is not None:
+            say(
+                f"corpus {config.path}: the column {mask} says which tokens are learnt; "
+                "corpus.targets: all learns all of them"
+            )
+        size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return TokenColumns(self.column, mask, size)
 
     def chat_template(self) -> ChatTemplate:
         try:
@@ -116,6 +193,8 @@ class Corpus:
         """
         config = self.config
         found: list[Any] = [self.column, config.skip, config.limit]
+        if self.tokens is not None:
+            found.append({"mask": self.tokens.mask})
         if self.files:
             found += map(list, zip(relative(self.files), self.digests, strict=True))
         else:
@@ -125,12 +204,22 @@ class Corpus:
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
         number = min(SAMPLED, len(self))
-        texts = [self.text(at * len(self) // number) for at in range(number)]
-        length = SAMPLED_CHARACTERS
-        heads = [t.head(length) if isinstance(t, Masked) else t[:length] for t in texts]
-        ids = self.tokenize(heads)
-        sample = hashlib.sha256(json.dumps([each.tolist() for each in ids]).encode()).hexdigest()
+        found = [
+            tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
+            for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
+        ]
+        sample = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
+
+    def heads(self, documents: list[int]) -> Iterator[Marked]:
+        """The first tokens of some documents."""
+        if self.tokens is not None:
+            for at in documents:
+                tokens, _ = next(self.token_documents(at, at + 1))
+                yield tokens[:SAMPLED_CHARACTERS], None
+        else:
+            texts = map(self.text, documents)
+            yield from self.tokenized([text.head(SAMPLED_CHARACTERS) for text in texts])
 
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
@@ -138,28 +227,65 @@ class Corpus:
         A sequence that predicts no learnt token is left out, and a document without any other.
         """
         stop = len(self) if stop is None else stop
+        if self.tokens is not None:
+            for at in range(start, stop, DOCUMENTS_AT_ONCE):
+                span = at, min(at + DOCUMENTS_AT_ONCE, stop)
+                documents = zip(self.ids(*span), self.token_documents(*span), strict=True)
+                for document, (doc_id, (tokens, targets)) in enumerate(documents, at):
+                    yield from self.chunks(document, doc_id, tokens, targets)
+            return
         for batch in self.batches(start, stop):
-            documents, doc_ids, texts = zip(*batch, strict=True)
-            tokenized = self.tokenize(list(texts))
-            for document, doc_id, tokens in zip(documents, doc_ids, tokenized, strict=True):
-                yield from self.chunks(document, doc_id, tokens, None)
+            numbers, doc_ids, texts = zip(*batch, strict=True)
+            tokenized = self.tokenized(list(texts))
+            for document, doc_id, (tokens, mask) in zip(numbers, doc_ids, tokenized, strict=True):
+                yield from self.chunks(document, doc_id, tokens, mask)
+
+    def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
+        """The documents of a token corpus. Those of files were checked as they were read."""
+        assert self.tokens is not None
+        table = self.arrow[start:stop]
+        rows = zip(*(table[name] for name in self.tokens.names), strict=True)
+        for document, row in enumerate(rows, start):
+            if self.files:
+                tokens, *mask = (value.values.to_numpy(zero_copy_only=False) for value in row)
+                yield tokens, mask[0] if mask else None
+            else:
+                yield self.tokens.of_arrow(row, partial(self.wrong, document))
+
+    def lengths(self, documents: list[int]) -> Int64s:
+        """Tokens of each of these documents."""
+        if self.tokens is not None:
+            marked = (next(self.token_documents(at, at + 1)) for at in documents)
+            return np.array([len(tokens) for tokens, _ in marked], np.int64)
+        tokenized = self.tokenize([self.text(at) for at in documents])
+        return np.array([len(tokens) for tokens in tokenized], np.int64)
+
+    def wrong(self, document: int, what: str) -> ConfigError:
+        return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 
     def chunks(
         self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
     ) -> list[Sequence]:
-        """A document's sequences, of max_length tokens at most, that predict a learnt token."""
+        """A document's sequences, of max_length tokens at most, that predict a learnt token.
+
+        None where its prompt, all that is before its first learnt token, is longer than that.
+        """
+        if targets is not None and not targets[1 : self.max_length].any():
+            return []
         found = []
         for number, at in enumerate(range(0, len(tokens), self.max_length)):
             part = slice(at, at + self.max_length)
             mask = None if targets is None else targets[part]
+            if self.share is not None:
+                mask = self.share.draw(doc_id, number, mask, len(tokens[part]))
             sequence = Sequence(doc_id, document, number, tokens[part], False, mask)
             if len(sequence.positions):
                 found.append(sequence)
         return [*found[:-1], *(replace(last, ends_document=True) for last in found[-1:])]
 
-    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, str]]]:
+    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, Text]]]:
         """(document, its id, its text) in groups of bounded number and size."""
-        batch: list[tuple[int, str, str]] = []
+        batch: list[tuple[int, str, Text]] = []
         size = 0
         for first in range(start, stop, DOCUMENTS_AT_ONCE):
             last = min(first + DOCUMENTS_AT_ONCE, stop)
@@ -180,7 +306,7 @@ class Corpus:
             return iter(self.documents.select_columns(self.column)[start:stop][self.column])
         return (value.as_py() for value in self.arrow[start:stop][self.column])
 
-    def text(self, document: int) -> str:
+    def text(self, document: int) -> Text:
         """One document, as the tokenizer reads it."""
         (value,) = self.values(document, document + 1)
         return self.render(value, document)
@@ -220,10 +346,10 @@ class Corpus:
         repeats[first] = False
         return repeats, known
 
-    def render(self, value: Any, document: int) -> str:
+    def render(self, value: Any, document: int) -> Text:
         """A document's text; empty for null."""
         if value is None:
-            return ""
+            return Text()
         if self.chat:
             return self.render_chat(self.chat, value, document)
         if not isinstance(value, str):
@@ -231,36 +357,49 @@ class Corpus:
                 f"corpus {self.config.path}, document {document}: expected text in column "
                 f"{self.column!r}, found {type(value).__name__}"
             )
-        return value
+        return Text(value)
 
-    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> str:
+    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> Text:
         place = f"corpus {self.config.path}, document {document}"
+        messages = json.loads(value) if self.files else without_nulls(value)
         try:
-            text = chat.render(json.loads(value) if self.files else without_nulls(value))
+            text = chat.render(messages, targets=self.config.targets or "all")
         except BadChat as error:
             raise ConfigError(f"{place}: {error}") from error.__cause__
         if len(text) > DOCUMENT_BYTES:
             raise ConfigError(f"{place}: rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
-    def tokenize(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """Yield the token ids of each text; a chat template adds its own special tokens."""
-        plain = self.config.messages_column is None
-        # Chats that spell special tokens are masked; the template's own are tokens in any case.
-        split = True if self.special and plain else None
-        encoded = self.tokenizer(
-            texts, add_special_tokens=plain, split_special_tokens=split, verbose=False
-        )["input_ids"]
-        for text, ids in zip(texts, encoded, strict=True):
-            if not text:
-                ids = []
-            elif isinstance(text, Masked):
-                ids = self.encode_masked(text)
-            elif plain:
-                ids = self.with_ends(ids)
-            yield np.asarray(ids, np.int32)
+    def tokenize(self, texts: list[Text]) -> Iterator[Int32s]:
+        """Yield the token ids of each text."""
+        return (tokens for tokens, _ in self.tokenized(texts))
 
-    def encode_masked(self, text: Masked) -> list[int]:
+    def tokenized(self, texts: list[Text]) -> Iterator[tuple[Int32s, Bools | None]]:
+        """Yield the token ids of each text, int32 [T], and which of them are learnt, bool [T]; None
+        for all. A chat template adds its own special tokens."""
+        plain = self.chat is None
+        # Chats that spell special tokens are masked; the template's own are tokens in any case.
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=plain,
+            split_special_tokens=True if self.special and plain else None,
+            return_offsets_mapping=self.masked,
+            verbose=False,
+        )
+        for at, text in enumerate(texts):
+            ids = encoded["input_ids"][at] if text else []
+            mask = None
+            if text.spelled:
+                ids, places = self.encode_spelled(text)
+            elif self.places is not None:
+                places = self.places.of(text, ids, encoded["offset_mapping"][at] if text else [])
+            if text.spans is not None:
+                mask = mask_of(text.spans, places)
+            if plain and text:
+                ids = self.with_ends(ids)
+            yield np.asarray(ids, np.int32), mask
+
+    def encode_spelled(self, text: Text) -> tuple[list[int], Int64s]:
         assert self.special is not None
         try:
             return self.special.encode(text)
@@ -316,18 +455,46 @@ def hub_documents(config: CorpusConfig) -> datasets.Dataset:
         raise failure(message, error) from error
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one sequence, and which of them are learnt."""
+
+    input_ids: Int32s
+    targets: Bools | None = None
+    """bool [tokens]: which tokens are learnt; None for all."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def positions(self) -> Int64s:
+        """int64 [P]: the positions that predict a learnt token."""
+        return positions_of(self.targets, len(self))
+
+
 class TokenSequences:
-    """A tokenized corpus in memory: one flat array of ids, and the start of each sequence."""
+    """A tokenized corpus in memory: flat arrays of ids and marks, and the start of each sequence.
+
+    `self[i]` gives the Tokens of sequence i.
+    """
 
     def __init__(self, corpus: Corpus) -> None:
         sequences = list(corpus.sequences())
         self.documents = np.array([sequence.document for sequence in sequences], np.int64)
         """[len]: document number of each sequence."""
-        self._join([sequence.input_ids for sequence in sequences])
+        self._join([Tokens(sequence.input_ids, sequence.targets) for sequence in sequences])
 
-    def _join(self, parts: list[Int32s]) -> None:
-        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+    def _join(self, parts: list[Tokens]) -> None:
+        self.ids = np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)])
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.targets: Bools | None = None
+        """bool [tokens of all]: which are learnt; None for all."""
+        self.target_counts = self.lengths
+        """int64 [len]: targets of each sequence; its tokens, where all are learnt."""
+        if any(part.targets is not None for part in parts):
+            self.targets = np.concatenate([marks(part) for part in parts])
+            self.target_counts = np.array([len(part.positions) for part in parts], np.int64)
 
     def spread(self, number: int | None) -> "TokenSequences":
         """At most `number` sequences, evenly spread over the corpus; all for None."""
@@ -342,11 +509,12 @@ class TokenSequences:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __iter__(self) -> Iterator[Int32s]:
+    def __iter__(self) -> Iterator[Tokens]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Int32s:
-        return self.ids[self.starts[index] : self.starts[index + 1]]
+    def __getitem__(self, index: int) -> Tokens:
+        part = slice(self.starts[index], self.starts[index + 1])
+        return Tokens(self.ids[part], None if self.targets is None else self.targets[part])
 
     @property
     def lengths(self) -> Int64s:
@@ -354,12 +522,19 @@ class TokenSequences:
         return np.diff(self.starts)
 
 
+def marks(tokens: Tokens) -> Bools:
+    """bool [tokens]: which tokens are learnt, without the first one, which nothing predicts."""
+    found = np.zeros(len(tokens), bool)
+    found[tokens.positions + 1] = True
+    return found
+
+
 def read_tokens(corpus: Corpus) -> TokenSequences:
-    """All sequences of a corpus. Raises ConfigError if no document has two tokens."""
+    """All sequences of a corpus. Raises ConfigError if no document has a token to learn."""
     text = TokenSequences(corpus)
     if not len(text):
         raise ConfigError(
-            f"corpus {corpus.config.path}: no document has two tokens or more, so there is nothing "
-            "to predict"
+            f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
+            "learn. A document needs two tokens or more, and a target behind the first one"
         )
     return text

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,16 @@ BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
 STRONG_TAGS = ("ETag", "etag", "md5Hash", "content_md5")  # what stores call a checksum of content
 
 
-def cached_documents(
-    files: list[str], column: str, chat: bool
-) -> tuple[datasets.Dataset, list[str]]:
-    """(all documents, memory-mapped, with the column and `id`; sha256 of each file).
+def cached_documents(sources: list[Source]) -> tuple[datasets.Dataset, list[str]]:
+    """(all documents, memory-mapped, with the sources' fields and `id`; sha256 of each file).
 
     Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
     cache cannot be written.
     """
-    sources = [Source(file, local_copy(file), column, chat) for file in files]
     digests = [digest_of(source) for source in sources]
-    kinds = [[format_of(file), compression_of(file)] for file in files]
-    key = hashlib.sha256(json.dumps([READERS, column, chat, kinds, digests]).encode()).hexdigest()
+    kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
+    found = [READERS, *sources[0].key, kinds, digests]
+    key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     path = cache_folder("corpora") / f"{key}.arrow"
     if not path.exists():
         build(path, sources, digests)
@@ -65,15 +63,18 @@ def digest_of(source: Source) -> str:
 
 def build(path: Path, sources: list[Source], digests: list[str]) -> None:
     """Write the Arrow file: complete, or not at all."""
-    column = sources[0].column
-    schema = pa.schema({column: pa.string()} | ({} if column == "id" else {"id": pa.string()}))
+    kind = sources[0]
+    schema = pa.schema({"id": pa.string()} | kind.fields)  # a column `id` may be the text itself
     own = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
     try:
         with open(own / path.name, "wb") as file:
             with pa.ipc.new_stream(file, schema) as stream:
-                for batch in batches(document for each in sources for document in each.documents()):
-                    columns = [pa.array(part, pa.string()) for part in zip(*batch, strict=True)]
-                    stream.write_batch(pa.record_batch(columns[: len(schema)], schema=schema))
+                documents = (document for each in sources for document in each.documents())
+                for batch in batches(documents, kind.size):
+                    contents, ids = map(list, zip(*batch, strict=True))
+                    columns = dict(zip(kind.fields, kind.arrays(contents), strict=True))
+                    columns = {"id": pa.array(ids, pa.string())} | columns
+                    stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
             file.flush()
             os.fsync(file.fileno())
         for source, digest in zip(sources, digests, strict=True):
@@ -89,13 +90,15 @@ def build(path: Path, sources: list[Source], digests: list[str]) -> None:
         own.rmdir()
 
 
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batches(
+    documents: Iterable[Document], size_of: Callable[[Any], int]
+) -> Iterator[list[Document]]:
     """Documents in groups of bounded number and size."""
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document[0] or "")
+        size += size_of(document[0])
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -10,6 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
 from pipeline.outside import failure, is_outside
+from pipeline.saved_datasets import saved_files
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {
@@ -17,6 +18,7 @@ FORMATS = {
     ".json": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
@@ -89,10 +91,20 @@ def kind_of(fs: Any, root: str) -> str | None:
 
 
 def files_of_folder(fs: Any, root: str, split: str) -> list[str]:
+    saved = saved_files(fs, root, split)
+    if saved is not None:
+        if isinstance(fs, LocalFileSystem):
+            check_links(saved, root)
+        return saved
     found = local_files(root) if isinstance(fs, LocalFileSystem) else sorted(fs.find(root))
-    files = [file for file in found if format_of(file) and is_data(parts_below(file, root))]
+    kinds = {*FORMATS.values()} - {"arrow"}  # those of a folder may be a cache
+    files = [file for file in found if format_of(file) in kinds]
+    files = [file for file in files if is_data(parts_below(file, root))]
     if not files:
-        raise ConfigError(f"corpus {root}: no JSONL, Parquet or text file in this directory")
+        raise ConfigError(
+            f"corpus {root}: no JSONL, Parquet or text file in this directory, and `datasets` did "
+            "not save it. Name Arrow files with a glob"
+        )
     return choose_split(files, root, split)
 
 
@@ -236,7 +248,7 @@ def check_formats(path: str, files: list[str]) -> None:
 
 
 def format_of(file: str) -> str | None:
-    """json, parquet, text, or None for an unknown kind of file."""
+    """json, parquet, arrow, text, or None for an unknown kind of file."""
     return FORMATS.get(os.path.splitext(without_compression(file))[1].lower())
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,27 +26,80 @@ ARRAY_BYTES = 256 * MIB  # of a .json file that holds one array: it is parsed at
 ID_CHARACTERS = 4096
 BATCH_BYTES, BATCH_ROWS = 64 * MIB, 1024  # of Parquet that are decoded at a time
 BOM = b"\xef\xbb\xbf"
+ARROW_FILE = b"ARROW1"  # begins an Arrow file that has a footer; a stream has none
 
-Document = tuple[str | None, str | None]
-"""Text, or the JSON of chat messages; id. Null for none."""
+Document = tuple[Any, str | None]
+"""What is kept of a document (text, the JSON of chat messages, a token document); id. Null for
+none."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a corpus."""
+    """One file of a corpus, with a column of text or of chat messages.
+
+    Other kinds of documents are other classes: they say which columns are read (`names`), what is
+    kept of them (`from_json`, `from_arrow`) and as what (`fields`).
+    """
 
     name: str
     """As messages name it."""
     path: str
     """Local file with its content."""
     column: str
-    chat: bool
+    chat: bool = False
     """Whether the column holds chat messages, not text."""
+
+    option: ClassVar[str] = "text_column"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that are read, beside `id`."""
+        return (self.column,)
+
+    @property
+    def key(self) -> list[Any]:
+        """What decides the documents beside the bytes, as plain JSON."""
+        return [self.column, self.chat]
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        """Columns that hold what is kept, with their types."""
+        return {self.column: pa.string()}
+
+    def arrays(self, contents: list[Any]) -> list[pa.Array]:
+        """One array for each of `fields`."""
+        return [pa.array(contents, pa.string())]
+
+    def size(self, content: Any) -> int:
+        """Bytes of what is kept of a document, roughly."""
+        return len(content or "")
+
+    @property
+    def limit(self) -> int:
+        """Most bytes of a row in a file of columns."""
+        return LINE_BYTES if self.chat else DOCUMENT_BYTES
 
     def documents(self) -> Iterator[Document]:
         """Raises ConfigError, with the line or row, for what cannot be read."""
-        read = {"json": read_json, "parquet": read_parquet, "text": read_text}
+        read = {
+            "json": read_json,
+            "parquet": read_parquet,
+            "arrow": read_arrow,
+            "text": read_text,
+        }
         return read[str(format_of(self.name))](self)
+
+    def from_json(self, value: dict[str, Any], place: str) -> Any:
+        """What is kept of a JSON object."""
+        return self.content(value.get(self.column), place)
+
+    def from_arrow(self, batch: pa.RecordBatch, row: int) -> Iterator[Any]:
+        """What is kept of each row; `row` is the first one's number."""
+        values = batch[self.column]
+        check_sizes(self, values, row)
+        for number, value in enumerate(values, row):
+            content = as_python(self, value, f"row {number}")
+            yield self.content(without_nulls(content) if self.chat else content, f"row {number}")
 
     def wrong(self, what: str, place: str = "") -> ConfigError:
         where = f"{self.name}, {place}" if place else self.name
@@ -139,7 +192,7 @@ def read_text(source: Source) -> Iterator[Document]:
         data = file.read(DOCUMENT_BYTES + 1)
     if len(data) > DOCUMENT_BYTES:
         raise source.too_long("")
-    if source.column != "text" or source.chat:
+    if source.key != ["text", False]:
         raise missing(source, {"text"})
     lines = io.BytesIO(data)
     try:
@@ -151,30 +204,38 @@ def read_text(source: Source) -> Iterator[Document]:
 
 def read_json(source: Source) -> Iterator[Document]:
     """One object on each line; or, in the whole file, one array of objects."""
-    rows = found = 0
+    found: set[str] = set()
     names: set[str] = set()
+    for place, text, value in json_rows(source):
+        found.update(name for name in source.names if name in value)
+        names = names or set(value)
+        yield source.from_json(value, place), json_id(source, value, text, place)
+    for name in source.names:
+        if names and name not in found:
+            raise missing(source, names, name)
+
+
+def json_rows(source: Source) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """What json_objects gives. ConfigError for what is no object."""
     for place, text, value in json_objects(source):
         if not isinstance(value, dict):
             raise source.wrong(f"expected a JSON object, found {type(value).__name__}", place)
-        rows, found = rows + 1, found + (source.column in value)
-        names = names or set(value)
-        yield source.content(value.get(source.column), place), json_id(source, value, text, place)
-    if rows and not found:
-        raise missing(source, names)
+        yield place, text, value
 
 
 def json_id(source: Source, value: dict[str, Any], text: str | None, place: str) -> str | None:
-    own = value.get("id")
+    own = None if "id" in source.names else value.get("id")
     if isinstance(own, float) and text is not None:  # 1.50 is not 1.5
         own = json.loads(text, parse_float=str, parse_int=str)["id"]
     return source.id(json.dumps(own) if isinstance(own, bool) else own, place)
 
 
-def missing(source: Source, names: set[str]) -> ConfigError:
-    option = "messages_column" if source.chat else "text_column"
+def missing(source: Source, names: set[str], column: str = "", place: str = "") -> ConfigError:
+    option = "messages_column" if source.chat else source.option
     return source.wrong(
-        f"no column {source.column!r}; it has {', '.join(sorted(names)) or 'none'}. "
-        f"Set corpus.{option}"
+        f"no column {column or source.column!r}; it has {', '.join(sorted(names)) or 'none'}. "
+        f"Set corpus.{option}",
+        place,
     )
 
 
@@ -228,35 +289,90 @@ def parsed(source: Source, text: str, place: str) -> Any:
 
 
 def read_parquet(source: Source) -> Iterator[Document]:
-    """The rows of the column, and of `id` where there is one."""
+    """The rows of the columns, and of `id` where there is one."""
     try:
-        names = set(pq.read_schema(source.path).names)
-        if source.column not in names:
-            raise missing(source, names)
-        columns = list(dict.fromkeys([source.column, *({"id"} & names)]))
-        # As a dictionary, a value that is there a thousand times is in memory once.
-        shared = None if source.chat else [source.column]
+        columns = columns_of(source, schema_of(source))
+        # As a dictionary, a text that is there a thousand times is in memory once.
+        shared = [name for name, kind in source.fields.items() if kind == pa.string()]
+        shared = [] if source.chat else shared
         row = 0
         with pq.ParquetFile(source.path, read_dictionary=shared, buffer_size=MIB) as file:
             check_footer(source, file.metadata)
             for batch in file.iter_batches(rows_at_once(file.metadata), columns=columns):
-                values = batch[source.column]
-                check_sizes(source, values, row)
-                own = batch["id"] if columns[1:] else [None] * len(values)
-                for value, name in zip(values, own, strict=True):
-                    yield parquet_document(source, value, name, f"row {row}")
-                    row += 1
+                yield from arrow_documents(source, batch, row)
+                row += len(batch)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise source.wrong(f"cannot be read: {error}") from None
 
 
+def read_arrow(source: Source) -> Iterator[Document]:
+    """The rows of an Arrow file, as `datasets` saves them (a stream), or with Arrow's footer."""
+    try:
+        with pa.memory_map(source.path) as file:
+            row = 0
+            for whole in arrow_batches(file):
+                batch = whole.select(columns_of(source, whole.schema))
+                for column in batch.columns:  # offsets of a damaged file may lead out of it
+                    column.validate(full=True)
+                at_once = rows_of(batch.nbytes // max(len(batch), 1))
+                for first in range(0, len(batch), at_once):
+                    yield from arrow_documents(source, batch.slice(first, at_once), row + first)
+                row += len(batch)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise source.wrong(f"cannot be read: {error}") from None
+
+
+def schema_of(source: Source) -> pa.Schema:
+    """The columns of a Parquet or Arrow file. ConfigError where it cannot be read."""
+    try:
+        if format_of(source.name) == "parquet":
+            return pq.read_schema(source.path)
+        with pa.memory_map(source.path) as file:
+            return arrow_reader(file).schema
+    except (pa.ArrowException, OSError) as error:
+        raise source.wrong(f"cannot be read: {error}") from None
+
+
+def arrow_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    reader = arrow_reader(file)
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def arrow_reader(file: pa.NativeFile) -> Any:
+    has_footer = file.read(len(ARROW_FILE)) == ARROW_FILE
+    file.seek(0)
+    return pa.ipc.open_file(file) if has_footer else pa.ipc.open_stream(file)
+
+
+def columns_of(source: Source, schema: pa.Schema) -> list[str]:
+    """The columns to read. ConfigError where one is missing."""
+    names = set(schema.names)
+    for name in source.names:
+        if name not in names:
+            raise missing(source, names, name)
+    return list(dict.fromkeys([*source.names, *({"id"} & names)]))
+
+
+def arrow_documents(source: Source, batch: pa.RecordBatch, row: int) -> Iterator[Document]:
+    """The documents of a batch's rows; `row` is the first one's number."""
+    has_ids = "id" in batch.schema.names and "id" not in source.names
+    ids = batch["id"] if has_ids else [None] * len(batch)
+    contents = source.from_arrow(batch, row)
+    for number, (content, own) in enumerate(zip(contents, ids, strict=True), row):
+        place = f"row {number}"
+        yield content, source.id(None if own is None else as_python(source, own, place), place)
+
+
 def check_footer(source: Source, metadata: Any) -> None:
     """Refuse a row group whose mean row is too long before a byte of it is read."""
-    limit, row = LINE_BYTES if source.chat else DOCUMENT_BYTES, 0
+    limit, row = source.limit, 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = [group.column(at) for at in range(group.num_columns)]
-        own = [each for each in columns if each.path_in_schema.split(".")[0] == source.column]
+        own = [each for each in columns if each.path_in_schema.split(".")[0] in source.names]
         size = sum(each.total_uncompressed_size for each in own)
         if size > group.num_rows * limit + MIB:  # of headers
             place = f"row {row}" + (f" to {row + group.num_rows - 1}" if group.num_rows > 1 else "")
@@ -268,11 +384,11 @@ def check_sizes(source: Source, values: pa.Array, row: int) -> None:
     """Refuse a long value before Python has a copy of it. `row` is the first one's number."""
     if values.nbytes <= DOCUMENT_BYTES:
         return
-    limit = LINE_BYTES if source.chat else DOCUMENT_BYTES
+    limit = source.limit
     is_shared = isinstance(values, pa.DictionaryArray)
     texts = values.dictionary if is_shared else values
     for at, value in enumerate(texts):
-        size = texts.slice(at, 1).nbytes if source.chat else bytes_of(value)
+        size = bytes_of(value) if is_text(value) else texts.slice(at, 1).nbytes
         if size > limit:
             if is_shared:  # the dictionary is that of later rows, too
                 own = values.indices.to_pylist()
@@ -281,10 +397,13 @@ def check_sizes(source: Source, values: pa.Array, row: int) -> None:
             raise source.too_long(place, limit=limit)
 
 
+def is_text(value: pa.Scalar) -> bool:
+    return isinstance(value, pa.StringScalar | pa.LargeStringScalar)
+
+
 def bytes_of(value: pa.Scalar) -> int:
-    """Bytes of a text, without a copy; 0 for null and for what is no text."""
-    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar)
-    buffer = value.as_buffer() if is_text else None
+    """Bytes of a text, without a copy; 0 for null."""
+    buffer = value.as_buffer()
     return 0 if buffer is None else int(buffer.size)
 
 
@@ -292,17 +411,19 @@ def rows_at_once(metadata: Any) -> int:
     """Rows that take BATCH_BYTES at most, by the mean size of a row in each row group."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     size = max((each.total_byte_size // max(each.num_rows, 1) for each in groups), default=1)
+    return rows_of(size)
+
+
+def rows_of(size: int) -> int:
+    """Rows of `size` bytes that are read at a time."""
     return int(min(max(BATCH_BYTES // max(size, 1), 1), BATCH_ROWS))
 
 
-def parquet_document(source: Source, value: Any, name: Any, place: str) -> Document:
+def as_python(source: Source, value: pa.Scalar, place: str) -> Any:
     try:
-        content, own = value.as_py(), name if name is None else name.as_py()
+        return value.as_py()
     except ValueError as error:  # UTF-8 is not checked by Arrow
         raise source.wrong(f"cannot be read: {error}", place) from None
-    if source.chat:
-        content = without_nulls(content)
-    return source.content(content, place), source.id(own, place)
 
 
 def without_nulls(value: Any) -> Any:

@@ -8,7 +8,12 @@ from pipeline.errors import RefusedError
 from pipeline.types import Json
 from storage.manifest import differences
 
-LATER = {"special_tokens": "parse"}
+LATER = {
+    "special_tokens": "parse",
+    "tokens_column": None,
+    "mask_column": None,
+    "targets": None,
+}
 """Settings that earlier releases lacked, with what these did."""
 
 

@@ -1,36 +1,32 @@
 """How readers get the bytes of a committed data file.
 
-A local file is memory-mapped. A remote file comes from a local cache; without a cache it is read
-in ranges.
-
-The cache is for training, which reads every shard again and again. Set MOL_CACHE to a directory to
-enable it. MOL_CACHE_GB limits its size, in units of 1e9 bytes (default 100). Files are named by
-their sha256, which the marker holds, so a cached file is never stale. Each file is downloaded under
-a temporary name and renamed, so processes can share the cache and none sees half a file.
+A local file is memory-mapped. A remote one is read in ranges or, to be read in order on a machine
+with a cache, downloaded as a whole (cache.py). A download is made by one process while the others
+wait, under a temporary name that is then renamed, so none sees half a file.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
-import re
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from storage.errors import CorruptShard, StoreError
+from storage.cache import make_room
+from storage.errors import CorruptShard
 from storage.manifest import Shard
-from storage.parsing import SHA256
 from storage.store import Store, cache_folder
 
-LIMIT_GB = "MOL_CACHE_GB"
 MISSING = (
     "the data file is missing, but its marker exists; restore the file, or remove the marker and "
     "run the dump again"
 )
-CACHED_FILE = re.compile(rf"{SHA256.pattern}\.parquet")
+LOCKS = ".locks"  # one byte stands for each shard
 
 
 def open_source(store: Store, shard: Shard) -> Any:
@@ -52,13 +48,12 @@ def open_source(store: Store, shard: Shard) -> Any:
 
 
 def open_local(store: Store, shard: Shard) -> int:
-    """A file descriptor of a local shard, or of the cached copy of a remote one.
+    """A file descriptor of a local shard.
 
     Raises CorruptShard if it is missing or another file than the committed one, and StoreError.
     """
     try:
-        path = store.regular(shard.file) if store.local else None
-        path = path or str(cached(store, shard.file, shard.marker["sha256"]))
+        path = store.regular(shard.file)
         with store.explaining("read", shard.file, but=FileNotFoundError):
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -145,10 +140,24 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
     if store.local or not folder:
         return None
     path = Path(folder) / f"{sha256}.parquet"
-    with contextlib.suppress(FileNotFoundError):
-        os.utime(path)  # mark as used: make_room removes the least recently used files
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # mark as used: make_room removes the least recently used files
+            return path
+        download(store, name, sha256, path)
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a cached file; other processes wait."""
+    with path.with_name(LOCKS).open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, int(path.name[:15], 16))
+        yield
+
+
+def download(store: Store, name: str, sha256: str, path: Path) -> None:
     own = path.with_name(f".fetching-{uuid.uuid4().hex}")
     try:
         store.attempt("read", name, lambda: store.fs.get_file(store / name, str(own)))
@@ -163,37 +172,3 @@ def cached(store: Store, name: str, sha256: str) -> Path | None:
         os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)
-    return path
-
-
-def make_room(folder: Path, size: int) -> None:
-    """Remove the least recently used files of the cache until `size` more bytes fit.
-
-    A process that has mapped a removed file can still read it. Other files in the folder stay.
-    """
-    limit = limit_bytes()
-    files = []
-    for file in folder.iterdir():
-        if not CACHED_FILE.fullmatch(file.name):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            status = file.lstat()
-            files.append((status.st_mtime, status.st_size, file))
-    total = sum(length for _, length, _ in files) + size
-    for _, length, file in sorted(files):
-        if total <= limit:
-            return
-        file.unlink(missing_ok=True)
-        total -= length
-
-
-def limit_bytes() -> float:
-    """The cache's limit. Raises StoreError unless MOL_CACHE_GB is a number."""
-    given = os.environ.get(LIMIT_GB, "100")
-    try:
-        limit = float(given) * 1e9
-    except ValueError:
-        limit = -1.0
-    if not limit >= 0:  # NaN too
-        raise StoreError(f"{LIMIT_GB}: expected a number of 1e9 bytes, 0 or more, found {given!r}")
-    return limit

@@ -146,15 +146,9 @@ class LogitDataset:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index}: the dump has {len(self)} rows, numbered from 0")
-        index %= len(self)
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        row = index - int(self.starts[number])
+        number, row = self._place(index)
         if self._index is not None:
-            if self._rows is None:
-                self._rows = RowReader(self.dump, self._index, self.shards, self.samples)
-            return self._rows.record(number, row)
+            return self._row_reader(self._index).record(number, row)
         reader = self._reader(number)
         group = reader.group_of(row)
         table = self._groups.pop((number, group), None)
@@ -168,13 +162,31 @@ class LogitDataset:
     def read(self, indices: Iterable[int]) -> list[Record]:
         """The records of these rows, in the given order; a row asked for twice is read once.
 
-        Without an index, each row group is read once.
+        Rows of a remote dump are requested at the same time. Without an index, each row group is
+        read once.
         """
         wanted = list(indices)
-        found: dict[int, Record] = {}
-        for index in sorted(set(wanted), key=lambda index: index % max(len(self), 1)):
-            found[index] = self[index]
+        order = sorted(set(wanted), key=lambda index: index % max(len(self), 1))
+        if self._index is not None:
+            places = [self._place(index) for index in order]
+            records = self._row_reader(self._index).records(places)
+        else:
+            records = [self[index] for index in order]
+        found = dict(zip(order, records, strict=True))
         return [found[index] for index in wanted]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(number of the shard, row in it). Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index}: the dump has {len(self)} rows, numbered from 0")
+        index %= len(self)
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return number, index - int(self.starts[number])
+
+    def _row_reader(self, index: Index) -> RowReader:
+        if self._rows is None:
+            self._rows = RowReader(self.dump, index, self.shards, self.samples)
+        return self._rows
 
     def __iter__(self) -> Iterator[Record]:
         for number in range(len(self.shards)):  # row group after row group

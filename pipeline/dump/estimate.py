@@ -107,8 +107,7 @@ def count_tokens(corpus: Corpus) -> tuple[float, float]:
     """(tokens of the whole corpus, standard error), from COUNTED documents spread evenly."""
     number = min(COUNTED, len(corpus))
     chosen = np.arange(number) * len(corpus) // number
-    texts = [corpus.text(int(at)) for at in chosen]
-    lengths = np.array([len(ids) for ids in corpus.tokenize(texts)], float)
+    lengths = corpus.lengths(chosen.tolist()).astype(float)
     if number == len(corpus):
         return float(lengths.sum()), 0.0
     return float(lengths.mean() * len(corpus)), float(

@@ -4,11 +4,11 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from pipeline.corpus import Sequence
 from pipeline.models.directory import ModelFolder
+from pipeline.models.logits import logits_at
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling, draw, places
 from storage import TopK
 
@@ -19,7 +19,7 @@ class Teacher(Protocol, AbstractContextManager["Teacher"]):
     """The base model; it computes the distributions of whole sequences."""
 
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
-        """Yield each sequence with `len(input_ids) - 1` distributions, in the order given.
+        """Yield each sequence with a distribution at each of its `positions`, in the order given.
 
         It reads a bounded number of sequences ahead of those it has yielded. Closing the generator
         cancels running requests; `topk` can be called again.
@@ -34,8 +34,8 @@ class TransformersTeacher:
         self, model: ModelFolder, k: int, dtype: str = "auto", how: Sampling = NO_SAMPLES
     ) -> None:
         self.k, self.how = k, how
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.load(dtype).to(self.device).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.load(dtype).to(device).eval()
 
     def __enter__(self) -> "TransformersTeacher":
         return self
@@ -46,8 +46,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def topk(self, sequences: Iterable[Sequence]) -> Answers:
         for sequence in sequences:
-            input_ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
-            logits = self.model(input_ids.to(self.device), use_cache=False).logits[0, :-1].float()
+            logits = logits_at(self.model, sequence.input_ids, sequence.positions)
             total = logits.logsumexp(-1)
             best, ids = logits.topk(self.k)
             outside = logits.scatter(1, ids, -torch.inf)

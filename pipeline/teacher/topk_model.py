@@ -1,10 +1,10 @@
 """The vLLM plug-in: any language model as a pooling model that returns its top-k.
 
 `register` is this package's entry point in vllm.general_plugins. For an architecture "X", the class
-"TopKX" of this module is X's own class with a pooler that applies X's own head to every position
-and returns, per position, int32 [1 + 2k + N]: the tail's log-probability, k log-probabilities, k
-ids (floats bit-cast), and, if the dump has samples, N ids drawn from the tail (sampling.py).
-All values stay in tensors: there is no Python object per entry.
+"TopKX" of this module is X's own class with a pooler that applies X's own head to the positions
+that predict a target and returns, for each of them, int32 [1 + 2k + N]: the tail's log-probability,
+k log-probabilities, k ids (floats bit-cast), and, if the dump has samples, N ids drawn from the
+tail (sampling.py). All values stay in tensors: there is no Python object per entry.
 
 An engine that dumps is started with `class_overrides`: vLLM then makes "TopKX" wherever it would
 make X. The architecture keeps its name, because vLLM looks up far more than the class by it: the
@@ -12,8 +12,9 @@ dtypes of caches and states, ALiBi, kernels, defaults (MODELS_CONFIG_MAP and man
 An override lasts as long as the process; a class whose config has no `topk_k` is X, unchanged.
 
 It uses these interfaces of vLLM 0.32: ModelRegistry, model_class_overrides, Pooler,
-VllmModelForPooling, PoolingMetadata.get_pooling_cursor and pooling_states, LogitsProcessor,
-ParallelLMHead, get_tensor_model_parallel_rank and tensor_model_parallel_all_gather.
+VllmModelForPooling, PoolingMetadata.get_pooling_cursor, pooling_states and pooling_params,
+PoolingParams.extra_kwargs, LogitsProcessor, ParallelLMHead, get_tensor_model_parallel_rank and
+tensor_model_parallel_all_gather.
 """
 
 import os
@@ -22,6 +23,7 @@ import signal
 from collections.abc import Set
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from vllm.config import VllmConfig
@@ -43,11 +45,13 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from pipeline.signals import die_with_parent
 from pipeline.teacher import stand_in
 from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
+from pipeline.types import Int64s
 
 PREFIX = "TopK"
 BY_TRANSFORMERS = re.compile(r"Transformers\w*ForCausalLM")
 registered = False  # set by `register`: whether vLLM has loaded this plug-in in this process
 originals: dict[str, Any] = {}  # set by `register`: vLLM's own entries, by architecture
+POSITIONS = "mol_positions"  # what a request asks for, in PoolingParams.extra_kwargs
 OWNER = "MOL_DUMP_PID"  # id of the process that owns the engine
 # Bytes of float32 logits in memory at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
@@ -139,13 +143,18 @@ class TopKPooler(Pooler):
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: Any) -> list[Any]:
         cursor = pooling_metadata.get_pooling_cursor()
-        packed = self.pack(hidden_states)
-        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
-        starts = (cursor.seq_lens_cpu - cursor.num_scheduled_tokens_cpu).tolist()
+        scheduled = cursor.num_scheduled_tokens_cpu.numpy()
+        starts = cursor.seq_lens_cpu.numpy() - scheduled
+        requests = pooling_metadata.pooling_params
+        chosen = list(map(asked_rows, requests, starts.tolist(), scheduled.tolist()))
+        before = np.cumsum(scheduled) - scheduled  # rows of other sequences in front
+        rows = np.concatenate([at + first for at, first in zip(chosen, before, strict=True)])
+        packed = self.pack(hidden_states[torch.from_numpy(rows).to(hidden_states.device)])
+        parts = packed.split([len(at) for at in chosen])
         finished = cursor.is_finished().tolist()
         results: list[Any] = []
         for part, start, done, state in zip(
-            packed.split(scheduled), starts, finished, pooling_metadata.pooling_states, strict=True
+            parts, starts.tolist(), finished, pooling_metadata.pooling_states, strict=True
         ):
             if start == 0:
                 # A preempted sequence restarts, but vLLM keeps the parts of its first attempt.
@@ -160,14 +169,38 @@ class TopKPooler(Pooler):
         return results
 
 
+def asking_for(positions: Int64s, tokens: int) -> dict[str, bytes]:
+    """`extra_kwargs` of a request of so many tokens: a bit for each, set at the positions [P].
+
+    They pass between processes, so they are bytes, lowest bit first.
+    """
+    bits = np.zeros(tokens, bool)
+    bits[positions] = True
+    return {POSITIONS: np.packbits(bits, bitorder="little").tobytes()}
+
+
+def asked_rows(params: Any, start: int, tokens: int) -> Int64s:
+    """Which rows of a request's part in a step are asked for; the part has `tokens` from `start`.
+
+    All where the request does not say: so vLLM's trial step takes as much memory as any.
+    """
+    asked = (params.extra_kwargs or {}).get(POSITIONS)
+    if asked is None:
+        return np.arange(tokens)
+    bits = np.unpackbits(np.frombuffer(asked, np.uint8), bitorder="little")
+    return np.flatnonzero(bits[start : start + tokens])
+
+
 def pack_topk(
     model: Any, hidden_states: torch.Tensor, k: int, how: Sampling, vocab_size: int
 ) -> torch.Tensor:
-    """hidden_states [T, D] -> int32 [T, 1 + 2k + N].
+    """hidden_states [P, D] -> int32 [P, 1 + 2k + N].
 
     Full-vocabulary logits take at most LOGITS_BYTES at a time, whatever the vocabulary and the
-    number of tokens in a step.
+    number of tokens in a step. A step without a target does not run the head.
     """
+    if not len(hidden_states):
+        return hidden_states.new_empty((0, 1 + 2 * k + how.draws), dtype=torch.int32)
     on_cpu = hidden_states.device.type == "cpu"
     rows = rows_at_a_time(LOGITS_BYTES_CPU if on_cpu else LOGITS_BYTES, vocab_size)
     return torch.cat([pack_rows(model, part, k, how) for part in hidden_states.split(rows)])

@@ -24,7 +24,7 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm", "LLMEngine.add_request", "request_id prompt params"),
     ("vllm", "LLMEngine.step", ""),
     ("vllm", "LLMEngine.abort_request", "request_ids"),
-    ("vllm", "PoolingParams", "task"),
+    ("vllm", "PoolingParams", "task extra_kwargs"),
     ("vllm", "SamplingParams", "prompt_logprobs flat_logprobs detokenize max_tokens temperature "
      "top_p seed stop_token_ids ignore_eos"),
     ("vllm.logprobs", "FlatLogprobs", "token_ids logprobs"),
@@ -34,7 +34,7 @@ VLLM_INTERFACE: list[tuple[str, str, str]] = [
     ("vllm.model_executor.layers.pooler.abstract", "Pooler.forward",
      "hidden_states pooling_metadata"),
     ("vllm.model_executor.layers.pooler.abstract", "Pooler.get_supported_tasks", ""),
-    ("vllm.v1.pool.metadata", "PoolingMetadata", "pooling_states"),
+    ("vllm.v1.pool.metadata", "PoolingMetadata", "pooling_states pooling_params"),
     ("vllm.v1.pool.metadata", "PoolingMetadata.get_pooling_cursor", ""),
     ("vllm.v1.pool.metadata", "PoolingCursor", "num_scheduled_tokens_cpu seq_lens_cpu"),
     ("vllm.v1.pool.metadata", "PoolingCursor.is_finished", ""),

@@ -100,7 +100,7 @@ class VllmTeacher:
                     number, self.requests = self.requests, self.requests + 1
                     waiting[number], names[str(number)] = sequence, number
                     prompt = {"prompt_token_ids": sequence.input_ids.tolist()}
-                    self.engine.add_request(str(number), prompt, self.path.params)
+                    self.engine.add_request(str(number), prompt, self.path.request(sequence))
                 if not waiting:
                     return
                 for output in self.step():
@@ -122,38 +122,44 @@ class VllmTeacher:
 
 
 class Pooled:
-    """The path through the plug-in: answers arrive as tensors."""
+    """The path through the plug-in: answers arrive as tensors. The head computes the positions that
+    a sequence asks for, and no others."""
 
     def __init__(self, k: int, how: Sampling = NO_SAMPLES) -> None:
         self.k, self.how = k, how
 
     def start(self, settings: dict[str, Any], log: VllmLog) -> Any:
-        from vllm import PoolingParams
-
         asked = {
             "topk_k": self.k,
             "topk_samples": self.how.draws,
             "topk_seed": self.how.seed,
             **settings.get("hf_overrides", {}),
         }
-        self.params = PoolingParams(task="token_classify")
         return start_engine({**settings, "runner": "pooling", "hf_overrides": asked}, log)
 
-    def answer(self, sequence: Sequence, output: Any) -> TopK:
-        """int32 [T, 1 + 2k + N] from the plug-in -> TopK of T - 1 positions.
+    def request(self, sequence: Sequence) -> Any:
+        """vLLM's parameters of one sequence."""
+        from vllm import PoolingParams
 
-        The last row predicts a token that the sequence does not have. Raises RuntimeError for
-        another shape.
+        from pipeline.teacher.topk_model import asking_for
+
+        asked = asking_for(sequence.positions, len(sequence.input_ids))
+        return PoolingParams(task="token_classify", extra_kwargs=asked)
+
+    def answer(self, sequence: Sequence, output: Any) -> TopK:
+        """int32 [P, 1 + 2k + N] from the plug-in -> TopK of P positions.
+
+        Raises RuntimeError for another shape.
         """
         packed = output.outputs.data
-        tokens, width = len(sequence.input_ids), 1 + 2 * self.k + self.how.draws
-        if tuple(packed.shape) != (tokens, width):
+        shape = len(sequence.positions), 1 + 2 * self.k + self.how.draws
+        if tuple(packed.shape) != shape:
             raise RuntimeError(
                 f"document {sequence.doc_id!r}: vLLM returned {tuple(packed.shape)} for "
-                f"{tokens} tokens, expected {(tokens, width)}. Check that vLLM is 0.32 and that no "
+                f"{shape[0]} positions, expected {shape}. Check that vLLM is 0.32 and that no "
                 "other plug-in replaces the model"
             )
-        rows = packed[:-1].contiguous().numpy()
+        rows = packed.contiguous().numpy()
         values = rows[:, : 1 + self.k].copy().view(np.float32)
         drawn = rows[:, 1 + 2 * self.k :] if self.how.draws else None
         ids = rows[:, 1 + self.k : 1 + 2 * self.k]
@@ -164,7 +170,8 @@ class PromptLogprobs:
     """The path through vLLM's prompt_logprobs, as flat lists of Python numbers.
 
     They cost 12 us per token; vLLM's default dictionaries cost 102 us (vLLM #28226). The tail is
-    one minus the kept mass, exact to 1e-7 only: a larger tail is as good as the plug-in's.
+    one minus the kept mass, exact to 1e-7 only: a larger tail is as good as the plug-in's. vLLM
+    computes every position; those that a sequence does not ask for are dropped here.
     """
 
     SMALLEST_TAIL = 1e-7
@@ -188,19 +195,24 @@ class PromptLogprobs:
         more = {"runner": "generate", "max_logprobs": self.k, "max_model_len": longer}
         return start_engine({**settings, **more}, log)
 
+    def request(self, sequence: Sequence) -> Any:
+        """vLLM's parameters, the same for all sequences."""
+        return self.params
+
     def answer(self, sequence: Sequence, output: Any) -> TopK:
         """Flat prompt_logprobs -> TopK. Each position has the next token, then the k best.
 
         Raises RuntimeError for another number of entries.
         """
         flat = output.prompt_logprobs
-        positions = len(sequence.input_ids) - 1
-        if len(flat.token_ids) != positions * (self.k + 1):
+        computed = len(sequence.input_ids) - 1
+        if len(flat.token_ids) != computed * (self.k + 1):
             raise RuntimeError(
                 f"document {sequence.doc_id!r}: vLLM returned {len(flat.token_ids)} entries for "
-                f"{positions} positions, expected {self.k + 1} for each"
+                f"{computed} positions, expected {self.k + 1} for each"
             )
-        ids = np.asarray(flat.token_ids, np.int32).reshape(positions, -1)[:, 1:]
-        logprobs = np.asarray(flat.logprobs, np.float32).reshape(positions, -1)[:, 1:]
+        at = sequence.positions
+        ids = np.asarray(flat.token_ids, np.int32).reshape(computed, -1)[at, 1:]
+        logprobs = np.asarray(flat.logprobs, np.float32).reshape(computed, -1)[at, 1:]
         left = 1 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
         return TopK.from_dense(ids, logprobs, np.log(np.maximum(left, self.SMALLEST_TAIL)))

@@ -69,12 +69,14 @@ def typed_values(given: Json) -> Json:
 
 def defaults(config: TrainConfig) -> Json:
     cuda = torch.cuda.is_available()
+    dumps = [config.dump] if isinstance(config.dump, str) else list(config.dump or ())
+    waits = cuda or any("://" in dump for dump in dumps)  # workers then read steps ahead
     return {
         "use_cpu": not torch.accelerator.is_available(),  # several ranks then talk through gloo
         "logging_steps": 10,
         "report_to": "tensorboard",
         "dataloader_pin_memory": cuda,
-        "dataloader_num_workers": 2 if cuda else 0,
+        "dataloader_num_workers": 2 if waits else 0,
         "eval_strategy": "epoch" if metrics_of(config.held_out) else "no",
         "greater_is_better": False,  # perplexities and KL
     }

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import corpus_cache
 from pipeline.corpus_cache import cached_documents, local_copy
+from pipeline.corpus_readers import Source
 from pipeline.errors import ConfigError, FailedError
 from tests.helpers.corpora import write_jsonl, write_texts
 
@@ -21,7 +22,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def texts_of(*files: Path) -> list[str]:
-    return list(cached_documents([str(file) for file in files], "text", False)[0]["text"])
+    return list(cached_documents(sources(*files))[0]["text"])
+
+
+def sources(*files: Path, column: str = "text", chat: bool = False) -> list[Source]:
+    return [Source(str(file), str(file), column, chat) for file in files]
 
 
 def test_the_same_time_and_size_are_not_the_same_file(tmp_path: Path) -> None:
@@ -41,8 +46,8 @@ def test_files_are_read_in_their_order(tmp_path: Path) -> None:
 def test_another_column_or_format_is_another_entry(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "body": "b"}])
     assert texts_of(path) == ["a"]
-    assert list(cached_documents([str(path)], "body", False)[0]["body"]) == ["b"]
-    assert list(cached_documents([str(path)], "body", True)[0]["body"]) == ['"b"']
+    assert list(cached_documents(sources(path, column="body"))[0]["body"]) == ["b"]
+    assert list(cached_documents(sources(path, column="body", chat=True))[0]["body"]) == ['"b"']
     (tmp_path / "a.txt").write_bytes(path.read_bytes())
     assert texts_of(tmp_path / "a.txt") == [path.read_text()]
 
@@ -64,7 +69,7 @@ def test_many_documents_are_written_in_batches(
     monkeypatch.setattr(corpus_cache, "BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(corpus_cache, "BATCH_BYTES", 60)
     texts = [str(number) * (number % 20) for number in range(100)]
-    found, _ = cached_documents([str(write_texts(tmp_path / "a.jsonl", texts))], "text", False)
+    found, _ = cached_documents(sources(write_texts(tmp_path / "a.jsonl", texts)))
     assert found["text"] == texts
     assert len(found.data["text"].chunks) > 15
 
@@ -90,8 +95,8 @@ def test_a_file_that_changes_while_it_is_read(
     path = write_texts(tmp_path / "a.jsonl", ["a"])
     batches = corpus_cache.batches
 
-    def growing(documents):  # type: ignore[no-untyped-def]
-        yield from batches(documents)
+    def growing(documents, size_of):  # type: ignore[no-untyped-def]
+        yield from batches(documents, size_of)
         write_texts(path, ["a", "b"])
 
     monkeypatch.setattr(corpus_cache, "batches", growing)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,60 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(ConfigError, match=r"a\.parquet: cannot be read"):
         read(tmp_path / "a.parquet")
+
+
+def write_arrow(path: Path, table: pa.Table, footer: bool = False, rows: int = 10) -> Path:
+    kind = pa.ipc.new_file if footer else pa.ipc.new_stream
+    with kind(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+@pytest.mark.parametrize("footer", [False, True])
+def test_arrow_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, footer: bool) -> None:
+    monkeypatch.setattr(corpus_readers, "BATCH_BYTES", 100)
+    texts = [None if number == 7 else f"{number} " * 9 for number in range(35)]
+    chats = [[{"role": "user", "content": "a", "name": None}]] * 35
+    table = pa.table({"other": [b"\xff"] * 35, "text": texts, "id": range(35), "messages": chats})
+    path = write_arrow(tmp_path / "a.arrow", table, footer)
+    assert read(path) == [(text, str(number)) for number, text in enumerate(texts)]
+    found = read(path, "messages", chat=True)
+    assert [json.loads(each) for each, _ in found] == [[{"role": "user", "content": "a"}]] * 35
+
+
+@pytest.mark.parametrize("footer", [False, True])
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (pa.table({"body": ["a"]}), "no column 'text'; it has body"),
+        (pa.table({"text": ["a"] * 15 + [None]}).cast(pa.schema([("text", pa.binary())])), "bytes"),
+        (pa.table({"text": [1] * 15}), "row 0: expected text in column 'text', found int"),
+        (pa.table({"text": pa.array([b"a", b"\xff"]).view(pa.string())}), "cannot be read.*UTF8"),
+        (pa.table({"text": ["a"] * 12 + [LONG]}), "row 12: document of more than"),
+    ],
+)
+def test_bad_arrow_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: pa.Table, words: str, footer: bool
+) -> None:
+    monkeypatch.setattr(corpus_readers, "DOCUMENT_BYTES", 1 << 20)
+    with pytest.raises(ConfigError, match=rf"a\.arrow.*{words}"):
+        read(write_arrow(tmp_path / "a.arrow", table, footer))
+
+
+@pytest.mark.parametrize("footer", [False, True])
+@pytest.mark.parametrize("kept", [0, 3, 100, -100])
+def test_a_cut_arrow_file_is_refused(tmp_path: Path, kept: int, footer: bool) -> None:
+    path = write_arrow(tmp_path / "a.arrow", pa.table({"text": ["a b c"] * 100}), footer)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"a\.arrow: cannot be read"):
+        read(path)
+
+
+def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "a.arrow", pa.table({"text": ["aaaa", "bbbb"]}))
+    good, bad = (struct.pack("<3i", 0, middle, 8) for middle in (4, 1 << 30))
+    data = path.read_bytes()
+    assert data.count(good) == 1
+    path.write_bytes(data.replace(good, bad))
+    with pytest.raises(ConfigError, match=r"a\.arrow: cannot be read"):
+        read(path)

@@ -7,16 +7,22 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import cli
+from pipeline.config import CorpusConfig
+from pipeline.corpus import Corpus
 from pipeline.dump import dump
 from pipeline.errors import ConfigError
+from pipeline.models.directory import ModelFolder
 from storage import (
     Dump,
     IncompleteDump,
@@ -57,6 +63,25 @@ def test_dump_holds_the_top_k_of_the_model(tmp_path: Path, model_path: Path, cor
         np.testing.assert_array_equal(found, wanted)
         gap = np.abs(record.topk.dense()[1] - expected.values.detach().numpy())
         assert gap.max() < 1 / 16
+
+
+def test_a_corpus_tokenized_before_gives_the_same_rows(
+    tmp_path: Path, model_path: Path, corpus: Path
+) -> None:
+    config = settings(tmp_path, model_path, corpus)
+    text = Corpus(config.corpus, ModelFolder(model_path).tokenizer, 10**6)
+    whole = [{"id": each.doc_id, "input_ids": each.input_ids} for each in text.sequences()]
+    pq.write_table(pa.Table.from_pylist(whole), tmp_path / "tokens.parquet")
+    tokens = CorpusConfig(str(tmp_path / "tokens.parquet"), tokens_column="input_ids")
+    other = replace(config, corpus=tokens, output=str(tmp_path / "other"), add_eos=False)
+    dump.run(config)
+    dump.run(other)
+    assert rows(config.output) == rows(other.output)
+    assert max(each.chunk for each in LogitDataset(other.output)) > 0
+    again = replace(other, corpus=replace(tokens, path=str(tmp_path / "moved.parquet")))
+    (tmp_path / "tokens.parquet").rename(tmp_path / "moved.parquet")
+    with pytest.raises(PlanMismatch, match=r"corpus\.fingerprint"):
+        dump.run(replace(again, corpus=replace(again.corpus, limit=3)))
 
 
 def test_auto_dtype_is_the_models_own(tmp_path: Path, corpus: Path) -> None:

@@ -100,6 +100,85 @@ def test_the_full_logits_never_exist_at_once(
     torch.testing.assert_close(tail, torch.full((2000,), float(np.log(1 - 4 / vocab_size))))
 
 
+class Steps:
+    """The pooler with a model of 20 ids, and steps as vLLM makes them; `head` counts its rows."""
+
+    def __init__(self, how: Sampling = NO_SAMPLES) -> None:
+        torch.manual_seed(0)
+        weight = torch.randn(6, 20)
+        self.head: list[int] = []
+
+        class Model:
+            def compute_logits(_, hidden: torch.Tensor) -> torch.Tensor:
+                self.head.append(len(hidden))
+                return (hidden[:, :, None] * weight).sum(1)  # the same for any number of rows
+
+        self.pooler = topk_model.TopKPooler(Model(), 3, how, 20)
+
+    def run(self, parts: list[tuple[Any, Any, torch.Tensor, int]], length: int) -> list[Any]:
+        """One step of sequences of `length` tokens: (params, state, all hidden states, start), each
+        with the next 5 tokens."""
+        from vllm.v1.pool.metadata import PoolingMetadata
+
+        ends = [min(start + 5, length) for *_, start in parts]
+        metadata = PoolingMetadata(
+            prompt_lens=torch.full((len(parts),), length),
+            prompt_token_ids=None,
+            prompt_token_ids_cpu=None,
+            pooling_params=[params for params, *_ in parts],
+            pooling_states=[state for _, state, *_ in parts],
+        )
+        starts = [start for *_, start in parts]
+        metadata.build_pooling_cursor(
+            np.subtract(ends, starts), torch.tensor(ends), torch.device("cpu")
+        )
+        hidden = [states[a:b] for (_, _, states, a), b in zip(parts, ends, strict=True)]
+        return list(self.pooler(torch.cat(hidden), metadata))
+
+
+def asking(positions: list[int], tokens: int) -> Any:
+    from vllm import PoolingParams
+
+    asked = topk_model.asking_for(np.array(positions, np.int64), tokens)
+    return PoolingParams(task="token_classify", extra_kwargs=asked)
+
+
+@pytest.mark.parametrize("how", [NO_SAMPLES, Sampling(4, 1)])
+def test_the_head_computes_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, how: Sampling
+) -> None:
+    """In pieces of 5 tokens, one of them without a target, and with a restart from 0 between."""
+    from vllm import PoolingParams
+    from vllm.v1.pool.metadata import PoolingStates
+
+    monkeypatch.setattr(topk_model, "get_tensor_model_parallel_world_size", lambda: 1)
+    states = [torch.randn(12, 6) for _ in range(2)]
+    trial = Steps(how)
+    whole = [
+        torch.cat(
+            [
+                trial.run([(PoolingParams(task="token_classify"), PoolingStates(), part, 0)], 5)[0]
+                for part in each.split(5)[:2]
+            ]
+        )
+        for each in states
+    ]
+    assert sum(trial.head) == 20  # a request that asks for nothing gets all rows
+    steps, first, second = Steps(how), PoolingStates(), PoolingStates()
+    one, other = asking([1, 3, 9], 12), asking([0, 5, 6, 7, 8, 9], 12)
+    assert steps.run([(one, first, states[0], 0), (other, second, states[1], 0)], 12) == [None] * 2
+    assert steps.head == [2 + 1]
+    assert steps.run([(one, first, states[0], 5)], 12) == [None]
+    assert steps.run([(one, first, states[0], 0)], 12) == [None]  # it was preempted
+    assert steps.run([(other, second, states[1], 5), (one, first, states[0], 5)], 12) == [None] * 2
+    assert steps.head == [3, 1, 2, 6]
+    found = steps.run([(one, first, states[0], 10), (other, second, states[1], 10)], 12)
+    assert steps.head == [3, 1, 2, 6], "a step without a target needs no head"
+    for rows, at, packed in zip(([1, 3, 9], [0, 5, 6, 7, 8, 9]), whole, found, strict=True):
+        assert packed.shape == (len(rows), 1 + 2 * 3 + how.draws)
+        assert torch.equal(packed, at[rows])
+
+
 @pytest.mark.parametrize("k", [0, 4, 42])
 def test_several_ranks_draw_as_one_would(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     """Three ranks have a third of the columns each. An id of the tail is drawn N · p times, rounded

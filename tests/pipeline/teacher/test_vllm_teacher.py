@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,38 @@ def sequences(lengths: list[int], vocab_size: int = 512) -> list[Sequence]:
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, vocab_size, length).astype(np.int32) for length in lengths]
     return [Sequence(str(n), n, 0, tokens, True) for n, tokens in enumerate(ids)]
+
+
+def with_masks(given: list[Sequence]) -> list[Sequence]:
+    """The same sequences with targets: a third of them, an answer in the middle, only the last, and
+    all."""
+    rng = np.random.default_rng(1)
+
+    def mask(number: int, tokens: int) -> np.ndarray | None:
+        found = np.zeros(tokens, bool)
+        if number % 4 == 0:
+            found[:] = rng.random(tokens) < 1 / 3
+        elif number % 4 == 1:
+            found[tokens // 2 : tokens * 3 // 4] = True
+        found[-1] = True
+        return None if number % 4 == 3 else found
+
+    return [
+        replace(each, targets=mask(number, len(each.input_ids)))
+        for number, each in enumerate(given)
+    ]
+
+
+def by_transformers(model: Path, given: list[Sequence]) -> list[TopK]:
+    """What transformers says at every position, and of that the positions of each sequence."""
+    whole = [replace(sequence, targets=None) for sequence in given]
+    every = answers(TransformersTeacher(ModelFolder(model), K, "float32"), whole)
+    found = []
+    for sequence, topk in zip(given, every, strict=True):
+        ids, logprobs = topk.dense()
+        at = sequence.positions
+        found.append(TopK.from_dense(ids[at], logprobs[at], topk.tail_logprob[at]))
+    return found
 
 
 def answers(teacher: Teacher, given: list[Sequence]) -> list[TopK]:
@@ -87,7 +120,7 @@ def test_rows_of_another_width_are_refused() -> None:
 
     sequence = Sequence("7", 7, 0, np.zeros(5, np.int32), True)
     output: Any = Output
-    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 5 tokens"):
+    with pytest.raises(RuntimeError, match=r"returned \(9, 33\) for 4 positions"):
         Pooled(16).answer(sequence, output)
 
 
@@ -120,10 +153,22 @@ def test_why_a_way_fails_is_one_line(
 def test_chunked_prefill_agrees_with_transformers(long_model: Path) -> None:
     """Documents of up to 900 tokens, 128 tokens in a step, more documents than are in flight."""
     given = sequences([2, 3, 127, 128, 129, 300, 900, 5, 640] + [50] * 20)
+    masked = with_masks(given)
     with engine(long_model, "qwen3", in_flight=7, max_num_batched_tokens=128) as teacher:
-        found = answers(teacher, given)
+        found, asked = answers(teacher, given), answers(teacher, masked)
     assert [len(topk) for topk in found] == [len(s.input_ids) - 1 for s in given]
-    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
+    assert_agree(found, by_transformers(long_model, given))
+    assert_agree(asked, by_transformers(long_model, masked))
+
+
+def test_transformers_answers_the_targets_alone(long_model: Path) -> None:
+    given = with_masks(sequences([2, 40, 31, 60, 33]))
+    teacher = TransformersTeacher(ModelFolder(long_model), K, "float32")
+    head, computed = teacher.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, states, out: computed.append(out.shape[1]))
+    found = answers(teacher, given)
+    assert computed == [len(each.positions) for each in given]
+    assert_agree(found, by_transformers(long_model, given), tolerance=1e-6)
 
 
 @real_engine
@@ -132,7 +177,7 @@ def test_preempted_sequences_keep_their_rows(
 ) -> None:
     """The KV cache holds fewer sequences than are scheduled, so some start again from 0."""
     restarts = count_restarts(monkeypatch)
-    given = sequences([700] * 12)
+    given = with_masks(sequences([700] * 12))
     with engine(
         long_model,
         "qwen3",
@@ -144,7 +189,7 @@ def test_preempted_sequences_keep_their_rows(
     ) as teacher:
         found = answers(teacher, given)
     assert restarts.preemptions() > 0, "nothing was preempted, so the test shows nothing"
-    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
+    assert_agree(found, by_transformers(long_model, given))
 
 
 class count_restarts:
@@ -232,10 +277,10 @@ def plugin_agrees(model: Path, given: list[Sequence], how: Sampling = NO_SAMPLES
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    given = sequences([2, 40, 333, 900])
+    given = with_masks(sequences([2, 40, 333, 900]))
     with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
         found = answers(teacher, given)
-    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
+    assert_agree(found, by_transformers(long_model, given))
 
 
 @real_engine
@@ -314,12 +359,12 @@ def test_a_model_that_the_plugin_cannot_wrap_uses_prompt_logprobs(
 ) -> None:
     """With a message, and with the same answers, also at the longest length of the model."""
     without_plugin(monkeypatch)
-    given = sequences([2, 40, 333, 2048])
+    given = with_masks(sequences([2, 40, 333, 2048]))
     with engine(long_model, "qwen3", max_num_batched_tokens=512) as teacher:
         assert isinstance(teacher.path, PromptLogprobs)
         found = answers(teacher, given)
     assert "prompt_logprobs, which is slower" in capsys.readouterr().err
-    assert_agree(found, answers(TransformersTeacher(ModelFolder(long_model), K, "float32"), given))
+    assert_agree(found, by_transformers(long_model, given))
 
 
 @real_engine

@@ -184,3 +184,12 @@ def test_the_page_lists_what_is_refused() -> None:
         line = next(line for line in section.splitlines() if f"`{name}`" in line)
         assert line.endswith(f"| {reason} |"), name
     assert not [name for name in HONOURED if f"`{name}`" in section]
+
+
+@pytest.mark.parametrize(
+    ("dump", "workers"), [("dump", 0), ("s3://bucket/dump", 2), ({"here": 1, "s3://a/b": 2}, 2)]
+)
+def test_a_remote_dump_is_read_by_workers(dump: Any, workers: int) -> None:
+    """They request the rows of the next steps while this one is computed."""
+    config = replace(settings(Path("x"), Path("x"), Path("x"), Path("x")), dump=dump)
+    assert arguments.defaults(config)["dataloader_num_workers"] == workers
