@@ -514,18 +514,46 @@ def hub_documents(config: CorpusConfig) -> datasets.Dataset:
         raise failure(message, error) from error
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one sequence, and which of them are learnt."""
+
+    input_ids: Int32s
+    targets: Bools | None = None
+    """bool [tokens]: which tokens are learnt; None for all."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def positions(self) -> Int64s:
+        """int64 [P]: the positions that predict a learnt token."""
+        return positions_of(self.targets, len(self))
+
+
 class TokenSequences:
-    """A tokenized corpus in memory: one flat array of ids, and the start of each sequence."""
+    """A tokenized corpus in memory: flat arrays of ids and marks, and the start of each sequence.
+
+    `self[i]` gives the Tokens of sequence i.
+    """
 
     def __init__(self, corpus: Corpus) -> None:
         sequences = list(corpus.sequences())
         self.documents = np.array([sequence.document for sequence in sequences], np.int64)
         """[len]: document number of each sequence."""
-        self._join([sequence.input_ids for sequence in sequences])
+        self._join([Tokens(sequence.input_ids, sequence.targets) for sequence in sequences])
 
-    def _join(self, parts: list[Int32s]) -> None:
-        self.ids = np.concatenate([np.zeros(0, np.int32), *parts])
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+    def _join(self, parts: list[Tokens]) -> None:
+        self.ids = np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)])
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.targets: Bools | None = None
+        """bool [tokens of all]: which are learnt; None for all."""
+        self.target_counts = self.lengths
+        """int64 [len]: targets of each sequence; its tokens, where all are learnt."""
+        if any(part.targets is not None for part in parts):
+            self.targets = np.concatenate([marks(part) for part in parts])
+            self.target_counts = np.array([len(part.positions) for part in parts], np.int64)
 
     def spread(self, number: int | None) -> "TokenSequences":
         """At most `number` sequences, evenly spread over the corpus; all for None."""
@@ -540,11 +568,12 @@ class TokenSequences:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __iter__(self) -> Iterator[Int32s]:
+    def __iter__(self) -> Iterator[Tokens]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Int32s:
-        return self.ids[self.starts[index] : self.starts[index + 1]]
+    def __getitem__(self, index: int) -> Tokens:
+        part = slice(self.starts[index], self.starts[index + 1])
+        return Tokens(self.ids[part], None if self.targets is None else self.targets[part])
 
     @property
     def lengths(self) -> Int64s:
@@ -552,12 +581,25 @@ class TokenSequences:
         return np.diff(self.starts)
 
 
+def marks(tokens: Tokens) -> Bools:
+    """bool [tokens]: which tokens are learnt, without the first one, which nothing predicts."""
+    found = np.zeros(len(tokens), bool)
+    found[tokens.positions + 1] = True
+    return found
+
+
 def read_tokens(corpus: Corpus) -> TokenSequences:
-    """All sequences of a corpus. Raises ConfigError if no document has two tokens."""
+    """All sequences of a corpus. Raises ConfigError if no document has a token to learn."""
     text = TokenSequences(corpus)
     if not len(text):
         raise ConfigError(
-            f"corpus {corpus.config.path}: no document has two tokens or more, so there is nothing "
-            "to predict"
+            f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
+            "learn. A document needs two tokens or more, and a target behind the first one"
+        )
+    left_out = len(corpus) - len(np.unique(text.documents))
+    if corpus.masked and left_out:
+        say(
+            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "
+            f"to learn within their first {corpus.max_length:,} tokens, and are left out"
         )
     return text

@@ -15,7 +15,7 @@ from storage.index_files import committed_part
 from storage.manifest import Dump, Manifest, Shard
 from storage.places import Group, Places, start
 from storage.row_head import RowHead
-from storage.shard_reader import ShardReader, gate
+from storage.shard_reader import ShardReader, gate, targets_of
 from storage.topk import Int32s
 
 
@@ -68,6 +68,7 @@ def heads_of(
                 table.column("chunk")[at].as_py(),
                 input_ids,
                 zlib.crc32(samples[at]),
+                targets_of(table, at, len(input_ids)),
             )
             if table.column("tokens")[at].as_py() != len(input_ids) or not len(input_ids):
                 raise CorruptShard("the column tokens is not the length of input_ids")

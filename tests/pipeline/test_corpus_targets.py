@@ -13,7 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, read_tokens
 from pipeline.errors import ConfigError
 from tests.helpers.chat_templates import CHATML, GEMMA, OPENED, tokenizer_with
 from tests.helpers.corpora import write_jsonl
@@ -65,6 +65,21 @@ def test_a_prompt_that_is_longer_than_max_length_leaves_no_document(tmp_path: Pa
         at = 64 * sequence.chunk
         assert sequence.input_ids.tolist() == whole.input_ids[at : at + 64].tolist()
         assert sequence.targets.tolist() == whole.targets[at : at + 64].tolist()
+
+
+def test_documents_without_a_target_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [{"role": "user", "content": LONG}, ONE[1]]
+    read_tokens(corpus(tmp_path, [ONE, ONE[:1], asked, [*ONE, *asked]], max_length=64))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 of 4 documents have nothing to learn within their first 64 tokens" in said
+    read_tokens(corpus(tmp_path, [ONE]))
+    read_tokens(corpus(tmp_path, [ONE, []], targets="all"))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match="none of its 1 documents has a token to learn"):
+        read_tokens(corpus(tmp_path, [ONE[:1]]))
 
 
 def test_the_identity_says_what_is_learnt(tmp_path: Path) -> None:
