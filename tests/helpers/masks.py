@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,6 @@ class MaskedDataset(LogitDataset):
     def read(self, indices: Iterable[int]) -> list[Record]:
         return [self[index] for index in indices]
 
-    @property
+    @cached_property
     def target_counts(self) -> Any:
         return np.array([len(self[index].positions) for index in range(len(self))], np.int32)
