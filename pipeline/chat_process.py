@@ -10,8 +10,13 @@ import os
 import resource
 import signal
 import sys
+from bisect import bisect_left
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
+
+Rendered = dict[str, Any]
 
 
 def main() -> None:
@@ -24,15 +29,13 @@ def main() -> None:
     limit_memory(memory)
     template: dict[str, Any] = {}
     for line in sys.stdin.buffer:
-        # SIGPROF, which is not caught, ends the process after so many seconds of its CPU time.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             job = json.loads(line)
             if "source" in job:
                 template = job
                 continue
-            answer = render(render_jinja_template, template, job["messages"], longest)
-            data = json.dumps(answer).encode()
+            render = partial(rendered, render_jinja_template, template, seconds, longest)
+            data = json.dumps(answer(job, render)).encode()
         except MemoryError:
             data = json.dumps({"error": f"it takes more than {memory >> 20} MiB"}).encode()
         finally:
@@ -48,19 +51,55 @@ def limit_memory(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + most, now + most))
 
 
-def render(jinja: Any, template: dict[str, Any], messages: Any, longest: int) -> dict[str, str]:
-    given = dict(template["given"])
+def answer(job: dict[str, Any], render: Callable[..., Rendered]) -> Rendered:
+    """The text of the messages, and what the asked beginnings of them make of it."""
+    messages, given = job["messages"], {"tools": job["tools"]}
+    found = render(messages, given | {"return_assistant_tokens_mask": job["marked"]})
+    if "error" not in found:
+        parts = [
+            render(messages[:number], given | {"add_generation_prompt": prompt})
+            for number, prompt in job["beginnings"]
+        ]
+        found["beginnings"] = [against(found["text"], part) for part in parts]
+    return found
+
+
+def against(whole: str, part: Rendered) -> Rendered:
+    """A rendering as the characters that the whole begins with, too, and the others."""
+    if "error" in part:
+        return part
+    same = same_start(whole, part["text"])
+    return {"same": same, "rest": part["text"][same:]}
+
+
+def same_start(one: str, other: str) -> int:
+    """Number of characters that both begin with."""
+    most = range(min(len(one), len(other)))
+    return bisect_left(most, True, key=lambda at: one[: at + 1] != other[: at + 1])
+
+
+def rendered(
+    jinja: Any,
+    template: dict[str, Any],
+    seconds: int,
+    longest: int,
+    messages: Any,
+    more: dict[str, Any],
+) -> Rendered:
+    given = template["given"] | more
     if template["now"] is not None:
         given["strftime_now"] = datetime.fromisoformat(template["now"]).strftime
+    # SIGPROF, which is not caught, ends the process after so many seconds of its CPU time.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        ((text,), _) = jinja([messages], chat_template=template["source"], **given)
+        (text,), marks = jinja([messages], chat_template=template["source"], **given)
     except MemoryError:
         raise
     except Exception as error:  # a template raises whatever its expressions raise
         return {"error": (str(error).splitlines() or [""])[0][:500] or type(error).__name__}
     if len(text) > longest:
         return {"error": f"it makes more than {longest:,} characters of text"}
-    return {"text": text}
+    return {"text": text, "marks": marks[0] if marks else None}
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import FailedError
 from pipeline.types import Json
 
-CPU_SECONDS = 10  # of one chat
+CPU_SECONDS = 10  # of one rendering
 MEMORY = 1 << 30  # bytes, beside what the process takes at its start
 LONGEST = 16 << 20  # characters of a rendered chat
 PROGRAM = Path(__file__).with_name("chat_process.py")
@@ -25,6 +27,28 @@ PROGRAM = Path(__file__).with_name("chat_process.py")
 
 class CannotRender(ValueError):
     """What the template said, or what it broke."""
+
+
+Beginning = tuple[int, bool]
+"""The first messages of a chat: their number, and whether the generation prompt follows them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rendering of a beginning, beside that of the whole chat."""
+
+    same: int
+    """Characters that both begin with."""
+    rest: str
+    """What follows them in the part alone; empty where the whole begins with the part."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    text: str
+    marks: list[tuple[int, int]]
+    """Characters [start, stop) within the template's generation markers, if they were asked for."""
+    parts: dict[Beginning, Part | CannotRender]
 
 
 class Renderer:
@@ -40,24 +64,41 @@ class Renderer:
         self.template: Json | None = None  # that the process has now
         self.owner = os.getpid()
 
-    def render(self, template: Json, messages: list[Json]) -> str:
-        """The text of messages. `template` has `source`, the `given` names, and `now` for a clock.
+    def render(
+        self,
+        template: Json,
+        messages: list[Json],
+        tools: list[Json] | None = None,
+        beginnings: Sequence[Beginning] = (),
+        marked: bool = False,
+    ) -> Rendering:
+        """Render messages, and beginnings of them.
 
-        Raises CannotRender, and FailedError where the process does not start.
+        `template` has `source`, the `given` names, and `now` for a clock; `marked` asks for the
+        places of its generation markers. Raises CannotRender, and FailedError where the process
+        does not start.
         """
         if self.owner != os.getpid():
             self.forget()
+        job = {
+            "messages": messages, "tools": tools, "beginnings": beginnings, "marked": marked
+        }  # fmt: skip
         with self.lock:
             try:
-                answer = self.ask(template, messages)
+                answer = self.ask(template, job)
             except BaseException:  # an answer may be on its way, which the next job must not get
                 self.stop()
                 raise
         if "text" not in answer:
             raise CannotRender(answer["error"])
-        return str(answer["text"])
+        parts = [
+            CannotRender(part["error"]) if "error" in part else Part(part["same"], part["rest"])
+            for part in answer["beginnings"]
+        ]
+        marks = [(start, stop) for start, stop in answer["marks"] or ()]
+        return Rendering(answer["text"], marks, dict(zip(beginnings, parts, strict=True)))
 
-    def ask(self, template: Json, messages: list[Json]) -> Json:
+    def ask(self, template: Json, job: Json) -> Json:
         if self.process is None:
             limits = map(str, (CPU_SECONDS, MEMORY, LONGEST))
             command = [sys.executable, "-P", str(PROGRAM), *limits]
@@ -65,11 +106,10 @@ class Renderer:
             self.process, self.template = subprocess.Popen(command, stdin=pipe, stdout=pipe), None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        jobs = [] if template is self.template else [template]
-        jobs.append({"messages": messages})
+        jobs = [job] if template is self.template else [template, job]
         line = b""
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(b"".join(json.dumps(job).encode() + b"\n" for job in jobs))
+            self.process.stdin.write(b"".join(json.dumps(each).encode() + b"\n" for each in jobs))
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         if not line.endswith(b"\n"):

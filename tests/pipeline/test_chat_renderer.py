@@ -55,7 +55,7 @@ def test_each_bomb_is_an_error_and_the_next_chat_is_rendered(
         renderer.render(template(source), HELLO)
     assert str(refused.value)
     good = template("{{ bos_token }}{{ messages[0].content }}")
-    assert renderer.render(good, HELLO) == "<s>hello"
+    assert renderer.render(good, HELLO).text == "<s>hello"
 
 
 def test_the_limit_is_named(renderer: Renderer) -> None:
@@ -71,7 +71,7 @@ def test_what_a_job_answers(renderer: Renderer) -> None:
     say = template("{{ messages[0].content }}{{ strftime_now('%Y') }}", "2024-07-26T00:00:00")
     for text in ["a\nb\x00\u2028", "🙂", "\ud800", "x" * 100_000]:
         messages = [{"role": "user", "content": text}]
-        assert renderer.render(say, messages) == text + "2024"
+        assert renderer.render(say, messages).text == text + "2024"
 
 
 def test_threads_get_their_own_answers(renderer: Renderer) -> None:
@@ -79,7 +79,7 @@ def test_threads_get_their_own_answers(renderer: Renderer) -> None:
 
     def work(number: int) -> None:
         own = template(f"{number}:{{{{ messages[0].content }}}}")
-        found[number] = {renderer.render(own, HELLO) for _ in range(50)}
+        found[number] = {renderer.render(own, HELLO).text for _ in range(50)}
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -92,17 +92,17 @@ def test_threads_get_their_own_answers(renderer: Renderer) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_starts_its_own(renderer: Renderer) -> None:
     say = template("{{ messages[0].content }}")
-    assert renderer.render(say, HELLO) == "hello"
+    assert renderer.render(say, HELLO).text == "hello"
     child = os.fork()
     if child == 0:
         try:
-            own = renderer.render(say, [{"role": "user", "content": "forked"}])
+            own = renderer.render(say, [{"role": "user", "content": "forked"}]).text
             os._exit(0 if own == "forked" else 1)
         finally:
             os._exit(2)
-    assert renderer.render(say, HELLO) == "hello"
+    assert renderer.render(say, HELLO).text == "hello"
     assert os.waitpid(child, 0)[1] == 0
-    assert renderer.render(say, HELLO) == "hello"
+    assert renderer.render(say, HELLO).text == "hello"
 
 
 def test_an_interruption_leaves_no_answer_behind(
@@ -122,4 +122,4 @@ def test_an_interruption_leaves_no_answer_behind(
     monkeypatch.setattr(renderer.process, "communicate", renderer.process.wait)
     with pytest.raises(Interrupted):
         renderer.render(say, [{"role": "user", "content": "lost"}])
-    assert renderer.render(say, HELLO) == "hello"
+    assert renderer.render(say, HELLO).text == "hello"

@@ -1,5 +1,6 @@
 """Special tokens that a document spells become text where that is asked for, exactly."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pipeline.chats import ChatTemplate
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
-from pipeline.special_tokens import CannotMask, Masked, SpecialTokens
+from pipeline.spans import Text
+from pipeline.special_tokens import CannotMask, SpecialTokens
 from tests.helpers.corpora import write_jsonl, write_texts
 from tests.helpers.models import tiny_tokenizer
 
@@ -121,21 +123,19 @@ def test_the_tokens_of_the_template_are_all_that_there_are(
     texts = ["".join(part) for part in parts]
     masked, spelled = special.mask([{"content": text} for text in texts], "")
     start, end = "<|im_start|>", "<|im_end|>"
-    whole = Masked.of("".join(f"{start}{m['content']}{end}\n" for m in masked), spelled)
-    ids = special.encode(whole)
+    whole = Text.of("".join(f"{start}{m['content']}{end}\n" for m in masked), spelled=spelled)
+    ids, _ = special.encode(whole)
     counts = [ids.count(tokenizer.convert_tokens_to_ids(each)) for each in (start, end, "<eos>")]
     assert counts == [len(texts), len(texts), 0]
     assert tokenizer.decode(ids) == "".join(f"{start}{text}{end}\n" for text in texts)
 
 
 def test_a_template_that_escapes_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    class Escapes(ChatTemplate):
-        def apply(self, messages: list[dict[str, Any]]) -> str:
-            return (
-                str([message["content"] for message in messages]).encode("unicode_escape").decode()
-            )
-
-    escapes = Escapes(tokenizer, SpecialTokens(tokenizer, chat=True))
+    template = copy.copy(tokenizer)
+    template.chat_template = (
+        "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
+    )
+    escapes = ChatTemplate(template, SpecialTokens(tokenizer, chat=True))
     assert escapes.render([{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="the template escapes characters"):
         escapes.render([{"role": "user", "content": "a <eos>"}])
@@ -162,7 +162,7 @@ def test_a_tokenizer_with_the_spelling_among_its_words_is_refused() -> None:
 
 def test_a_tokenizer_that_marks_the_first_word_cannot_read_pieces() -> None:
     made = word_tokenizer([AddedToken("</s>", special=True)], LETTERS)
-    assert SpecialTokens(made, chat=False).plain(["a</s>"])
+    assert SpecialTokens(made, chat=False).plain(["a</s>"])["input_ids"]
     with pytest.raises(ConfigError, match="cannot be tokenized apart from their template"):
         SpecialTokens(made, chat=True)
 
