@@ -220,8 +220,8 @@ class GenerateConfig:
 
 @dataclass
 class LossConfig:
-    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over its targets,
-    the tokens that are learnt, of a step."""
+    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over the targets
+    of a step."""
 
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
