@@ -43,7 +43,8 @@ class Turns:
 
     def after(self, number: int) -> tuple[str, list[Span]]:
         """(text, all that follows the first messages). Raises CannotTell, and CannotRender."""
-        return self.places([(number, len(self.messages))])
+        last = len(self.messages)
+        return self.places([(number, last)] if number < last else [])
 
     def places(self, turns: list[tuple[int, int]]) -> tuple[str, list[Span]]:
         """(text, where messages first to last - 1 are, for each turn)."""

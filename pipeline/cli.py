@@ -179,8 +179,8 @@ def parse(
     """
     found = parser.parse_args(arguments)
     own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    made = parser.instantiate(found)
     try:
+        made = parser.instantiate(found)
         settings = config(**{name: made[name] for name in own})
         refuse_secrets(settings)
         if made.summary is not None:

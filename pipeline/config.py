@@ -17,6 +17,7 @@ Limit = Annotated[int | None, Range(1, MOST)]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
 Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
 Targets = Literal["all", "assistant", "completion"]
+KINDS_OF_COLUMNS = ("messages_column", "prompt_column", "tokens_column")
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -36,6 +37,11 @@ class CorpusConfig:
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them. A
     template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
+    prompt_column: str | None = None
+    """Column of prompts to use instead, with completion_column: text, or lists of messages. They
+    are one document, and what is learnt is the completion."""
+    completion_column: str | None = None
+    """Column of the completions of prompt_column."""
     tokens_column: str | None = None
     """Column of token ids to use instead, such as input_ids. They are used as they are: no token is
     added, and no template."""
@@ -51,9 +57,10 @@ class CorpusConfig:
     special, such as <think>, are tokens in any case."""
     targets: Targets | None = None
     """Which tokens are learnt; the others are read as context. By default all, or those of the mask
-    of a token corpus; all ignores a mask. assistant: what the assistant writes in chats, each turn
-    with the token that ends it. The template's generation markers say where that is, or else
-    rendering the chat turn by turn."""
+    of a token corpus, or the completions of prompts; all ignores these. assistant: what the
+    assistant writes in chats, each turn with the token that ends it. The template's generation
+    markers say where that is, or else rendering the chat turn by turn. completion: what follows the
+    prompt, with the token that ends it."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
@@ -64,19 +71,35 @@ class CorpusConfig:
     """Use at most this many documents."""
 
     def __post_init__(self) -> None:
+        given = [name for name in KINDS_OF_COLUMNS if getattr(self, name) is not None]
         tokens = self.tokens_column is not None
-        require(
-            not tokens or self.messages_column is None,
-            "tokens_column and messages_column: documents are either, so leave one out",
-        )
-        require(
-            tokens or self.mask_column is None,
-            "mask_column: it masks token ids, so set tokens_column, too",
-        )
-        require(
-            not tokens or self.targets in (None, "all"),
-            f"targets {self.targets}: token ids do not say which are theirs. Name a mask_column",
-        )
+        for fits, message in [
+            (len(given) < 2, f"{' and '.join(given)}: documents are either, so leave one out"),
+            (
+                tokens or self.mask_column is None,
+                "mask_column: it masks token ids, so set tokens_column, too",
+            ),
+            (
+                not tokens or self.targets in (None, "all"),
+                f"targets {self.targets}: token ids do not say which are theirs. Name a "
+                "mask_column",
+            ),
+            (
+                (self.prompt_column is None) == (self.completion_column is None),
+                "prompt_column and completion_column: documents need both",
+            ),
+            (
+                self.targets != "completion" or self.prompt_column is not None,
+                "targets completion: needs prompt_column and completion_column, what is given and "
+                "what is learnt",
+            ),
+            (
+                self.targets != "assistant" or bool(given),
+                "targets assistant: only chats have an assistant. Name the column of their "
+                "messages with messages_column",
+            ),
+        ]:
+            require(fits, f"corpus {self.path}: {message}")
 
 
 @dataclass
@@ -212,8 +235,8 @@ class GenerateConfig:
 
 @dataclass
 class LossConfig:
-    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over its tokens of
-    a step."""
+    """The loss: CE on the domain + alpha · KL on the general corpus, each a mean over the targets
+    of a step."""
 
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base ‖ student). reverse: KL(student ‖ base)."""
@@ -289,7 +312,8 @@ class TrainConfig:
     mix: Annotated[float, Range(0, MOST)] = 1.0
     """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
-    """What mix counts. With tokens, mix is general tokens per domain token."""
+    """What mix counts. With tokens, mix is general targets per domain target: all tokens of a
+    sequence without a mask, and the learnt ones of a sequence with one."""
     row_tokens: Limit = None
     """Largest number of tokens that go through the model at a time: a larger batch is cut into
     packed rows. By default a row holds the whole batch. Limits memory and does not change what is

@@ -10,6 +10,8 @@ from storage.manifest import differences
 
 LATER = {
     "special_tokens": "parse",
+    "prompt_column": None,
+    "completion_column": None,
     "tokens_column": None,
     "mask_column": None,
     "targets": None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from storage.errors import IncompleteDump
 from storage.index_files import DUMP_INDEX, SHARD_INDEX, dump_index, shard_index
-from storage.manifest import Dump, Shard
+from storage.manifest import Dump
 from storage.parsing import MARKER_BYTES, SHARD_NAME, from_json
 from storage.store import is_own_folder, walk
 
@@ -58,7 +58,7 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
         match = MARKER.fullmatch(name)
         data = store.read(name, MARKER_BYTES) if match else None
         if match and data is not None:
-            named.add(Shard(match[1], from_json(data, name)).file)
+            named.add(dump.committed(match[1], from_json(data, name)).file)
     named.update([shard_index(name) for name in named if name.endswith(".parquet")])
     found = [
         Leftover(name, entries[name].bytes, entry.age)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import FormatVersionError, IncompleteDump, PlanMismatch, StoreError
+from storage.errors import IncompleteDump, PlanMismatch, StoreError
 from storage.index_files import dump_index, joined
 from storage.parsing import (
     MANIFEST_BYTES,
@@ -37,24 +37,25 @@ from storage.parsing import (
     objects,
     to_json,
 )
-from storage.plan import check_plan
+from storage.plan import check_readable, format_version, masked
 from storage.store import Store
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Shard:
     """A committed shard: its name ("00003/00007") and its marker, checked.
 
+    masked  whether each of its rows says which of its tokens are learnt
+
     Raises CorruptShard for a marker that no writer can have made.
     """
 
     name: str
     marker: Json
+    masked: bool = False
 
     def __post_init__(self) -> None:
-        check_marker(self.marker, self.name)
+        check_marker(self.marker, self.name, self.masked)
 
     @property
     def file(self) -> str:
@@ -68,6 +69,16 @@ class Shard:
     def tokens(self) -> int:
         return int(self.marker["tokens"])
 
+    @property
+    def positions(self) -> int:
+        return int(self.marker["positions"])
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows and tokens and, if `masked`, positions: what an index counts."""
+        counts = self.rows, self.tokens
+        return (*counts, self.positions) if self.masked else counts
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -75,7 +86,7 @@ class Totals:
 
     shards        markers counted
     rows, tokens  stored rows and their input ids
-    positions     distributions
+    positions     distributions: as many as there are targets
     entries       kept ids of all positions
     bytes         of the data files
     mass          probability of the kept ids, summed over positions
@@ -131,6 +142,11 @@ class Totals:
         return self.bytes / self.tokens if self.tokens else None
 
     @property
+    def bytes_per_target(self) -> float | None:
+        """None without positions."""
+        return self.bytes / self.positions if self.positions else None
+
+    @property
     def kept_mass(self) -> float | None:
         """Mean probability of a position's kept ids; None without positions."""
         return self.mass / self.positions if self.positions else None
@@ -184,7 +200,7 @@ class Partition:
         data = self.dump.store.read(f"{name}.json", MARKER_BYTES)
         if data is None:
             raise IncompleteDump(f"{name}.json: not committed yet")
-        return Shard(name, from_json(data, f"{name}.json"))
+        return self.dump.committed(name, from_json(data, f"{name}.json"))
 
     @property
     def summary(self) -> Json | None:
@@ -225,13 +241,12 @@ class Dump:
                 "a dump with scripts/dump_logits.py"
             )
         self.plan = from_json(data, "plan.json")
-        if self.plan.get("format_version") != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{self.store.path}: format version {self.plan.get('format_version')}, this "
-                f"release reads version {FORMAT_VERSION}; use the release that wrote the dump"
-            )
-        check_plan(self.plan)
+        check_readable(self.plan, self.store.path)
         self.plan_sha256 = hashlib.sha256(to_json(self.plan)).hexdigest()
+
+    def committed(self, name: str, marker: Json) -> Shard:
+        """The shard with this marker. Raises CorruptShard, see Shard."""
+        return Shard(name, marker, masked(self.plan))
 
     def check_plan(self) -> None:
         """Raise StoreError if plan.json is gone, PlanMismatch if it has changed.
@@ -281,7 +296,7 @@ class Dump:
             )
         shards = self.shards()
         body = {
-            "format_version": FORMAT_VERSION,
+            "format_version": format_version(self.plan),
             "plan_sha256": self.plan_sha256,
             "partitions": summaries,
             "shards": [{"name": shard.name, **shard.marker} for shard in shards],
@@ -292,7 +307,8 @@ class Dump:
         fingerprint = hashlib.sha256(data).hexdigest()
         if not self.store.exists(dump_index(fingerprint)):
             files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
-            index = joined(self.store, files, fingerprint, self.plan_sha256)
+            masks = masked(self.plan)
+            index = joined(self.store, files, fingerprint, self.plan_sha256, masks)
             if index is not None:
                 self.store.create(dump_index(fingerprint), index)
         self.store.create("manifest.json", data)
@@ -327,7 +343,7 @@ class Dump:
             )
         entries = objects(body, "shards", "manifest.json")
         check_names([entry.get("name") for entry in entries], self.plan["partitions"])
-        shards = tuple(Shard(entry.pop("name"), entry) for entry in entries)
+        shards = tuple(self.committed(entry.pop("name"), entry) for entry in entries)
         summaries = objects(body, "partitions", "manifest.json")
         for summary in summaries:
             check_summary(summary, "manifest.json")
@@ -349,9 +365,9 @@ def create_dump(
     holds a dump made from another plan, CorruptShard for a plan with impossible values, and
     StoreError.
     """
-    plan = {"format_version": FORMAT_VERSION, **plan}
-    check_plan(plan)
+    plan = {"format_version": format_version(plan), **plan}
     store = Store(path)
+    check_readable(plan, store.path)
     store.make_root()
     store.create("plan.json", to_json(plan))
     dump = Dump(path)

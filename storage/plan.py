@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.codec.grid import MAX_STEP
-from storage.errors import CorruptShard
+from storage.errors import CorruptShard, FormatVersionError
 from storage.parsing import MOST, MOST_K, MOST_PARTITIONS, MOST_VOCAB, Json, wrong
 from storage.samples import MOST_DRAWS
 
 NAME = "plan.json"
+TARGETS_VERSION = 1
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float", "float64", "double")
 """Of a teacher's weights, as torch spells them."""
 
@@ -61,6 +62,8 @@ FIELDS = {
     "min_prob": number("a probability under 1", lambda found: 0 <= found < 1),
     "top_p": number("a probability above 0", lambda found: 0 < found <= 1),
     "codec": TEXT,
+    "targets": OBJECT,
+    "targets.version": whole(1, MOST),
     "temperature": number("1, the only one", lambda found: found == 1),
     "max_length": whole(2, (1 << 31) - 1),
     "add_eos": BOOLEAN,
@@ -100,6 +103,39 @@ def check_plan(plan: Json) -> None:
     entries = plan.get("k", 0) + plan.get("samples", 0)
     if entries > MOST_K:
         raise wrong(NAME, "k", f"at most {MOST_K} together with samples", entries)
+
+
+def masked(plan: Json) -> bool:
+    """Whether each row of the dump says which of its tokens are learnt."""
+    return "targets" in plan
+
+
+def format_version(plan: Json) -> int:
+    """That of a dump with this plan: releases that know no masks refuse version 2."""
+    return 2 if masked(plan) else 1
+
+
+def check_readable(plan: Json, place: str) -> None:
+    """As check_plan; raise FormatVersionError for the plan of a dump of a later release at
+    `place`."""
+    found = plan.get("format_version")
+    if found not in (1, 2):
+        raise FormatVersionError(
+            f"{place}: format version {found}, this release reads versions 1 and 2; use the "
+            "release that wrote the dump"
+        )
+    check_plan(plan)
+    if found != format_version(plan):
+        expected = "2 in a plan with targets, 1 without"
+        raise wrong(NAME, "format_version", expected, found)
+    if not masked(plan):
+        return
+    version = needed(plan, "targets.version")
+    if version != TARGETS_VERSION:
+        raise FormatVersionError(
+            f"{place}: targets of version {version}, this release reads version "
+            f"{TARGETS_VERSION}; use the release that wrote the dump"
+        )
 
 
 def needed(plan: Json, name: str) -> Any:

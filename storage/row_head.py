@@ -14,9 +14,11 @@ import zstandard
 
 from storage.codec.frames import HEADER, inflate, split_planes
 from storage.errors import CorruptShard, FormatVersionError
+from storage.targets import Bools, pack_mask, unpack_mask
 from storage.topk import Int32s
 
-MAGIC, VERSION = b"MoLr", 1
+MAGIC = b"MoLr"
+PLAIN, MASKED = 1, 2  # versions: the second also holds the mask of the learnt tokens
 SKIPPABLE = struct.pack("<I", 0x184D2A5D)
 # magic, version, planes of the ids, partition, shard, row, chunk, tokens, bytes of the document's
 # id, CRC-32 of the samples, start of the plan's sha256
@@ -35,6 +37,7 @@ class RowHead:
     row          its number in the shard
     plan_sha256  hexadecimal; the first 16 digits are stored
     samples_crc  CRC-32 of the encoded samples; 0 without samples
+    targets      bool [tokens] which tokens are learnt, None for all
     """
 
     shard: str
@@ -44,16 +47,20 @@ class RowHead:
     chunk: int
     input_ids: Int32s
     samples_crc: int = 0
+    targets: Bools | None = None
 
     def pack(self, before: bytes, after: bytes) -> bytes:
         """The head of the payload `before` + `after`, with its checksum."""
         compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
-        frames = [compressor.compress(plane) for plane in split_planes(self.input_ids)]
+        planes = split_planes(self.input_ids)
+        masks = [] if self.targets is None else [pack_mask(self.targets)]
+        frames = [compressor.compress(part) for part in (*planes, *masks)]
         doc_id = self.doc_id.encode()
         partition, shard = map(int, self.shard.split("/"))
         numbers = (partition, shard, self.row, self.chunk, len(self.input_ids), len(doc_id))
         plan = bytes.fromhex(self.plan_sha256[:16])
-        fields = FIELDS.pack(MAGIC, VERSION, len(frames), *numbers, self.samples_crc, plan)
+        version = MASKED if masks else PLAIN
+        fields = FIELDS.pack(MAGIC, version, len(planes), *numbers, self.samples_crc, plan)
         lengths = struct.pack(f"<{len(frames)}I", *map(len, frames))
         body = b"".join([fields, lengths, doc_id, *frames])
         body += struct.pack("<I", len(body) + END.size)
@@ -67,19 +74,20 @@ class RowHead:
         if len(head) < FIELDS.size + END.size or head[:4] != MAGIC:
             raise CorruptShard("expected the head of a row, found other bytes")
         _, version, planes, *numbers, samples_crc, plan = FIELDS.unpack_from(head)
-        if version != VERSION:
+        if version not in (PLAIN, MASKED):
             raise FormatVersionError(
-                f"row head of version {version}, this release reads version {VERSION}; update "
-                "mol-distill"
+                f"row head of version {version}, this release reads versions {PLAIN} and {MASKED}; "
+                "update mol-distill"
             )
         size, crc = END.unpack_from(head, len(head) - END.size)
         if size != len(head) or crc != checksum(head[:-4], before, after):
             raise CorruptShard("the row's checksum does not match its bytes")
         partition, shard, row, chunk, tokens, length = numbers
-        start = FIELDS.size + 4 * planes
+        frames = planes + (version == MASKED)
+        start = FIELDS.size + 4 * frames
         if planes > 4 or start + length + END.size > len(head):
             raise CorruptShard(f"impossible row head: {planes} planes, an id of {length} bytes")
-        lengths = struct.unpack_from(f"<{planes}I", head, FIELDS.size)
+        lengths = struct.unpack_from(f"<{frames}I", head, FIELDS.size)
         ends = np.cumsum([start + length, *lengths]).tolist()
         if ends[-1] != len(head) - END.size:
             raise CorruptShard(f"impossible row head: {ends[-1]} bytes, found {len(head)}")
@@ -91,16 +99,22 @@ class RowHead:
         input_ids = raw.reshape(-1).view("<i4").astype(np.int32, copy=False)
         if not planes:
             input_ids = zeros(tokens)
+        targets = None
+        if version == MASKED:
+            bits = inflate(head[ends[planes] : ends[frames]], (tokens + 7) // 8)
+            targets = unpack_mask(bits, tokens)
         return cls(
-            f"{partition:05d}/{shard:05d}", row, plan.hex(), doc_id, chunk, input_ids, samples_crc
-        )
+            f"{partition:05d}/{shard:05d}", row, plan.hex(), doc_id, chunk, input_ids,
+            samples_crc, targets,
+        )  # fmt: skip
 
     def same(self, other: "RowHead") -> bool:
         """Whether both are the head of the same row, with the same contents."""
         mine, others = (
-            (h.shard, h.row, h.plan_sha256[:16], h.doc_id, h.chunk, h.samples_crc)
+            (h.shard, h.row, h.plan_sha256[:16], h.doc_id, h.chunk, h.samples_crc,
+             None if h.targets is None else pack_mask(h.targets))
             for h in (self, other)
-        )
+        )  # fmt: skip
         return mine == others and np.array_equal(self.input_ids, other.input_ids)
 
     def check(self, shard: str, row: int, plan_sha256: str, tokens: int) -> None:

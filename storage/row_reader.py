@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, TypeVar
 from storage import row_head
 from storage.cache import RangeCache, Room
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, Successors
+from storage.codec.v2_tables import Successors, tables_of_row
 from storage.data_file import open_local, read_range
 from storage.errors import CorruptShard, FormatVersionError
 from storage.index import SAMPLES, Index, Place
@@ -26,6 +26,7 @@ from storage.row_head import RowHead
 from storage.shard import FORMATS, unpack_ranks
 from storage.shard_reader import RowDecoder, gate
 from storage.store import cache_folder
+from storage.targets import positions_of
 from storage.topk import Record
 
 OPEN_FILES = 64
@@ -120,7 +121,7 @@ class RowReader:
     def fetch(self, number: int, row: int) -> Parts:
         """A row's bytes, not yet looked at. Threads may call this."""
         shard = self.shards[number]
-        self.index.check_shard(number, shard.rows, shard.tokens)
+        self.index.check_shard(number, *shard.counts)
         place = self.index.place(number, row, int(shard.marker["bytes"]))
         with gate(f"{shard.file}, row {row}"):
             payload = self.range(number, place.offset, place.size)
@@ -144,18 +145,21 @@ class RowReader:
             head.check(shard.name, row, self.dump.plan_sha256, place.tokens)
         with gate(f"{shard.file}, row {row} (document {head.doc_id!r}, chunk {head.chunk})"):
             decoder = RowDecoder(shard, self.dump.plan, self.samples)
-            decoder.check(head.input_ids, place.tokens)
+            decoder.check(head.input_ids, place.tokens, head.targets)
+            learnt = len(positions_of(head.targets, place.tokens))
+            if head.targets is not None and learnt != place.targets:
+                raise self.index.damaged(f"{place.targets} targets, the row's mask has {learnt}")
             samples = None
             if decoder.has_samples and parts.samples is not None:
                 samples = parts.samples.data
                 if zlib.crc32(samples) != head.samples_crc:
                     raise CorruptShard("the checksum of the samples is not the row's")
             tables = self.tables(number)
-            ready: Ranks | Row = tables if isinstance(tables, Ranks) else tables.row(head.input_ids)
-            topk = decoder.decode(payload, samples, place.tokens, ready)
+            ready = tables_of_row(tables, head.input_ids, head.targets)
+            topk = decoder.decode(payload, samples, learnt, ready)
         for part in (parts.payload, parts.samples):
             self.keep(number, part)
-        return Record(head.doc_id, head.chunk, head.input_ids, topk)
+        return Record(head.doc_id, head.chunk, head.input_ids, topk, head.targets)
 
     def tables(self, number: int) -> Ranks | Successors:
         """The tables of a shard, read once while they are kept."""

@@ -10,6 +10,8 @@ import zstandard
 
 from storage.codec.v1 import Ranks
 from storage.errors import CorruptPayload, CorruptShard
+from storage.parsing import Json
+from storage.plan import masked
 
 SCHEMA = pa.schema(
     [
@@ -20,15 +22,20 @@ SCHEMA = pa.schema(
         pa.field("payload", pa.binary(), nullable=False),
     ]
 )
+TARGETS = pa.field("targets", pa.binary(), nullable=False)  # only if the plan has targets
 SUCCESSORS = pa.field("successors", pa.binary())  # version 2's tables: one value, in the first row
 SAMPLES = pa.field("samples", pa.binary(), nullable=False)  # only if the plan has samples
 FORMATS = {b"mol-topk/1": "v1", b"mol-topk/2": "v2"}
 
 
-def schema_of(codec: str, has_samples: bool) -> pa.Schema:
-    """The columns of a data file; `codec` is "v1" or "v2"."""
-    schema = SCHEMA.append(SAMPLES) if has_samples else SCHEMA
-    return schema if codec == "v1" else schema.append(SUCCESSORS)
+def schema_of(plan: Json) -> pa.Schema:
+    """The columns of the data files of a dump with this plan."""
+    optional = [
+        (TARGETS, masked(plan)),
+        (SAMPLES, plan.get("samples", 0) > 0),
+        (SUCCESSORS, plan.get("codec", "v1") == "v2"),
+    ]
+    return pa.schema([*SCHEMA, *(field for field, there in optional if there)])
 
 
 def footer_crc32(file: Any) -> int:

@@ -12,7 +12,6 @@ marker and its plan before memory is allocated for it:
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from storage.codec import samples as sampled
 from storage.codec.codec import decode
 from storage.codec.frames import Limits
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, Successors
+from storage.codec.v2_tables import Row, Successors, tables_of_row
 from storage.data_file import MISSING, open_source
 from storage.errors import (
     CorruptShard,
@@ -34,6 +33,7 @@ from storage.errors import (
 from storage.manifest import Dump, Shard
 from storage.parsing import MOST_K, Json
 from storage.shard import FORMATS, footer_crc32, schema_of, unpack_ranks
+from storage.targets import Bools, positions_of, unpack_mask
 from storage.topk import Int32s, Record, TopK, check_samples_belong
 
 MOST_RATIO = 64  # of a column's bytes after and before decompression
@@ -52,7 +52,6 @@ class ShardReader:
         self.dump, self.shard, self.name = dump, shard, shard.file
         self.decoder = RowDecoder(shard, dump.plan, samples)
         self.vocab_size, self.has_samples = self.decoder.vocab_size, self.decoder.has_samples
-        has_samples = self.decoder.draws > 0
         self._tables: Ranks | Successors | None = None
         with gate(self.name):
             try:
@@ -65,15 +64,16 @@ class ShardReader:
             self.file = pq.ParquetFile(source, page_checksum_verification=True)
             metadata = self.file.metadata.metadata or {}
             self.codec = check_metadata(metadata, shard, dump)
-            self.columns = schema_of(self.codec, has_samples).names
-            check_footer(self.file, shard, schema_of(self.codec, has_samples))
+            schema = schema_of(dump.plan)
+            self.columns = schema.names
+            check_footer(self.file, shard, schema)
             if self.codec == "v1":
                 self._tables = unpack_ranks(metadata.get(b"ranks", b""), self.vocab_size)
             groups = range(self.file.num_row_groups)
             rows = [self.file.metadata.row_group(group).num_rows for group in groups]
             self.starts = np.cumsum([0, *rows])
 
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+    def lengths(self) -> Int32s:
         """int32 [rows]: tokens of each row. Reads no payloads."""
         with gate(self.name):
             tokens = self.file.read(columns=["tokens"]).column(0).to_numpy()
@@ -82,6 +82,19 @@ class ShardReader:
                     f"the column tokens does not add up to the marker's {self.shard.tokens} tokens"
                 )
         return np.asarray(tokens)
+
+    def target_counts(self) -> Int32s:
+        """int32 [rows]: targets of each row; all its tokens without masks. Reads no payloads."""
+        if not self.shard.masked:
+            return self.lengths()
+        with gate(self.name):
+            counts = target_counts(self.file.read(columns=["targets"]))
+            if counts.sum() != self.shard.positions:
+                raise CorruptShard(
+                    f"the column targets does not add up to the marker's {self.shard.positions} "
+                    "positions"
+                )
+        return counts
 
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""
@@ -103,11 +116,11 @@ class ShardReader:
         first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
         return first.as_py() or b""
 
-    def ranks(self, input_ids: Int32s) -> Ranks | Row:
-        """The tables that decode the payload of the row with these input_ids."""
+    def ranks(self, input_ids: Int32s, targets: Bools | None = None) -> Ranks | Row:
+        """The tables that decode the payload of the row with these input_ids and targets."""
         if self._tables is None:
             self._tables = Successors.unpack(self.tables_value(), self.vocab_size)
-        return self._tables if isinstance(self._tables, Ranks) else self._tables.row(input_ids)
+        return tables_of_row(self._tables, input_ids, targets)
 
     def record(self, table: pa.Table, group: int, row: int) -> Record:
         """Decode row `row` of the file from the table of its row group."""
@@ -117,22 +130,40 @@ class ShardReader:
         with gate(f"{self.name}, row {row} (document {doc_id!r}, chunk {chunk})"):
             return Record(doc_id, chunk, *self.row(table, at))
 
-    def row(self, table: pa.Table, at: int) -> tuple[Int32s, TopK]:
-        """(input_ids, distributions) of one row of a table, both checked."""
+    def row(self, table: pa.Table, at: int) -> tuple[Int32s, TopK, Bools | None]:
+        """(input_ids, distributions, targets) of one row of a table, all checked."""
         input_ids = table.column("input_ids")[at].values.to_numpy()
         tokens = table.column("tokens")[at].as_py()
-        self.decoder.check(input_ids, tokens)
+        targets = targets_of(table, at, tokens)
+        self.decoder.check(input_ids, tokens, targets)
         payload = table.column("payload")[at].as_buffer().to_pybytes()
         samples = None
         if self.has_samples:
             samples = table.column("samples")[at].as_buffer().to_pybytes()
-        return input_ids, self.decoder.decode(payload, samples, tokens, self.ranks(input_ids))
+        positions = len(positions_of(targets, tokens))
+        ready = self.ranks(input_ids, targets)
+        return input_ids, self.decoder.decode(payload, samples, positions, ready), targets
 
     def __iter__(self) -> Iterator[Record]:
         for group in range(self.file.num_row_groups):
             table = self.read_group(group)
             for row in range(int(self.starts[group]), int(self.starts[group + 1])):
                 yield self.record(table, group, row)
+
+
+def target_counts(table: pa.Table) -> Int32s:
+    """int32 [rows]: learnt tokens of each row; without masks all its tokens."""
+    if "targets" not in table.column_names:
+        return np.asarray(table.column("tokens").to_numpy())
+    masks = table.column("targets").to_pylist()
+    return np.array([int.from_bytes(mask, "little").bit_count() for mask in masks], np.int32)
+
+
+def targets_of(table: pa.Table, at: int, tokens: int) -> Bools | None:
+    """The mask of one row of a table, of `tokens` tokens; None in a dump without masks."""
+    if "targets" not in table.column_names:
+        return None
+    return unpack_mask(table.column("targets")[at].as_buffer().to_pybytes(), tokens)
 
 
 class RowDecoder:
@@ -143,9 +174,16 @@ class RowDecoder:
         self.k, self.entries = entries_of_a_position(shard, plan), int(shard.marker["entries"])
         self.draws = int(plan.get("samples", 0))
         self.has_samples = samples and self.draws > 0
+        self.masked = shard.masked
 
-    def check(self, input_ids: Int32s, tokens: int) -> None:
-        """Raise CorruptShard unless these are the input_ids of a row of `tokens` tokens."""
+    def check(self, input_ids: Int32s, tokens: int, targets: Bools | None) -> None:
+        """Raise CorruptShard unless these can be those of a row of `tokens` tokens."""
+        if (targets is not None) != self.masked:
+            raise CorruptShard(
+                "the row has no mask, but the plan has targets"
+                if self.masked
+                else "the row has a mask, but the plan has no targets"
+            )
         if tokens != len(input_ids) or not tokens:
             raise CorruptShard(f"{tokens} tokens, {len(input_ids)} input ids; expected as many")
         if int(input_ids.view(np.uint32).max()) >= self.vocab_size:  # negative ids are the largest
@@ -155,14 +193,14 @@ class RowDecoder:
             )
 
     def decode(
-        self, payload: bytes, samples: bytes | None, tokens: int, tables: Ranks | Row
+        self, payload: bytes, samples: bytes | None, positions: int, tables: Ranks | Row
     ) -> TopK:
-        """The distributions of a row of `tokens` tokens; its tables are those of `ranks`."""
-        limits = Limits(tokens - 1, self.k, self.vocab_size, self.entries)
+        """The distributions of a row of that many positions; its tables are those of `ranks`."""
+        limits = Limits(positions, self.k, self.vocab_size, self.entries)
         topk: TopK = decode(payload, tables, limits)
         if samples is None:
             return topk
-        found = sampled.unpack(samples, Limits(tokens - 1, self.draws, self.vocab_size))
+        found = sampled.unpack(samples, Limits(positions, self.draws, self.vocab_size))
         check_samples_belong(topk, found)
         return replace(topk, samples=found)
 

@@ -19,21 +19,24 @@ from storage.codec.codec import pack, unpack
 from storage.codec.frames import Limits
 from storage.codec.grid import Grid, dequantise, quantise
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Successors
+from storage.codec.v2_tables import Successors, tables_of_row
 from storage.errors import CorruptPayload, CorruptShard, FormatVersionError, InvalidRecord
 from storage.index import pack_index
 from storage.index_files import shard_index
 from storage.manifest import Partition, Shard
 from storage.parsing import MASS_BINS, MOST_K, Json, to_json
 from storage.places import Group, Places, start
+from storage.plan import masked
 from storage.row_head import RowHead
 from storage.shard import FORMATS, SCHEMA, footer_crc32, pack_ranks, schema_of
-from storage.shard_reader import check_footer, gate
+from storage.shard_reader import check_footer, gate, target_counts
+from storage.targets import Bools, pack_mask, positions_of
 from storage.topk import Int32s, Record, TopK, codec_kl
 
 # What a random read costs without an index. Version 1 learns its ranks from the first one.
 ROW_GROUP_TOKENS = 16_384
-LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload")
+SPARSE = 64  # tokens that count as one position, where rows have masks
+LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload", "targets")
 PAYLOADS = ("payload", "samples", "successors")  # already compressed
 
 
@@ -45,6 +48,7 @@ class PendingRow(NamedTuple):
     input_ids: Int32s
     samples: bytes  # encoded; empty without samples
     grid: Grid
+    targets: Bools | None  # None in a dump without masks
 
 
 class ShardWriter:
@@ -71,7 +75,7 @@ class ShardWriter:
         self.vocab_size, self.step = int(plan["vocab_size"]), float(plan["step"])
         self.k = int(plan.get("k", min(self.vocab_size, MOST_K)))
         self.codec = str(plan.get("codec", "v1"))
-        self.draws = int(plan.get("samples", 0))
+        self.draws, self.masked = int(plan.get("samples", 0)), masked(plan)
         if self.codec not in FORMATS.values():
             raise FormatVersionError(
                 f"the plan's codec is {self.codec!r}, this release writes v1 and v2; update "
@@ -82,7 +86,7 @@ class ShardWriter:
         self.mass = self.kl_sum = self.kl_max = 0.0
         self.histogram = np.zeros(MASS_BINS, np.int64)
         self.pending: list[PendingRow] = []
-        self.pending_tokens = 0
+        self.pending_tokens = self.pending_positions = 0
         self.tables: Ranks | Successors | None = None
         self.file: pq.ParquetWriter | None = None
         self.local: Path | None = None
@@ -93,10 +97,13 @@ class ShardWriter:
     def write(self, record: Record) -> None:
         """Add a row. Raises InvalidRecord that names the document if it must not be stored."""
         where = f"document {record.doc_id!r}, chunk {record.chunk}"
-        if len(record.topk) != len(record.input_ids) - 1:
+        targets = self.mask_of(record, where)
+        positions = len(positions_of(targets, len(record.input_ids)))
+        if len(record.topk) != positions:
+            learnt = f", {positions} of them targets," if self.masked else ""
             raise InvalidRecord(
-                f"{where}: {len(record.input_ids)} tokens need {len(record.input_ids) - 1} "
-                f"distributions, found {len(record.topk)}"
+                f"{where}: {len(record.input_ids)} tokens{learnt} need {positions} distributions, "
+                f"found {len(record.topk)}"
             )
         mass = record.topk.kept_mass()
         broken = ~np.isfinite(mass) | np.isnan(record.topk.tail_logprob)
@@ -128,16 +135,59 @@ class ShardWriter:
         self.kl_sum += float(kl.sum())
         self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
         samples = self.encode_samples(record.topk)
-        self.pending.append(PendingRow(record.doc_id, record.chunk, ids, samples, grid.narrow()))
+        self.pending.append(
+            PendingRow(record.doc_id, record.chunk, ids, samples, grid.narrow(), targets)
+        )
         self.pending_tokens += len(ids)
+        self.pending_positions += positions
         self.rows += 1
         self.tokens += len(ids)
-        self.positions += len(record.topk)
+        self.positions += positions
         self.entries += len(record.topk.ids)
         self.mass += float(mass.sum())
         self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
-        if self.codec == "v1" and self.pending_tokens >= ROW_GROUP_TOKENS:
+        pending = self.size(self.pending_tokens, self.pending_positions)
+        if self.codec == "v1" and pending >= ROW_GROUP_TOKENS:
             self.flush()
+
+    @property
+    def learnt(self) -> int:
+        """Size of the shard so far in learnt tokens, which `shard_tokens` of a plan limits.
+
+        Without masks all tokens count. With them, the targets do, and where these are few, a 64th
+        of the tokens.
+        """
+        return self.size(self.tokens, self.positions)
+
+    def size(self, tokens: int, positions: int) -> int:
+        """As `learnt`, of rows of that many tokens and positions."""
+        return max(positions, tokens // SPARSE) if self.masked else tokens
+
+    def mask_of(self, record: Record, where: str) -> Bools | None:
+        """The mask to store, bool [tokens]; None in a dump without masks. Raises InvalidRecord."""
+        tokens, given = len(record.input_ids), record.targets
+        if not tokens:
+            raise InvalidRecord(f"{where}: no tokens; leave the row out")
+        if given is not None and not self.masked:
+            raise InvalidRecord(
+                f"{where}: a mask of targets, but the plan has no `targets`: add them to the plan, "
+                "or store the distributions of all tokens"
+            )
+        if not self.masked:
+            return None
+        mask = np.ones(tokens, bool) if given is None else np.array(given)
+        if mask.dtype != bool or mask.shape != (tokens,):
+            raise InvalidRecord(
+                f"{where}: expected targets bool [{tokens}], a mark for each token, found "
+                f"{mask.dtype} {list(mask.shape)}"
+            )
+        mask[0] = False  # nothing predicts it
+        if not mask.any():
+            raise InvalidRecord(
+                f"{where}: expected a target among the tokens after the first, found none; leave "
+                "the row out"
+            )
+        return mask
 
     def encode_samples(self, topk: TopK) -> bytes:
         """A record's samples, encoded. Raises CorruptShard if they do not decode to the same."""
@@ -166,13 +216,14 @@ class ShardWriter:
                 metadata["ranks"] = pack_ranks(self.tables)
             else:
                 rows = [(row.input_ids, row.grid) for row in self.pending]
-                self.tables = Successors.learn(rows, self.vocab_size)
+                masks = [row.targets for row in self.pending]
+                self.tables = Successors.learn(rows, self.vocab_size, masks)
             folder = self.partition.dump.store.staging_folder(self.partition.name)
             self.local = folder / f".writing-{self.name.replace('/', '-')}-{uuid.uuid4().hex}"
             with self.partition.dump.store.explaining("write", self.name):
                 self.file = pq.ParquetWriter(
                     self.local,
-                    schema_of(self.codec, self.draws > 0),
+                    schema_of(self.partition.dump.plan),
                     compression={
                         name: "none" if name in PAYLOADS else "zstd"
                         for name in (*LEAVES, *PAYLOADS)
@@ -191,9 +242,10 @@ class ShardWriter:
         """Encode and write one row group of the pending rows."""
         assert self.file is not None
         assert self.local is not None
-        size = tokens = 0
-        while size < len(self.pending) and tokens < ROW_GROUP_TOKENS:
+        size = tokens = positions = 0
+        while size < len(self.pending) and self.size(tokens, positions) < ROW_GROUP_TOKENS:
             tokens += len(self.pending[size].input_ids)
+            positions += len(self.pending[size].grid.counts)
             size += 1
         rows, self.pending = self.pending[:size], self.pending[size:]
         # The slow parts of encoding release the GIL.
@@ -207,6 +259,9 @@ class ShardWriter:
             pa.array([row.input_ids for row in rows], SCHEMA.field("input_ids").type),
             pa.array(payloads, pa.binary()),
         ]
+        if self.masked:
+            masks = [pack_mask(row.targets) for row in rows if row.targets is not None]
+            columns.append(pa.array(masks, pa.binary()))
         if self.draws:
             columns.append(pa.array([row.samples for row in rows], pa.binary()))
         if isinstance(self.tables, Successors):
@@ -217,20 +272,25 @@ class ShardWriter:
             self.file.write_table(pa.table(columns, schema=self.file.schema))
         samples = [start(row.samples) for row in rows] if self.draws else []
         tokens_of = [len(row.input_ids) for row in rows]
-        self.groups.append(Group(tokens_of, list(map(start, payloads)), samples))
+        targets = [len(row.grid.counts) for row in rows] if self.masked else []
+        starts = list(map(start, payloads))
+        self.groups.append(Group(tokens_of, starts, samples, targets=targets))
         self.pending_tokens -= tokens
+        self.pending_positions -= positions
         self.flushed_rows += size
         self.flushed_tokens += tokens
         self.flushed_bytes = self.local.stat().st_size
 
     def payload(self, row: PendingRow, number: int) -> bytes:
         """Row `number`, encoded, with its head. Raises CorruptShard if it does not decode so."""
-        tables = self.tables
-        ranks = tables.row(row.input_ids) if isinstance(tables, Successors) else tables
+        assert self.tables is not None
+        ranks = tables_of_row(self.tables, row.input_ids, row.targets)
         plan, crc = self.partition.dump.plan_sha256, zlib.crc32(row.samples)
-        head = RowHead(self.name, number, plan, row.doc_id, row.chunk, row.input_ids, crc)
+        head = RowHead(
+            self.name, number, plan, row.doc_id, row.chunk, row.input_ids, crc, row.targets
+        )
         data = row_head.insert(pack(row.grid, ranks), head)
-        limits = Limits(len(row.input_ids) - 1, self.k, self.vocab_size)
+        limits = Limits(len(row.grid.counts), self.k, self.vocab_size)
         try:
             found = row_head.find(data)
             good = found is not None and found.same(head)
@@ -285,7 +345,8 @@ class ShardWriter:
                 "cursor": cursor,
                 **(stats or {}),
             }
-            check_rows(self.local, Shard(self.name, marker), self.file.schema)
+            shard = self.partition.dump.committed(self.name, marker)
+            check_rows(self.local, shard, self.file.schema)
             target = f"{self.partition.name}/{marker['file']}"
             index = self.pack_index(marker["sha256"])
             self.partition.dump.check_plan()
@@ -328,11 +389,18 @@ def check_rows(local: Path, shard: Shard, schema: pa.Schema) -> None:
     """Read a file back before it is published. Raises CorruptShard if readers would refuse it."""
     with gate(shard.name), pq.ParquetFile(local, page_checksum_verification=True) as file:
         check_footer(file, shard, schema)
-        tokens = file.read(columns=["tokens"]).column(0).to_numpy()
+        columns = ["tokens", "targets"] if shard.masked else ["tokens"]
+        table = file.read(columns=columns)
+        tokens = table.column("tokens").to_numpy()
         if (len(tokens), int(tokens.sum())) != (shard.rows, shard.tokens):
             raise CorruptShard(
                 f"wrote {shard.rows} rows and {shard.tokens} tokens, read back {len(tokens)} and "
                 f"{int(tokens.sum())}: is the disk full?"
+            )
+        targets = int(target_counts(table).sum())
+        if shard.masked and targets != shard.positions:
+            raise CorruptShard(
+                f"wrote {shard.positions} targets, read back {targets}: is the disk full?"
             )
 
 

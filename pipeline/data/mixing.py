@@ -14,11 +14,12 @@ from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
-from pipeline.corpus import TokenSequences
+from pipeline.corpus import Tokens, TokenSequences
 from pipeline.errors import ConfigError
-from pipeline.types import Int32s, Int64s
+from pipeline.types import Int64s
 from storage import LogitDataset, Record
 
 MixBy = Literal["sequences", "tokens"]
@@ -41,7 +42,7 @@ class GeneralStream:
     def __init__(self, dumps: Sequence[LogitDataset], weights: Sequence[float], seed: int) -> None:
         self.dumps, self.seed = list(dumps), seed
         self.shares = shares_of(dumps, weights)
-        self._starts = [0]  # tokens before each block that was asked for, and the next
+        self._starts = [0]  # targets before each block that was asked for, and the next
         self._last_block: tuple[int, Int64s, Int64s] | None = None
 
     def record(self, at: int) -> Record:
@@ -64,14 +65,14 @@ class GeneralStream:
         numbers, indices = self._block(block)
         return int(numbers[offset]), int(indices[offset])
 
-    def rows_within(self, tokens: int) -> int:
-        """Number of rows from the start that hold at most this many tokens."""
-        while self._starts[-1] <= tokens:
-            lengths = self._lengths(len(self._starts) - 1)
-            self._starts.append(self._starts[-1] + int(lengths.sum()))
-        block = bisect_right(self._starts, tokens) - 1
-        ends = self._starts[block] + np.cumsum(self._lengths(block))
-        return block * BLOCK + int(np.searchsorted(ends, tokens, side="right"))
+    def rows_within(self, targets: int) -> int:
+        """Number of rows from the start that hold at most this many targets."""
+        while self._starts[-1] <= targets:
+            counts = self._target_counts(len(self._starts) - 1)
+            self._starts.append(self._starts[-1] + int(counts.sum()))
+        block = bisect_right(self._starts, targets) - 1
+        ends = self._starts[block] + np.cumsum(self._target_counts(block))
+        return block * BLOCK + int(np.searchsorted(ends, targets, side="right"))
 
     def epochs(self, rows: int) -> list[float]:
         """Passes over each dump after this many rows of the stream."""
@@ -94,13 +95,19 @@ class GeneralStream:
         self._last_block = block, numbers, indices
         return numbers, indices
 
-    def _lengths(self, block: int) -> Int64s:
+    def _target_counts(self, block: int) -> Int64s:
         numbers, indices = self._block(block)
-        lengths = np.empty(BLOCK, np.int64)
+        counts = np.empty(BLOCK, np.int64)
         for number, dump in enumerate(self.dumps):
             own = numbers == number
-            lengths[own] = dump.lengths[indices[own]]
-        return lengths
+            counts[own] = target_counts(dump)[indices[own]]
+        return counts
+
+
+def target_counts(corpus: TokenSequences | LogitDataset) -> npt.NDArray[np.integer]:
+    """[rows]: targets of each sequence; its tokens, where all are learnt."""
+    found: npt.NDArray[np.integer] = getattr(corpus, "target_counts", corpus.lengths)
+    return found
 
 
 def shares_of(dumps: Sequence[LogitDataset], weights: Sequence[float]) -> list[int]:
@@ -146,7 +153,7 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 class Item:
     """What one item of the stream adds to a batch."""
 
-    domain: Int32s
+    domain: Tokens
     general: list[Record]
 
 
@@ -155,7 +162,8 @@ class MixedDataset(Dataset[Item]):
 
     An epoch is `epoch_items` items: the domain's sequences in a new order, begun again where the
     epoch was rounded up to whole optimizer steps. The general stream continues across epochs. `mix`
-    counts general sequences per domain sequence, or general tokens per domain token.
+    counts general sequences per domain sequence, or general targets per domain target; where a
+    sequence has no mask, its targets are its tokens.
     """
 
     def __init__(
@@ -170,7 +178,7 @@ class MixedDataset(Dataset[Item]):
         self.domain, self.general, self.seed, self.mix_by = domain, general, seed, mix_by
         self.mix = mix if general is not None else 0.0
         self.epoch_items = -(-len(domain) // items_per_step) * items_per_step
-        self._epoch_starts = [0]  # domain tokens before each epoch that was asked for
+        self._epoch_starts = [0]  # domain targets before each epoch that was asked for
         self._last_epoch: tuple[int, Int64s] | None = None
 
     def __len__(self) -> int:
@@ -202,7 +210,7 @@ class MixedDataset(Dataset[Item]):
             return 0
         if self.mix_by == "sequences":
             return int(items * self.mix)
-        return self.general.rows_within(int(self.mix * self._domain_tokens(items)))
+        return self.general.rows_within(int(self.mix * self._domain_targets(items)))
 
     def epochs(self, items: int) -> dict[str, float]:
         """Passes over each corpus after this many items, by name."""
@@ -218,18 +226,18 @@ class MixedDataset(Dataset[Item]):
         order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
         return order[np.arange(self.epoch_items) % len(order)]
 
-    def _domain_tokens(self, items: int) -> int:
-        """Domain tokens of the first `items` items."""
+    def _domain_targets(self, items: int) -> int:
+        """Domain targets of the first `items` items."""
         epoch, at = divmod(items, self.epoch_items)
         while len(self._epoch_starts) <= epoch:
-            last = self._token_starts(len(self._epoch_starts) - 1)[-1]
+            last = self._target_starts(len(self._epoch_starts) - 1)[-1]
             self._epoch_starts.append(self._epoch_starts[-1] + int(last))
-        return self._epoch_starts[epoch] + int(self._token_starts(epoch)[at])
+        return self._epoch_starts[epoch] + int(self._target_starts(epoch)[at])
 
-    def _token_starts(self, epoch: int) -> Int64s:
-        """Domain tokens of the epoch before each of its items, and of all of them."""
+    def _target_starts(self, epoch: int) -> Int64s:
+        """Domain targets of the epoch before each of its items, and of all of them."""
         if self._last_epoch is None or self._last_epoch[0] != epoch:
-            ends = np.cumsum(self.domain.lengths[self._order(epoch)])
+            ends = np.cumsum(self.domain.target_counts[self._order(epoch)])
             self._last_epoch = epoch, np.concatenate([np.zeros(1, np.int64), ends])
         return self._last_epoch[1]
 

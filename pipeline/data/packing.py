@@ -4,22 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.corpus import Tokens
 from pipeline.data.mixing import Item
-from pipeline.types import Int32s, Int64s
+from pipeline.types import Int64s
 from storage import Record
 
 
 class Targets(TypedDict):
-    """What the C domain positions and N general positions of a packed row learn."""
+    """What a packed row learns: C domain targets and N general ones."""
 
     rows: Tensor
-    """int64 [C + N]: positions in the row, domain first."""
+    """int64 [C + N]: the positions in the row that predict them, domain first."""
     labels: Tensor
-    """int64 [C]: the next token of each domain position."""
+    """int64 [C]: the domain targets, each the token after its position."""
     ids: Tensor
     """int32 [N, K]: stored ids, and sampled ones where a dump has them."""
     logprobs: Tensor
@@ -39,27 +39,35 @@ class PackedRow(TypedDict):
     """int64 [1, T]: from 0 in each sequence."""
     sequence_lengths: list[int]
     """Tokens of each sequence; they sum to T."""
+    domain_tokens: int
+    """Tokens of the domain sequences, which come first; targets or not."""
     targets: Targets
 
 
 class Packed(NamedTuple):
-    """Sequences one after the other, each array [T]."""
+    """Sequences one after the other."""
 
     input_ids: Int64s
+    """[T]"""
     position_ids: Int64s
-    predicts: npt.NDArray[np.bool_]
-    """False at the last token of each sequence."""
+    """[T]: from 0 in each sequence."""
+    rows: Int64s
+    """[P]: the positions in the row that predict a target."""
 
 
-def pack(sequences: Sequence[Int32s]) -> Packed:
+def pack(sequences: Sequence[Tokens | Record]) -> Packed:
     """Join sequences into one row. `pipeline.models.attention` keeps them apart in the model."""
-    lengths = np.array([len(sequence) for sequence in sequences])
-    ends = np.cumsum(lengths)
-    input_ids = np.concatenate(sequences).astype(np.int64)
-    position_ids = np.arange(len(input_ids)) - np.repeat(ends - lengths, lengths)
-    predicts = np.ones(len(input_ids), bool)
-    predicts[ends - 1] = False
-    return Packed(input_ids, position_ids, predicts)
+    lengths = np.array(lengths_of(sequences))
+    starts = np.cumsum(lengths) - lengths
+    input_ids = np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)
+    position_ids = np.arange(len(input_ids)) - np.repeat(starts, lengths)
+    rows = [start + one.positions for start, one in zip(starts, sequences, strict=True)]
+    return Packed(input_ids, position_ids, np.concatenate(rows))
+
+
+def lengths_of(sequences: Sequence[Tokens | Record]) -> list[int]:
+    """Tokens of each sequence."""
+    return [len(sequence.input_ids) for sequence in sequences]
 
 
 def collate(
@@ -71,8 +79,8 @@ def collate(
 
 
 def packed_rows(
-    domain: list[Int32s],
-    general: list[Record],
+    domain: Sequence[Tokens],
+    general: Sequence[Record],
     row_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> list[PackedRow]:
@@ -81,7 +89,7 @@ def packed_rows(
     A longer sequence gets a row of its own. `vocab_size` is the width of the student's head, see
     `pack_row`.
     """
-    lengths = [len(ids) for ids in domain] + [len(record.input_ids) for record in general]
+    lengths = lengths_of([*domain, *general])
     return [
         pack_row(
             [domain[index] for index in chosen if index < len(domain)],
@@ -110,18 +118,17 @@ def fill(lengths: list[int], size: int | None) -> list[list[int]]:
 
 
 def pack_row(
-    domain: list[Int32s], records: list[Record], vocab_size: int | None = None
+    domain: Sequence[Tokens], records: Sequence[Record], vocab_size: int | None = None
 ) -> PackedRow:
     """Pack domain sequences, then general ones, into one row with its targets.
 
     Sampled ids are among the entries of a record that has some; it then has no tail. Stored ids
     from `vocab_size` on, which the student's head lacks, go to the tail.
     """
-    sequences = [*domain, *(record.input_ids for record in records)]
-    lengths = [len(sequence) for sequence in sequences]
-    input_ids, position_ids, predicts = pack(sequences)
-    rows = np.flatnonzero(predicts)
-    domain_rows = rows[: int(np.searchsorted(rows, sum(lengths[: len(domain)])))]
+    sequences: list[Tokens | Record] = [*domain, *records]
+    input_ids, position_ids, rows = pack(sequences)
+    domain_tokens = sum(map(len, domain))
+    domain_rows = rows[: int(np.searchsorted(rows, domain_tokens))]
     topks = [record.topk.spread_tail() for record in records]
     if vocab_size is not None:
         topks = [topk.fold(vocab_size) for topk in topks]
@@ -134,7 +141,8 @@ def pack_row(
     return {
         "input_ids": torch.from_numpy(input_ids)[None],
         "position_ids": torch.from_numpy(position_ids)[None],
-        "sequence_lengths": lengths,
+        "sequence_lengths": lengths_of(sequences),
+        "domain_tokens": domain_tokens,
         "targets": {
             "rows": torch.from_numpy(rows),
             "labels": torch.from_numpy(input_ids[domain_rows + 1]),
@@ -153,10 +161,10 @@ def with_targets(row: PackedRow, **changes: Tensor) -> PackedRow:
 
 def domain_part(row: PackedRow) -> PackedRow:
     """The row without its general sequences."""
-    targets = row["targets"]
-    labels, tokens = len(targets["labels"]), domain_tokens(row)
-    if not labels:
+    targets, tokens = row["targets"], row["domain_tokens"]
+    if not tokens:
         return without_targets(row)
+    labels = len(targets["labels"])
     no_general = {name: targets[name][:0] for name in GENERAL}  # type: ignore[literal-required]
     kept = with_targets(row, **no_general, rows=targets["rows"][:labels])
     return cut(kept, slice(0, tokens))
@@ -164,11 +172,10 @@ def domain_part(row: PackedRow) -> PackedRow:
 
 def general_part(row: PackedRow) -> PackedRow:
     """The row without its domain sequences."""
-    targets = row["targets"]
-    labels, tokens = len(targets["labels"]), domain_tokens(row)
+    targets, tokens = row["targets"], row["domain_tokens"]
     if tokens == row["input_ids"].shape[1]:
         return without_targets(row)
-    rows = targets["rows"][labels:] - tokens
+    rows = targets["rows"][len(targets["labels"]) :] - tokens
     return cut(with_targets(row, rows=rows, labels=targets["labels"][:0]), slice(tokens, None))
 
 
@@ -178,18 +185,14 @@ def without_targets(row: PackedRow) -> PackedRow:
     return cut(with_targets(row, **nothing), slice(0, row["sequence_lengths"][0]))
 
 
-def domain_tokens(row: PackedRow) -> int:
-    """Tokens of the row's domain sequences, which come first."""
-    labels = len(row["targets"]["labels"])
-    return int(row["targets"]["rows"][labels - 1]) + 2 if labels else 0
-
-
 def cut(row: PackedRow, tokens: slice) -> PackedRow:
     """These tokens of the row, whole sequences of it; its targets are the caller's business."""
+    domain = range(row["domain_tokens"])[tokens]
     return {
         "input_ids": row["input_ids"][:, tokens],
         "position_ids": row["position_ids"][:, tokens],
         "sequence_lengths": list(lengths_within(row["sequence_lengths"], tokens)),
+        "domain_tokens": len(domain),
         "targets": row["targets"],
     }
 

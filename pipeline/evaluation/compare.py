@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.corpus import Tokens
 from pipeline.data.packing import pack
 from pipeline.evaluation.measures import Sums, measure
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.models.directory import ModelFolder
-from pipeline.types import Int32s
 
 
 @torch.no_grad()  # not inference_mode: FSDP later trains with the weights gathered here
 def compare(
     model: PreTrainedModel,
     base: PreTrainedModel | None,
-    sequences: Iterable[Int32s],
+    sequences: Iterable[Tokens],
     batch_tokens: int = 2048,
     tail_k: int = 64,
 ) -> Iterator[Sums]:
-    """Yield the sums of each sequence, in order. Without a base, distances to it are 0.
+    """Yield the sums of each sequence over its targets, in order.
+
+    Without a base, distances to it are 0.
 
     Holds the logits of `batch_tokens` positions, or of one longer sequence, in the models' own
     dtypes, and a few rows of them in float32.
@@ -34,7 +36,7 @@ def compare(
             "input_ids": torch.from_numpy(packed.input_ids)[None].to(model.device),
             "position_ids": torch.from_numpy(packed.position_ids)[None].to(model.device),
         }
-        rows = torch.from_numpy(packed.predicts).nonzero()[:, 0].to(model.device)
+        rows = torch.from_numpy(packed.rows).to(model.device)
         labels = inputs["input_ids"][0, rows + 1]
         logits = predict(model, inputs, lengths, rows)
         if base is None:
@@ -42,7 +44,8 @@ def compare(
         else:
             base_logits = logits if base is model else predict(base, inputs, lengths, rows)
         measured = measure(logits, labels, base_logits, tail_k)
-        yield from map(Sums.of, np.split(measured, np.cumsum([n - 1 for n in lengths])[:-1]))
+        ends = np.cumsum([len(sequence.positions) for sequence in batch])
+        yield from map(Sums.of, np.split(measured, ends[:-1]))
 
 
 def predict(
@@ -54,9 +57,9 @@ def predict(
     return logits
 
 
-def batches(sequences: Iterable[Int32s], tokens: int) -> Iterator[list[Int32s]]:
+def batches(sequences: Iterable[Tokens], tokens: int) -> Iterator[list[Tokens]]:
     """Yield consecutive sequences with at most `tokens` tokens in total, or one longer sequence."""
-    batch: list[Int32s] = []
+    batch: list[Tokens] = []
     size = 0
     for sequence in sequences:
         if batch and size + len(sequence) > tokens:

@@ -1,7 +1,7 @@
 """Evaluate students: perplexities on held-out text, and the distance to the base model.
 
-All measures are means over predicted tokens, so long documents weigh more than short ones.
-Documents become token sequences exactly as in training.
+All measures are means over targets, so long documents weigh more than short ones. Documents become
+token sequences exactly as in training; targets are their learnt tokens, all of them by default.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from pipeline.progress import Progress, say, show
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each
-SHORTEST = 16  # predicted tokens that a shown document has at least
+SHORTEST = 16  # targets that a shown document has at least
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Comparison:
     def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
         """Sums of each sequence, by kind of text."""
         found: dict[str, list[Sums]] = {}
-        work = Progress(sum(len(text.ids) for text in self.texts.values()), "token")
+        work = Progress(sum(map(targets_of, self.texts.values())), "token")
         try:
             done = 0
             for kind, text in self.texts.items():
@@ -123,10 +123,14 @@ class Comparison:
                     found[kind].append(sums)
                     total += sums
                     work.update(done + int(total.tokens), partial(status_line, name, kind, total))
-                done += len(text.ids)
+                done += targets_of(text)
         finally:
             work.close()
         return found
+
+
+def targets_of(text: TokenSequences) -> int:
+    return int(text.target_counts.sum())
 
 
 def status_line(name: str, kind: str, total: Sums) -> str:
@@ -167,7 +171,7 @@ def worst(
                 "tokens": int(model[at, 0]),
                 "nats_per_token": float(model[at, 1] / model[at, 0]),
                 "base_nats_per_token": float(base[at, 1] / base[at, 0]),
-                "text": tokenizer.decode(shown[: EXCERPT // 2])[:EXCERPT],
+                "text": tokenizer.decode(shown.input_ids[: EXCERPT // 2])[:EXCERPT],
             }
         )
     return found

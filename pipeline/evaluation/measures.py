@@ -100,12 +100,12 @@ def measure_rows(
 
 @dataclass
 class Sums:
-    """Sums over predicted tokens; `a + b` adds two of them."""
+    """Sums over targets; `a + b` adds two of them."""
 
     values: Float64s = field(default_factory=lambda: np.zeros(1 + len(COLUMNS)))
-    """[1 + COLUMNS]: tokens, then the sum of each column"""
+    """[1 + COLUMNS]: targets, then the sum of each column"""
     bins: Float64s = field(default_factory=lambda: np.zeros((3, BINS)))
-    """[3, BINS]: tokens, sum of confidence, and correct tokens of each bin of confidence"""
+    """[3, BINS]: targets, sum of confidence, and correct ones of each bin of confidence"""
 
     @classmethod
     def of(cls, rows: Float64s) -> "Sums":
@@ -134,7 +134,10 @@ class Sums:
             return float(np.exp(self.nll / self.tokens))
 
     def report(self) -> dict[str, float]:
-        """Means per token, for JSON; tail_kl is the KL within the tail, weighted by tail mass."""
+        """Means per target, for JSON; "tokens" counts targets.
+
+        tail_kl is the KL within the tail, weighted by tail mass.
+        """
         mean = dict(zip(COLUMNS, (self.values[1:] / self.tokens).tolist(), strict=True))
         _, confidence, correct = self.bins
         return {

@@ -7,14 +7,21 @@ from pipeline.json_files import read_json, read_lines
 from pipeline.report.html import axes, heading, page, pairs, picture
 from pipeline.types import Json
 
-KNOWN = ("steps", "null_test_kl", "seconds", "domain_tokens", "general_tokens")
+KNOWN = {
+    "steps": "steps",
+    "null_test_kl": "null_test_kl",
+    "seconds": "seconds",
+    "domain_tokens": "domain targets",
+    "general_tokens": "general targets",
+}
+"""Numbers of the summary, with their labels."""
 
 
 def report(folder: Path) -> str:
     lines = read_lines(folder / "metrics.jsonl")
     summary_file = folder / "summary.json"
     summary = read_json(summary_file) if summary_file.exists() else {}
-    known = {name: summary[name] for name in KNOWN if name in summary}
+    known = {label: summary[name] for name, label in KNOWN.items() if name in summary}
     parts = [pairs(known | null_test(summary))]
     for title, plots in [
         ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
@@ -22,7 +29,7 @@ def report(folder: Path) -> str:
             "Held-out perplexity",
             {kind: [f"eval_{kind}_perplexity"] for kind in KINDS},
         ),
-        ("Speed", {"tokens per second": ["tokens_per_s"], "share spent waiting": ["wait_share"]}),
+        ("Speed", {"targets per second": ["tokens_per_s"], "share spent waiting": ["wait_share"]}),
         ("Optimizer", {"learning rate": ["learning_rate"], "gradient norm": ["grad_norm"]}),
     ]:
         drawn = curves(lines, plots)

@@ -32,7 +32,8 @@ def report(folder: Path) -> str:
             note(
                 "Mean ± standard deviation over the seeds. Gain and loss are nats of "
                 "log-perplexity against the base. Divergences and top-1 are on the general text; "
-                "columns named other's are on general text of another source."
+                "columns named other's are on general text of another source. All measures are "
+                "means over targets, the tokens that are learnt."
             ),
             *forgetting(results),
             heading("Runs"),

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
-from pipeline.data.mixing import GeneralStream, shares_of
+from pipeline.data.mixing import GeneralStream, shares_of, target_counts
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
@@ -78,10 +78,20 @@ class Inputs:
             return max(self.config.row_tokens, longest)
         item: float = longest
         if lengths and self.config.mix_by == "tokens":
-            item += self.config.mix * longest
+            item += self.config.mix * longest / min(map(target_share, self.dumps))
         elif lengths:
             item += self.config.mix * sum(float(each.mean()) for each in lengths) / len(lengths)
         return int(args.train_batch_size * item)
+
+    @property
+    def target_share(self) -> float:
+        """The largest share of targets among the tokens of a corpus; 1 where one has no masks."""
+        return max(target_share(self.domain), *map(target_share, self.dumps), 0.0)
+
+
+def target_share(corpus: TokenSequences | LogitDataset) -> float:
+    """Targets among the tokens of a corpus; 1 where it has no masks."""
+    return float(target_counts(corpus).sum() / corpus.lengths.sum())
 
 
 def open_dumps(config: TrainConfig) -> dict[LogitDataset, float]:

@@ -1,5 +1,6 @@
 """Estimate the memory of a run from the model's config, before any weight is read."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -69,6 +70,7 @@ def check(
     folder: ModelFolder,
     row_tokens: int,
     rows: Rows = (),
+    target_share: float = 1.0,
 ) -> Estimate | None:
     """Print the expected memory. Raises ConfigError if it cannot fit even without activations.
 
@@ -76,7 +78,7 @@ def check(
     """
     if args.deepspeed or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         return None
-    found = estimate(config, args, folder, row_tokens, rows)
+    found = estimate(config, args, folder, row_tokens, rows, target_share)
     free = free_bytes(args)
     where = "GPU" if args.device.type == "cuda" else "machine"
     line = f"memory: {found} expected, {size_text(free)} free on the {where}"
@@ -95,8 +97,9 @@ def estimate(
     folder: ModelFolder,
     row_tokens: int,
     rows: Rows = (),
+    target_share: float = 1.0,
 ) -> Estimate:
-    """Estimate for packed rows of `row_tokens` tokens, each with a loss.
+    """Estimate for packed rows of `row_tokens` tokens, of which `target_share` have a loss.
 
     `rows` has the lengths of the sequences in some of them: the padding where each sequence has a
     row of its own, and the length that eager attention is paid for.
@@ -128,6 +131,7 @@ def estimate(
     weights += quantised.size + quantised.workspace
     used = compute.itemsize if compute is not None else stored
     vocabulary, width = model.get_output_embeddings().weight.shape
+    targets = math.ceil(row_tokens * target_share)
     if sharded:  # FSDP gathers a layer and the next one, and keeps the embeddings gathered
         weights += (2 * largest_layer(model) + 2 * vocabulary * width) * used
     elif used < stored and quantised.weights:  # what is left are embeddings and head, see the loss
@@ -142,7 +146,7 @@ def estimate(
         weights=weights,
         gradients=gradients,
         optimizer=int(trained * optimizer_bytes(args.optim, master)) // ranks,
-        loss=loss_bytes(args, row_tokens, vocabulary, width, config.lora is None),
+        loss=loss_bytes(args, targets, vocabulary, width, config.lora is None),
         activations=activations,
     )
 

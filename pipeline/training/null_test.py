@@ -195,10 +195,10 @@ def sample_gap(
         cross = trainer.losses_of(shifted(packed, shift)) - negative_entropy
         input_ids = torch.from_numpy(record.input_ids[None].astype("int64")).to(model.device)
         with trainer.accelerator.autocast():
-            logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1]
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, record.positions]
         entropy = torch.distributions.Categorical(logits=logits.float()).entropy()
         gaps.append(cross - entropy.double().cpu())
-        positions.append(torch.arange(len(cross)))
+        positions.append(torch.from_numpy(record.positions))
     fsdp.reshard(model)
     every = torch.cat(gaps)
     noise = (every.std() / len(every) ** 0.5).item()

@@ -13,7 +13,8 @@ from torch import distributed
 from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig
-from pipeline.data.mixing import MixedDataset
+from pipeline.corpus import TokenSequences
+from pipeline.data.mixing import MixedDataset, target_counts
 from pipeline.data.packing import collate
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
@@ -34,6 +35,7 @@ from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
+from storage import LogitDataset
 
 FIRST = 8
 """Batches from which the share of padding is taken."""
@@ -86,7 +88,8 @@ def train(
     texts = inputs.held_out()
     say(describe(inputs, dataset, items_per_step(args)))
     rows = first_rows(dataset, args, config.row_tokens)
-    memory.check(config, args, inputs.model, inputs.row_tokens(args), rows)
+    tokens, share = inputs.row_tokens(args), inputs.target_share
+    memory.check(config, args, inputs.model, tokens, rows, share)
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
@@ -169,14 +172,18 @@ def first_rows(
 def describe(inputs: Inputs, dataset: MixedDataset, per_step: int) -> str:
     """One line on what the run reads."""
     config, domain = inputs.config, inputs.domain
-    parts = [f"{len(domain):,} domain sequences ({len(domain.ids):,} tokens)"]
-    parts += [
-        f"{len(dump):,} general ones ({dump.manifest.tokens:,} tokens)" for dump in inputs.dumps
-    ]
+    parts = [f"{len(domain):,} domain sequences ({tokens_of(domain)})"]
+    parts += [f"{len(dump):,} general ones ({tokens_of(dump)})" for dump in inputs.dumps]
     if inputs.dumps:
         parts.append(f"{dataset.mix:g} to 1 by {config.mix_by}")
     parts.append(f"{per_step} domain sequences in a step")
     return f"{config.output}: {', '.join(parts)}"
+
+
+def tokens_of(corpus: TokenSequences | LogitDataset) -> str:
+    """The number of tokens, and of targets where some tokens are none."""
+    tokens, targets = int(corpus.lengths.sum()), int(target_counts(corpus).sum())
+    return f"{tokens:,} tokens" + (f", {targets:,} of them targets" if targets < tokens else "")
 
 
 def leave(code: int) -> None:

@@ -1,7 +1,8 @@
 """DistillTrainer: transformers' Trainer with L = CE(domain) + alpha · KL(general, from disk).
 
-Both losses are sums over the tokens of the whole optimizer step, across micro-batches and ranks,
-each divided by its own count: alpha means the same whatever the batches are made of.
+Both losses are sums over the targets of the whole optimizer step, across micro-batches and ranks,
+each divided by its own count: alpha means the same whatever the batches are made of. Targets are
+the tokens that are learnt, all of a sequence where it has no mask.
 """
 
 import math
@@ -117,7 +118,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The micro-batches of one optimizer step, and its (domain, general) token counts [2]."""
+        """The micro-batches of one optimizer step, and its (domain, general) targets [2]."""
         began = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.waited += time.perf_counter() - began
@@ -221,12 +222,13 @@ class DistillTrainer(Trainer):
     def row_losses(self, model: nn.Module, inputs: PackedRow, counts: Tensor) -> dict[str, Tensor]:
         """{"loss": a packed row's part of CE + alpha · KL, "losses": loss of each target}.
 
-        `counts` are the step's (domain, general) tokens over all micro-batches and ranks.
+        `counts` are the step's (domain, general) targets over all micro-batches and ranks.
         """
         domain, general = counts.tolist()  # on the CPU, so this does not wait for the device
         targets = inputs["targets"]
         labels, tails = len(targets["labels"]), len(targets["tail_logprob"])
-        weights = targets["tail_logprob"].new_empty(labels + tails)
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        weights = targets["tail_logprob"].new_empty(labels + tails, dtype=dtype)
         weights[:labels] = 1 / max(domain, 1)
         weights[labels:] = self.loss.alpha / max(general, 1)
         outputs: dict[str, Tensor] = model(**with_targets(inputs, row_weights=weights))
@@ -250,7 +252,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add CE, KL and the teacher's mean tail, as means over the steps since the last log.
 
-        Also adds the tokens seen, the epochs, the speed, and the gradient measures if there are
+        Also adds the targets seen, the epochs, the speed, and the gradient measures if there are
         any. Raises ConfigError if the loss is not finite.
         """
         if "loss" in logs:
@@ -287,7 +289,7 @@ class DistillTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """{"eval_domain_perplexity": and so on for each held-out text, "eval_general_kl": KL to the
-        held-out dump, in nats per token}."""
+        held-out dump, in nats per target}."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metrics = {}
@@ -310,14 +312,14 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def mean_kl(self, rows: Iterable[PackedRow]) -> float:
-        """Mean KL in nats per token to the targets of packed rows; every rank takes all rows."""
+        """Mean KL in nats to the targets of packed rows; every rank takes all rows."""
         self.model.eval()
-        total, tokens = 0.0, 0
+        total, targets = 0.0, 0
         for row in rows:
             losses = self.losses_of(row)
-            total, tokens = total + losses.sum().item(), tokens + len(losses)
+            total, targets = total + losses.sum().item(), targets + len(losses)
         fsdp.reshard(self.model)
-        return total / tokens
+        return total / targets
 
     @torch.no_grad()
     def losses_of(self, row: PackedRow) -> Tensor:

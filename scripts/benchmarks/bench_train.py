@@ -29,6 +29,7 @@ from processes import hardware, in_turn, peak, reset_peak
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from pipeline.corpus import Tokens
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
 from pipeline.training.forward import add_distill_forward
@@ -42,13 +43,13 @@ class Domain:
 
     def __init__(self, number: int, length: int, vocabulary: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)
-        self.lengths = np.full(number, length)
+        self.lengths = self.target_counts = np.full(number, length)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.ids[index]
+    def __getitem__(self, index: int) -> Tokens:
+        return Tokens(self.ids[index])
 
 
 def make_dump(folder: Path, given: argparse.Namespace) -> None:

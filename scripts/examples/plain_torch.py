@@ -4,7 +4,8 @@
 
 `storage` reads the dump, and `packed_rows` packs sequences into rows. `linear_sparse_divergence`
 computes the loss from the decoder's hidden states and the head's weight. The rest is torch. A step
-takes one domain and one general sequence.
+takes one domain and one general sequence. Of both, only the targets count, which are all tokens
+where nothing else is said: `targets["rows"]` are the positions that predict them.
 """
 
 import sys
@@ -31,7 +32,9 @@ def main(path: str, dump_path: str, domain_path: str, output: str, steps: str = 
     for step in range(int(steps)):
         (row,) = packed_rows([domain[step % len(domain)]], [dump[step % len(dump)]])
         targets = row.pop("targets")
-        hidden = hidden_states(model, **row)
+        hidden = hidden_states(
+            model, row["input_ids"], row["position_ids"], row["sequence_lengths"]
+        )
         ce_rows, kl_rows = len(targets["labels"]), len(targets["tail_logprob"])
         mean = torch.cat([torch.full((n,), 1 / n) for n in (ce_rows, kl_rows)])
         loss, losses = linear_sparse_divergence(

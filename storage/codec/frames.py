@@ -31,7 +31,7 @@ MOST_PER_BYTE, FREE_POSITIONS, FREE_ENTRIES = 1 << 10, 1 << 20, 1 << 22
 class Limits(NamedTuple):
     """What the row of a payload allows."""
 
-    positions: int  # tokens of the row, less one
+    positions: int  # of the row: its tokens less one, or its targets
     k: int  # entries of a position at most; of samples: the number of draws
     vocab_size: int
     entries: int = MAX_ENTRIES  # of the row at most
@@ -53,9 +53,7 @@ def check_limits(positions: int, entries: int, vocab_size: int, limits: Limits |
     if limits is None:
         return
     if positions != limits.positions:
-        raise CorruptPayload(
-            f"{positions} positions; a row of {limits.positions + 1} tokens has {limits.positions}"
-        )
+        raise CorruptPayload(f"{positions} positions; its row has {limits.positions}")
     if entries > min(limits.entries, positions * limits.k):
         raise CorruptPayload(
             f"{entries} entries in a row, expected at most {limits.k} at each of {positions} "

@@ -29,6 +29,8 @@ def digest(record: Record) -> bytes:
     arrays = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
     if topk.samples is not None:
         arrays += [topk.samples.counts, topk.samples.ids, topk.samples.times]
+    if record.targets is not None:
+        arrays.append(record.targets)
     name = f"{record.doc_id}/{record.chunk}".encode()
     return hashlib.sha256(b"|".join([name, *(array.tobytes() for array in arrays)])).digest()
 

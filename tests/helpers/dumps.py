@@ -39,11 +39,11 @@ def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
     return found
 
 
-def with_rows(source: Path, target: Path, change: Any) -> Path:
-    """Write a finished dump with the same plan and the rows that `change` returns."""
+def with_rows(source: Path, target: Path, change: Any, **more: Any) -> Path:
+    """Write a finished dump of the rows that `change` returns; `more` changes the plan."""
     old = LogitDataset(source)
     plan = {name: value for name, value in old.plan.items() if name != "format_version"}
-    dump = create_dump(target, plan)
+    dump = create_dump(target, {**plan, **more})
     writer = ShardWriter(dump.partition(0), 0)
     for record in old:
         writer.write(change(record))

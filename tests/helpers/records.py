@@ -7,8 +7,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from storage import Dump, Record, Samples, ShardWriter, TopK, create_dump
+from storage.targets import positions_of
 
 VOCAB = 300
+TARGETS = {"version": 1}
 
 
 def random_topk(
@@ -68,13 +70,23 @@ def sampled_topks(draw: st.DrawFn) -> tuple[TopK, int]:
 
 
 def random_record(
-    number: int, tokens: int = 20, k: int = 8, chunk: int = 0, samples: int = 0
+    number: int,
+    tokens: int = 20,
+    k: int = 8,
+    chunk: int = 0,
+    samples: int = 0,
+    targets: np.ndarray | None = None,
 ) -> Record:
     rng = np.random.default_rng(number)
     ids = rng.integers(0, VOCAB, tokens).astype(np.int32)
-    topk = random_topk(tokens - 1, k, seed=number)
+    topk = random_topk(len(positions_of(targets, tokens)), k, seed=number)
     topk = with_samples(topk, samples, seed=number) if samples else topk
-    return Record(f"doc-{number}", chunk, ids, topk)
+    return Record(f"doc-{number}", chunk, ids, topk, targets)
+
+
+def masked_record(number: int, tokens: int = 20, k: int = 8, samples: int = 0) -> Record:
+    """As random_record, with distributions at some of the positions."""
+    return random_record(number, tokens, k, samples=samples, targets=random_mask(tokens, number))
 
 
 def random_mask(tokens: int = 20, seed: int = 0, share: float = 0.4) -> np.ndarray:
@@ -91,15 +103,19 @@ def plan(**changes: object) -> dict:
 def make_dump(
     path: Path, shards: int = 2, rows: int = 5, partitions: int = 1, **changes: object
 ) -> Dump:
-    """A finished dump of `shards` shards of `rows` rows in each partition."""
+    """A finished dump of `shards` shards of `rows` rows in each partition.
+
+    With `targets=TARGETS` its rows are those of `masked_record`.
+    """
     dump = create_dump(path, plan(partitions=partitions, **changes))
     k, samples = dump.plan["k"], dump.plan.get("samples", 0)
+    row = masked_record if "targets" in dump.plan else random_record
     number = 0
     for partition in dump.partitions:
         for _ in range(shards):
             writer = ShardWriter(partition)
             for _ in range(rows):
-                writer.write(random_record(number, k=k, samples=samples))
+                writer.write(row(number, k=k, samples=samples))
                 number += 1
             writer.commit(cursor={"document": number})
         partition.finish({})
@@ -122,6 +138,8 @@ def cut_short(file: Path) -> None:
 def assert_same(left: Record, right: Record, tolerance: float = 0.0626) -> None:
     assert (left.doc_id, left.chunk) == (right.doc_id, right.chunk)
     np.testing.assert_array_equal(left.input_ids, right.input_ids)
+    assert (left.targets is None) == (right.targets is None)
+    np.testing.assert_array_equal(left.positions, right.positions)
     np.testing.assert_array_equal(left.topk.counts, right.topk.counts)
     mine, others = by_id(left.topk), by_id(right.topk)
     np.testing.assert_array_equal(left.topk.ids[mine], right.topk.ids[others])

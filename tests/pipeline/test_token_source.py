@@ -304,7 +304,7 @@ def test_long_rows_are_refused_before_they_are_copied(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"messages_column": "messages"}, "tokens_column and messages_column"),
+        ({"messages_column": "messages"}, "messages_column and tokens_column"),
         ({"tokens_column": None, "mask_column": "m"}, "mask_column: .* set tokens_column"),
         ({"targets": "assistant"}, "targets assistant: .*Name a mask_column"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from storage import ShardWriter, create_dump, verify
 from storage.__main__ import main
-from tests.helpers.records import make_dump, plan, random_record
+from tests.helpers.records import TARGETS, make_dump, plan, random_record
 
 DATA = "00000/00001-feedbeef0123.parquet"  # names that our writers give
 WRITING = f"00000/.writing-00000-00001-{'0' * 32}"
@@ -89,3 +89,10 @@ def test_it_runs_beside_an_open_writer(tmp_path: Path) -> None:
     assert main(["gc", str(tmp_path), "--delete"]) == 0
     writer.commit({})
     assert verify(tmp_path, partial=True).rows == 1
+
+
+def test_the_files_of_masked_rows_are_kept(tmp_path: Path) -> None:
+    make_dump(tmp_path, targets=TARGETS)
+    there = sorted(tmp_path.rglob("*"))
+    assert main(["gc", str(tmp_path), "--delete", "--older-than=-1"]) == 0
+    assert sorted(tmp_path.rglob("*")) == there

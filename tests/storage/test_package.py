@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import storage
-from tests.helpers.records import make_dump
+from tests.helpers.records import TARGETS, make_dump
 
 ROOT = Path(storage.__file__).parent
 
@@ -52,6 +52,18 @@ def test_reader_in_the_specification_works(tmp_path: Path) -> None:
         wanted_ids, wanted = record.topk.dense()
         assert (ids == wanted_ids).all()
         assert abs(logprobs - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("codec", ["v1", "v2"])
+def test_position_reader_in_the_specification_works(tmp_path: Path, codec: str) -> None:
+    dump = make_dump(tmp_path, shards=1, codec=codec, targets=TARGETS)
+    scope, file = readers_in_the_specification(), tmp_path / dump.shards()[0].file
+    expected = list(storage.LogitDataset(tmp_path))
+    found = [positions.tolist() for positions in scope["read_positions"](file)]
+    assert found == [record.positions.tolist() for record in expected]
+    if codec == "v1":
+        for (_, ids, _), record in zip(scope["read"](file), expected, strict=True):
+            assert (ids == record.topk.dense()[0]).all()
 
 
 @pytest.mark.parametrize("k", [0, 8])

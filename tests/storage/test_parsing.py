@@ -13,7 +13,7 @@ from storage.__main__ import main
 from storage.manifest import Shard
 from storage.parsing import from_json, to_json
 from tests.helpers.forged import data_file, read_json, rewrite, seal
-from tests.helpers.records import plan
+from tests.helpers.records import TARGETS, make_dump, plan
 
 MARKER = "00000/00000.json"
 
@@ -77,6 +77,20 @@ def test_a_marker_out_of_range_names_file_and_key(dump: Path, changes: dict[str,
     for command in (["inspect"], ["verify", "--partial"], ["gc", "--delete", "--older-than=-1"]):
         assert main([*command[:1], str(dump), *command[1:]]) == 4
     assert data_of(dump), "gc removed committed data"
+
+
+@pytest.mark.parametrize("positions", [0, 2, 60])
+def test_masked_rows_have_a_position_each_and_none_for_a_first_token(
+    tmp_path: Path, positions: int
+) -> None:
+    make_dump(tmp_path, shards=1, rows=3, targets=TARGETS)
+    assert read_json(tmp_path / MARKER)["positions"] < 57
+    seal(tmp_path, marker={"positions": positions})
+    with pytest.raises(CorruptShard, match=r"positions: expected a whole number from 3 to 57"):
+        LogitDataset(tmp_path)
+    seal(tmp_path, marker={"positions": 3, "tokens": 5})
+    with pytest.raises(CorruptShard, match=r"tokens: expected a whole number from 6 to"):
+        LogitDataset(tmp_path)
 
 
 def data_of(dump: Path) -> list[Path]:

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import CorruptShard, Dump, create_dump
+from storage import CorruptShard, Dump, FormatVersionError, LogitDataset, create_dump
 from storage.__main__ import main
 from storage.plan import ALWAYS, FIELDS, check_plan, look_up, needed
-from tests.helpers.forged import seal
+from tests.helpers.forged import read_json, replan, seal
 from tests.helpers.plans import with_field, without_field
-from tests.helpers.records import plan
+from tests.helpers.records import TARGETS, make_dump, plan
 
 PIPELINE: dict[str, Any] = {
     **plan(samples=16, sample_seed=-3, codec="v2", min_prob=0.1, top_p=0.9),
     "temperature": 1.0,
+    "targets": {"version": 1},
     "max_length": 2048,
     "add_eos": True,
     "bos_token_id": None,
@@ -131,3 +132,47 @@ def test_unknown_fields_are_left_alone(tmp_path: Path) -> None:
     extra["teacher"]["later"] = 5
     create_dump(tmp_path / "dump", extra)
     assert Dump(tmp_path / "dump").plan["teacher"]["later"] == 5
+
+
+def test_only_a_plan_with_targets_is_of_format_version_2(tmp_path: Path) -> None:
+    """Releases that know no masks refuse the version; all other dumps stay as they were."""
+    for name, more, version in (("a", {}, 1), ("b", {"targets": TARGETS}, 2)):
+        dump = make_dump(tmp_path / name, shards=1, rows=1, **more)
+        assert dump.plan["format_version"] == version
+        assert read_json(tmp_path / name / "manifest.json")["format_version"] == version
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format_version": 3}, FormatVersionError, "dump: format version 3, .* versions 1 and 2"),
+        ({"targets": {"version": 2}}, FormatVersionError, "dump: targets of version 2, .* 1; use"),
+        ({"targets": {"version": 0}}, CorruptShard, r"plan\.json: targets\.version: expected"),
+        ({"targets": {}}, CorruptShard, r"plan\.json: targets\.version: .* found nothing"),
+        ({"targets": None}, CorruptShard, r"plan\.json: targets: expected an object"),
+        ({"format_version": 1}, CorruptShard, r"format_version: expected 2 in a plan with targets"),
+    ],
+)
+def test_a_plan_says_which_release_reads_it(
+    tmp_path: Path, changes: dict[str, Any], error: type, message: str
+) -> None:
+    make_dump(tmp_path / "dump", shards=1, rows=1, targets=TARGETS)
+    seal(tmp_path / "dump", changes)
+    with pytest.raises(error, match=message):
+        LogitDataset(tmp_path / "dump")
+    assert main(["verify", str(tmp_path / "dump")]) == 4
+    with pytest.raises(error, match=message.removeprefix("dump")):
+        create_dump(tmp_path / "new", plan(**{"targets": TARGETS, **changes}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_targets_cannot_be_taken_out_of_a_plan(tmp_path: Path) -> None:
+    make_dump(tmp_path / "dump", shards=1, rows=1, targets=TARGETS)
+    there = read_json(tmp_path / "dump" / "plan.json")
+    del there["targets"]
+    replan(tmp_path / "dump", there)
+    with pytest.raises(CorruptShard, match=r"format_version: expected 2 .*, 1 without, found 2"):
+        LogitDataset(tmp_path / "dump")
+    replan(tmp_path / "dump", {**there, "format_version": 1})
+    with pytest.raises(CorruptShard, match=r"00000\.json: positions: expected 19, the tokens"):
+        LogitDataset(tmp_path / "dump")[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from storage import CorruptShard, FormatVersionError, StorageError, decode, encode
 from storage.row_head import FIELDS, RowHead, find, insert
 from tests.helpers.forged import strip
-from tests.helpers.records import VOCAB, random_topk
+from tests.helpers.records import VOCAB, random_mask, random_topk
 
 PLAN = "ab" * 32
 IDS = np.arange(20, dtype=np.int32)
@@ -32,17 +32,23 @@ def head(ids: np.ndarray = IDS, **changes: object) -> RowHead:
     st.integers(-(1 << 31), (1 << 31) - 1),
     st.integers(0, (1 << 32) - 1),
     st.integers(0, 99_999),
+    st.none() | st.lists(st.booleans(), min_size=40, max_size=40),
 )
-def test_round_trip(ids: list[int], doc_id: str, chunk: int, crc: int, number: int) -> None:
+def test_round_trip(
+    ids: list[int], doc_id: str, chunk: int, crc: int, number: int, marks: list[bool] | None
+) -> None:
+    targets = None if marks is None or not any(marks[1 : len(ids)]) else np.array(marks[: len(ids)])
     given = head(
         np.array(ids, np.int32), doc_id=doc_id, chunk=chunk, samples_crc=crc, row=number,
-        shard=f"{number:05d}/{number + 7:05d}",
+        shard=f"{number:05d}/{number + 7:05d}", targets=targets,
     )  # fmt: skip
     plain = payload(len(ids))
     value = insert(plain, given)
     found = find(value)
     assert found is not None
     assert found.same(given)
+    assert (found.targets is None) == (targets is None)
+    assert found.targets is None or found.targets.tolist() == [False, *marks[1 : len(ids)]]
     found.check(given.shard, number, PLAN, len(ids))
     assert strip(value) == plain
     assert find(plain) is None
@@ -57,9 +63,11 @@ def test_apart_from_the_payload_it_belongs_to_it_as_well() -> None:
         RowHead.unpack(packed, b"", payload(21))
 
 
-def test_every_changed_byte_is_found() -> None:
+@pytest.mark.parametrize("targets", [None, random_mask(20)])
+def test_every_changed_byte_is_found(targets: np.ndarray | None) -> None:
     """In the head and in the payload: other rows never come back."""
-    value, truth = insert(payload(), head()), decode(payload())
+    own = head(targets=targets)
+    value, truth = insert(payload(), own), decode(payload())
     for at in range(len(value)):
         bad = bytearray(value)
         bad[at] ^= 0x11
@@ -67,7 +75,7 @@ def test_every_changed_byte_is_found() -> None:
             found, topk = find(bytes(bad)), decode(bytes(bad))
         except StorageError:
             continue
-        assert found is None or found.same(head())
+        assert found is None or found.same(own)
         assert np.array_equal(topk.logprobs, truth.logprobs)
 
 
@@ -78,6 +86,20 @@ def test_every_changed_byte_is_found() -> None:
 def test_another_row_is_named(other: dict) -> None:
     with pytest.raises(CorruptShard, match="expected row 5 of shard 00003/00007, of 20 tokens"):
         head(**other).check("00003/00007", 5, PLAN, 20)
+
+
+def test_a_mask_is_part_of_the_row() -> None:
+    """Version 2 has a frame more; without a mask a head is of version 1, byte for byte."""
+    targets = random_mask(20)
+    masked, plain = head(targets=targets).pack(b"", b""), head().pack(b"", b"")
+    assert (masked[4], plain[4]) == (2, 1)
+    assert not head(targets=targets).same(head())
+    other = np.concatenate([targets[:1], ~targets[1:]])
+    assert not head(targets=targets).same(head(targets=other))
+    for marks in (np.zeros(20, bool), np.ones(21, bool)):
+        packed = head(targets=marks).pack(b"", payload())
+        with pytest.raises(StorageError, match=r"marks no token|marks the first|3 bytes"):
+            RowHead.unpack(packed, b"", payload())
 
 
 def test_forged_heads_are_errors() -> None:

@@ -8,15 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import CorruptShard, LogitDataset, ShardWriter, create_dump
+from storage import CorruptShard, LogitDataset, ShardWriter, create_dump, shard_writer, verify
+from storage.row_head import RowHead
 from storage.row_reader import Kept
 from storage.shard_reader import ShardReader
 from tests.helpers.forged import data_file
 from tests.helpers.linked import Counted, counted, link_shards, names_ignored
-from tests.helpers.records import assert_same, make_dump, plan, random_record
+from tests.helpers.records import (
+    TARGETS,
+    assert_same,
+    make_dump,
+    masked_record,
+    plan,
+    random_mask,
+    random_record,
+)
 
 DRAWS = 12
 SHAPES = pytest.mark.parametrize(("codec", "draws"), [("v1", 0), ("v2", 0), ("v1", DRAWS)])
+MASKED = {"targets": TARGETS}
 ROWS = 4
 
 
@@ -40,20 +50,26 @@ def no_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardReader, "__init__", refuse)
 
 
-@SHAPES
+@pytest.mark.parametrize(
+    ("codec", "draws", "more"),
+    [
+        ("v1", 0, {}), ("v2", 0, {}), ("v1", DRAWS, {}), ("v1", 0, MASKED), ("v2", DRAWS, MASKED),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("place", ["local", "remote"])
 def test_any_row_is_read_alone(
-    tmp_path: Path, codec: str, draws: int, place: str, no_readers: None
+    tmp_path: Path, codec: str, draws: int, more: dict, place: str, no_readers: None
 ) -> None:
     """The same rows as in order, from one range each; two with samples; tables once a shard."""
-    make_dump(tmp_path, shards=3, rows=ROWS, partitions=2, codec=codec, samples=draws)
+    make_dump(tmp_path, shards=3, rows=ROWS, partitions=2, codec=codec, samples=draws, **more)
+    written = masked_record if more else random_record
     dataset = LogitDataset(tmp_path if place == "local" else counted(tmp_path))
     assert len(dataset) == 24
     order = np.random.default_rng(0).permutation(24).tolist()
     Counted.reset()
     for index in order:
         record = dataset[index]
-        assert_same(record, random_record(index, samples=draws))
+        assert_same(record, written(index, samples=draws))
         assert (record.topk.samples is not None) == (draws > 0)
     rows = 24 * (2 if draws else 1)
     assert Counted.requests["GET"] == (rows + 6 if place == "remote" else 0)
@@ -194,3 +210,22 @@ def test_forked_and_pickled_datasets_read_the_same(tmp_path: Path) -> None:
         with multiprocessing.get_context(method).Pool(2) as pool:
             for number, record in enumerate(pool.map(dataset.__getitem__, range(2 * ROWS))):
                 assert_same(record, random_record(number))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_row_has_a_mask_if_and_only_if_the_plan_has_targets(
+    tmp_path: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a hostile writer makes it: the head says other than the plan, checksums right."""
+    more, other = (MASKED, None) if masked else ({}, random_mask(20))
+    head = shard_writer.RowHead
+
+    def forged(*fields: object) -> RowHead:
+        return head(*fields[:7], other)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_writer, "RowHead", forged)
+    dump = make_dump(tmp_path, shards=1, rows=1, **more)
+    message = "no mask, but the plan has" if masked else "a mask, but the plan has no"
+    with pytest.raises(CorruptShard, match=rf"{dump.shards()[0].file}, row 0 .*has {message} targ"):
+        LogitDataset(tmp_path)[0]
+    assert "the head in the payload says other than the columns" in verify(tmp_path).faults[0]

@@ -1,11 +1,13 @@
 """ShardReader: old files stay readable, and damage is an error that names the file."""
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from storage import (
@@ -27,21 +29,29 @@ from storage.codec.grid import quantise
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Successors
 from storage.shard import pack_ranks
+from storage.targets import pack_mask
 from tests.fuzz.corrupt_shard import corrupt
 from tests.helpers.forged import SHAPES, data_file, first_is, rewrite, with_column, zeros
 from tests.helpers.records import (
+    TARGETS,
     VOCAB,
     assert_same,
     cut_short,
     flip_byte,
     make_dump,
     plan,
+    random_mask,
     random_record,
     some_samples,
 )
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 DRAWS = 12
+PLAIN = {
+    name: "none" if name in ("payload", "successors") else "zstd"
+    for name in ("doc_id", "chunk", "tokens", "input_ids.list.element", "targets", "payload",
+                 "successors")
+}  # fmt: skip
 
 
 @CODECS
@@ -98,6 +108,50 @@ def test_every_changed_byte_of_a_shard_with_samples_is_detected(tmp_path: Path, 
     assert found["by the hash and by reading"] > 280
 
 
+@pytest.mark.parametrize(("codec", "samples"), [("v1", DRAWS), ("v2", 0)])
+def test_every_changed_byte_of_a_shard_with_masks_is_detected(
+    tmp_path: Path, codec: str, samples: int
+) -> None:
+    dump = make_dump(tmp_path, shards=1, rows=4, codec=codec, samples=samples, targets=TARGETS)
+    found = corrupt(dump, 300, np.random.default_rng(1))
+    assert sum(found.values()) == 300
+    assert found["by the hash and by reading"] > 280
+
+
+@CODECS
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (b"", "a mask of 0 bytes, expected 3 for 20 tokens"),
+        (bytes(3), "the mask marks no token"),
+        (b"\x03\x00\x00", "the mask marks the first token"),
+        (b"\x02\x00\x80", "or one behind the last"),
+        (b"\x02\x00\x00", "[0-9]+ positions; its row has 1$"),
+        (None, "targets claims|holds nulls|expected one column targets"),
+    ],
+)
+def test_a_mask_that_is_not_its_rows_names_file_and_row(
+    tmp_path: Path, codec: str, mask: bytes | None, message: str
+) -> None:
+    make_dump(tmp_path, shards=1, rows=3, codec=codec, targets=TARGETS)
+    rewrite(tmp_path, first_is("targets", mask))
+    read_fails(tmp_path, message if mask is None else rf"row 0 \(document 'doc-0'.*{message}")
+
+
+def test_a_mask_of_as_many_other_tokens(tmp_path: Path) -> None:
+    """Version 2 needs the right one to decode; of version 1, verify compares head and column."""
+    mask = np.zeros(20, bool)
+    mask[1 : 1 + int(random_mask(20).sum())] = True
+    for codec in ("v1", "v2"):
+        make_dump(tmp_path / codec, shards=1, rows=3, codec=codec, targets=TARGETS)
+        own = pq.read_table(data_file(tmp_path / codec))
+        rewrite(tmp_path / codec, lambda _, own=own: first_is("targets", pack_mask(mask))(own),
+                compression=PLAIN)  # fmt: skip
+    (fault,) = verify(tmp_path / "v1").faults
+    assert re.search("row 0: the head in the payload says other than the columns", fault)
+    read_fails(tmp_path / "v2", "the payload needs the successors .* input_ids of its own row")
+
+
 def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
     """A file whose writer exchanged the samples of two rows."""
     dump = create_dump(tmp_path, plan(samples=DRAWS))
@@ -113,7 +167,7 @@ def test_samples_of_another_row_name_file_and_row(tmp_path: Path) -> None:
     dump.partition(0).finish({})
     dump.finish()
     with pytest.raises(
-        StorageError, match=rf"{marker['file']}, row 0 .*29 positions; a row of 20 tokens has 19"
+        StorageError, match=rf"{marker['file']}, row 0 .*29 positions; its row has 19"
     ):
         LogitDataset(tmp_path)[0]
     assert marker["file"] in verify(tmp_path).faults[0]
@@ -168,7 +222,7 @@ def constant(positions: int, k: int, vocab: int = VOCAB, needs: int = 0) -> byte
 @pytest.mark.parametrize(
     ("positions", "k", "marker", "message"),
     [
-        (2048, 300, {}, "2048 positions; a row of 20 tokens has 19"),
+        (2048, 300, {}, "2048 positions; its row has 19"),
         (19, 300, {}, "5700 entries in a row, expected at most 8 at each of 19 positions"),
         (19, 300, {"entries": 1000}, "expected at most 300 at .* and at most 1000 in all"),
     ],
@@ -263,3 +317,10 @@ def test_tokens_must_add_up_before_they_are_trusted(tmp_path: Path) -> None:
         LogitDataset(tmp_path).lengths  # noqa: B018
     with pytest.raises(CorruptShard, match="does not add up to the marker's 60 tokens"):
         LogitDataset(tmp_path, partial=True).lengths  # noqa: B018
+
+
+def test_targets_must_add_up_before_they_are_trusted(tmp_path: Path) -> None:
+    make_dump(tmp_path, shards=1, rows=3, targets=TARGETS)
+    rewrite(tmp_path, first_is("targets", b"\xff" * 1000))
+    with pytest.raises(CorruptShard, match=r"does not add up to the marker's .* positions"):
+        LogitDataset(tmp_path, partial=True).target_counts  # noqa: B018

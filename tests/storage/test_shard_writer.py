@@ -1,10 +1,14 @@
 """ShardWriter: what it refuses, and when its rows become visible."""
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storage import (
     FormatVersionError,
@@ -17,7 +21,15 @@ from storage import (
     verify,
 )
 from tests.helpers.forged import strip
-from tests.helpers.records import make_dump, plan, random_record
+from tests.helpers.records import (
+    TARGETS,
+    assert_same,
+    make_dump,
+    masked_record,
+    plan,
+    random_mask,
+    random_record,
+)
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 DRAWS = 12
@@ -98,6 +110,113 @@ def test_lengths_that_disagree_are_refused(tmp_path: Path) -> None:
     record = random_record(0)
     with pytest.raises(InvalidRecord, match="20 tokens need 19"):
         writer.write(Record("x", 0, record.input_ids, random_record(1, tokens=30).topk))
+
+
+masks = st.lists(st.booleans(), min_size=2, max_size=40).filter(lambda mask: any(mask[1:]))
+
+
+@given(
+    st.lists(masks, min_size=1, max_size=4), st.sampled_from(["v1", "v2"]), st.sampled_from([0, 3])
+)
+@settings(deadline=None, max_examples=40)
+def test_any_mask_comes_back(given: list[list[bool]], codec: str, samples: int) -> None:
+    """With and without the index; the mark of the first token has no meaning."""
+    records = [
+        random_record(number, len(mask), samples=samples, targets=np.array(mask))
+        for number, mask in enumerate(given)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        dump = create_dump(folder, plan(codec=codec, samples=samples, targets=TARGETS))
+        writer = ShardWriter(dump.partition(0))
+        for record in records:
+            writer.write(record)
+        marker = writer.commit({})
+        dump.partition(0).finish({})
+        dump.finish()
+        assert marker["positions"] == sum(sum(mask[1:]) for mask in given)
+        for dataset in (LogitDataset(folder), LogitDataset(folder, partial=True)):
+            for number, mask in enumerate(given):
+                found = dataset[number]
+                assert found.targets is not None
+                assert found.targets.tolist() == [False, *mask[1:]]
+                assert_same(found, records[number])
+                if samples:
+                    assert found.topk.samples is not None
+                    assert found.topk.samples.same(records[number].topk.samples)  # type: ignore[arg-type]
+        assert verify(folder).ok
+
+
+@CODECS
+def test_a_record_without_a_mask_is_learnt_whole(tmp_path: Path, codec: str) -> None:
+    dump = create_dump(tmp_path, plan(codec=codec, targets=TARGETS))
+    writer = ShardWriter(dump.partition(0))
+    writer.write(random_record(0))
+    writer.commit({})
+    (record,) = LogitDataset(tmp_path, partial=True)
+    assert record.targets is not None
+    assert record.targets.tolist() == [False] + 19 * [True]
+    assert_same(replace(record, targets=None), random_record(0))
+
+
+@pytest.mark.parametrize(
+    ("targets", "positions", "message"),
+    [
+        (np.ones(19, bool), 18, r"expected targets bool \[20\], .* found bool \[19\]"),
+        (np.ones((20, 1), bool), 19, r".* found bool \[20, 1\]"),
+        (np.ones(20, int), 19, r".* found int64 \[20\]"),
+        (np.zeros(20, bool), 0, "expected a target among the tokens after the first, found none"),
+        (np.arange(20) < 1, 0, "expected a target among the tokens after the first, found none"),
+        (random_mask(20), 19, "20 tokens, 8 of them targets, need 8 distributions, found 19"),
+        (random_mask(20), 7, "20 tokens, 8 of them targets, need 8 distributions, found 7"),
+        (None, 8, "20 tokens, 19 of them targets, need 19 distributions, found 8"),
+    ],
+)
+def test_masks_that_cannot_be_stored_name_the_document(
+    tmp_path: Path, targets: np.ndarray | None, positions: int, message: str
+) -> None:
+    writer = ShardWriter(create_dump(tmp_path, plan(targets=TARGETS)).partition(0))
+    record = random_record(5)
+    topk = random_record(1, tokens=positions + 1).topk
+    with pytest.raises(InvalidRecord, match=f"document 'doc-5', chunk 0: {message}"):
+        writer.write(replace(record, topk=topk, targets=targets))
+    assert (writer.rows, writer.tokens, writer.pending) == (0, 0, [])
+
+
+def test_rows_without_a_target_or_a_token_are_refused(tmp_path: Path) -> None:
+    masked = ShardWriter(create_dump(tmp_path / "a", plan(targets=TARGETS)).partition(0))
+    with pytest.raises(InvalidRecord, match="after the first, found none"):
+        masked.write(random_record(0, tokens=1))
+    plain = ShardWriter(create_dump(tmp_path / "b", plan()).partition(0))
+    empty = replace(random_record(0, tokens=1), input_ids=np.zeros(0, np.int32))
+    for writer in (masked, plain):
+        with pytest.raises(InvalidRecord, match="document 'doc-0', chunk 0: no tokens"):
+            writer.write(empty)
+    plain.write(random_record(0, tokens=1))
+
+
+def test_a_mask_needs_a_plan_with_targets(tmp_path: Path) -> None:
+    writer = ShardWriter(create_dump(tmp_path, plan()).partition(0))
+    with pytest.raises(InvalidRecord, match=r"'doc-1', chunk 0: a mask .* plan has no `targets`"):
+        writer.write(masked_record(1))
+
+
+def test_learnt_tokens_fill_shards_and_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions, where there are masks; of very sparse rows, a 64th of their tokens."""
+    monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", 20)
+    plain = ShardWriter(create_dump(tmp_path / "a", plan()).partition(0))
+    plain.write(random_record(0))
+    assert (plain.learnt, plain.flushed_rows) == (20, 1)
+    writer = ShardWriter(create_dump(tmp_path / "b", plan(targets=TARGETS)).partition(0))
+    sparse = np.arange(20) == 7
+    for number in range(1, 20):
+        writer.write(random_record(number, targets=sparse))
+        assert (writer.learnt, writer.flushed_rows) == (number, 0)
+    writer.write(random_record(20, targets=sparse))
+    assert (writer.learnt, writer.flushed_rows) == (20, 20)
+    writer.write(random_record(21, tokens=64 * 50, targets=np.arange(64 * 50) == 7))
+    assert (writer.learnt, writer.flushed_rows) == ((20 * 20 + 64 * 50) // 64, 21)
 
 
 def test_the_plan_says_whether_there_are_samples(tmp_path: Path) -> None:

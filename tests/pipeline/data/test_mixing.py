@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, TokenSequences
+from pipeline.corpus import Corpus, Tokens, TokenSequences
 from pipeline.data.mixing import (
     BLOCK,
     GENERAL,
@@ -26,6 +26,7 @@ from pipeline.models.directory import ModelFolder
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.linked import Meeting
+from tests.helpers.masks import MaskedDataset, sequences_of, some_targets
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def stream(*dumps: LogitDataset, weights: tuple[float, ...] = (1,), seed: int = 
 
 
 def same_items(a: Item, b: Item) -> bool:
-    return np.array_equal(a.domain, b.domain) and [
+    return np.array_equal(a.domain.input_ids, b.domain.input_ids) and [
         (record.doc_id, record.chunk) for record in a.general
     ] == [(record.doc_id, record.chunk) for record in b.general]
 
@@ -87,8 +88,8 @@ def test_an_epoch_sees_each_domain_sequence(domain: TokenSequences, dump_path: P
     for epoch in range(2):
         sampler = EpochSampler(data)
         sampler.epoch = epoch
-        items = [data[at].domain.tobytes() for at in sampler]
-        assert set(items) == {sequence.tobytes() for sequence in domain}
+        items = [data[at].domain.input_ids.tobytes() for at in sampler]
+        assert set(items) == {sequence.input_ids.tobytes() for sequence in domain}
         orders.append(items)
     assert orders[0] != orders[1]
 
@@ -147,6 +148,49 @@ def test_mix_by_tokens_keeps_the_ratio_of_tokens(domain: TokenSequences, dump_pa
     fresh = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
     for at in (2 * len(data) + 3, 5, len(data)):
         assert same_items(fresh[at], expected[at])
+
+
+def test_mix_by_tokens_counts_targets(domain: TokenSequences, dump_path: Path) -> None:
+    """Of both sides; sequences without a mask count with all of their tokens."""
+    general, mix = MaskedDataset(dump_path), 1.5
+    half = [
+        Tokens(one.input_ids, some_targets(len(one)) if at % 2 else None)
+        for at, one in enumerate(domain)
+    ]
+    data = MixedDataset(sequences_of(half), stream(general), mix, 1, 4, mix_by="tokens")
+    domain_targets = general_targets = 0
+    for at in range(2 * len(data)):
+        item = data[at]
+        assert item.domain.targets is not None
+        domain_targets += len(item.domain.positions)
+        general_targets += sum(len(record.topk) for record in item.general)
+        assert general_targets <= mix * domain_targets
+        assert general_targets > mix * domain_targets - general.target_counts.max()
+
+
+def test_masks_do_not_change_the_order(domain: TokenSequences, dump_path: Path) -> None:
+    masked = sequences_of([Tokens(one.input_ids, some_targets(len(one))) for one in domain])
+    one = MixedDataset(domain, stream(LogitDataset(dump_path)), 1.0, 1, 4)
+    other = MixedDataset(masked, stream(MaskedDataset(dump_path)), 1.0, 1, 4)
+    assert all(same_items(one[at], other[at]) for at in range(40))
+
+
+@given(st.lists(st.none() | st.lists(st.booleans(), min_size=1), max_size=6))
+def test_token_sequences_keep_their_masks(masks: list[list[bool] | None]) -> None:
+    given = [
+        Tokens(np.arange(len(mask or "four"), dtype=np.int32), mask and np.array(mask))
+        for mask in masks
+    ]
+    found = sequences_of(given)
+    every = all(mask is None for mask in masks)
+    for text in (found, found.spread(3)):
+        chosen = [given[at] for at in text.documents]
+        assert len(text) == len(chosen)
+        for one, other in zip(text, chosen, strict=True):
+            assert one.input_ids.tolist() == other.input_ids.tolist()
+            assert one.positions.tolist() == other.positions.tolist()
+        counts = [len(one) if every else len(one.positions) for one in chosen]
+        assert text.target_counts.tolist() == counts
 
 
 def test_apportion_rounds_shares_to_the_whole() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, TokenSequences
+from pipeline.corpus import Corpus, Tokens, TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import (
     PackedRow,
@@ -20,15 +22,17 @@ from pipeline.data.packing import (
     without_targets,
 )
 from pipeline.models.directory import ModelFolder
-from storage import LogitDataset
+from storage import LogitDataset, Record
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.masks import masked
 from tests.helpers.models import tiny_model
+from tests.helpers.records import random_topk
 from tests.helpers.rows import losses, mixed_row
 
 
-@pytest.fixture
-def row(dump_path: Path) -> PackedRow:
-    return mixed_row(dump_path)
+@pytest.fixture(params=[False, True], ids=["all tokens", "masks"])
+def row(dump_path: Path, request: pytest.FixtureRequest) -> PackedRow:
+    return mixed_row(dump_path, request.param)
 
 
 def test_fill_keeps_to_the_size_and_takes_every_sequence_once() -> None:
@@ -54,7 +58,7 @@ def test_targets_are_at_the_positions_that_predict_them(
     expected_rows, labels = [], []
     for item in items:
         expected_rows += range(at, at + len(item.domain) - 1)
-        labels += item.domain[1:].tolist()
+        labels += item.domain.input_ids[1:].tolist()
         at += len(item.domain)
     first_general = at
     for record in (record for item in items for record in item.general):
@@ -84,7 +88,7 @@ def assert_same_row(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_each_part_of_a_row_equals_a_row_of_that_kind(dump_path: Path) -> None:
     records = list(LogitDataset(dump_path))[:3]
-    domain = [np.arange(1, 6, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
+    domain = [Tokens(np.arange(1, 6, dtype=np.int32)), Tokens(np.arange(9, 20, dtype=np.int32))]
     both = pack_row(domain, records)
     assert_same_row(domain_part(both), pack_row(domain, []))
     assert_same_row(general_part(both), pack_row([], records))
@@ -92,6 +96,54 @@ def test_each_part_of_a_row_equals_a_row_of_that_kind(dump_path: Path) -> None:
     assert_same_row(domain_part(pack_row([], records)), without_targets(pack_row([], records)))
     assert_same_row(general_part(pack_row(domain, [])), without_targets(pack_row(domain, [])))
     assert without_targets(both)["sequence_lengths"] == [5]
+
+
+def masks(tokens: int) -> st.SearchStrategy[np.ndarray]:
+    """Any mask; that of the first token has no meaning."""
+    return st.lists(st.booleans(), min_size=tokens, max_size=tokens).map(np.array)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[list[Tokens], list[Record]]:
+    """Domain and general sequences with masks, some without any target."""
+    domain, general = [], []
+    for number in range(draw(st.integers(1, 3))):
+        ids = np.arange(number * 100, number * 100 + draw(st.integers(2, 9)), dtype=np.int32)
+        domain.append(Tokens(ids, draw(st.none() | masks(len(ids)))))
+    for number in range(draw(st.integers(0, 3))):
+        ids = np.arange(number, number + draw(st.integers(2, 9)), dtype=np.int32)
+        record = Record(str(number), 0, ids, random_topk(len(ids) - 1, 3, seed=number))
+        targets = draw(st.none() | masks(len(ids)))
+        general.append(record if targets is None else masked(record, targets))
+    return domain, general
+
+
+@settings(max_examples=50)
+@given(sequences())
+def test_a_row_learns_its_targets_alone(given: tuple[list[Tokens], list[Record]]) -> None:
+    domain, general = given
+    row = pack_row(domain, general)
+    rows, labels, tails, at = [], [], [], 0
+    for one in [*domain, *general]:
+        entry = 0
+        for t in range(len(one.input_ids) - 1):
+            if one.targets is None or one.targets[t + 1]:
+                rows.append(at + t)
+                if isinstance(one, Tokens):
+                    labels.append(one.input_ids[t + 1])
+                else:
+                    tails.append(one.topk.tail_logprob[entry])
+                    entry += 1
+        at += len(one.input_ids)
+    targets = row["targets"]
+    assert targets["rows"].tolist() == rows
+    assert targets["labels"].tolist() == labels
+    np.testing.assert_array_equal(targets["tail_logprob"], np.array(tails, np.float32))
+    assert_same_row(domain_part(row), pack_row(domain, []))
+    if general:
+        assert_same_row(general_part(row), pack_row([], general))
+    else:
+        assert_same_row(general_part(row), without_targets(row))
 
 
 def test_losses_of_both_parts_are_those_of_the_row(tmp_path: Path, row: PackedRow) -> None:
@@ -115,5 +167,5 @@ def test_the_general_part_keeps_its_losses(tmp_path: Path, row: PackedRow) -> No
 
 
 def test_a_missing_part_has_no_targets(dump_path: Path) -> None:
-    row = pack_row([LogitDataset(dump_path)[5].input_ids[:30]], [])
+    row = pack_row([Tokens(LogitDataset(dump_path)[5].input_ids[:30])], [])
     assert len(general_part(row)["targets"]["rows"]) == 0

@@ -19,7 +19,8 @@ from pipeline.corpus import Corpus, read_tokens
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
-from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
+from tests.helpers.masks import read_masked, some_targets
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
 
@@ -36,7 +37,7 @@ def general(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "general.jsonl", some_texts(9))
 
 
-def naive(model: Path, base: Path, corpus: Path, k: int) -> dict[str, float]:
+def naive(model: Path, base: Path, corpus: Path, k: int, masks: bool) -> dict[str, float]:
     """One sequence and position at a time, all of it in float64, from the definitions."""
     ours = AutoModelForCausalLM.from_pretrained(model).double()
     theirs = AutoModelForCausalLM.from_pretrained(base).double()
@@ -47,7 +48,10 @@ def naive(model: Path, base: Path, corpus: Path, k: int) -> dict[str, float]:
         with torch.no_grad():
             q = ours(ids).logits[0, :-1].log_softmax(-1)
             p = theirs(ids).logits[0, :-1].log_softmax(-1)
+        targets = some_targets(len(sequence.input_ids))
         for t in range(len(q)):
+            if masks and not targets[t + 1]:
+                continue
             tail = p[t].argsort(descending=True)[k:]
             a = p[t][tail].exp().sum()
             within_p, within_q = p[t][tail].log_softmax(0), q[t][tail].log_softmax(0)
@@ -84,10 +88,18 @@ def naive(model: Path, base: Path, corpus: Path, k: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("batch_tokens", [64, 1000])
+@pytest.mark.parametrize(("batch_tokens", "masks"), [(64, False), (1000, False), (200, True)])
 def test_measures_equal_the_naive_ones(
-    tmp_path: Path, model_path: Path, student: Path, general: Path, batch_tokens: int
+    tmp_path: Path,
+    model_path: Path,
+    student: Path,
+    general: Path,
+    batch_tokens: int,
+    masks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if masks:
+        monkeypatch.setattr(evaluate, "read_tokens", read_masked)
     domain = write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(5)])
     other = write_texts(tmp_path / "other.jsonl", [text.swapcase() for text in some_texts(3)])
     report = evaluate.run(
@@ -103,7 +115,7 @@ def test_measures_equal_the_naive_ones(
     )
     for name, path in [("base", model_path), ("student", student)]:
         for kind, corpus in [("domain", domain), ("general", general), ("other", other)]:
-            expected = naive(path, model_path, corpus, 20)
+            expected = naive(path, model_path, corpus, 20, masks)
             measured = {key: report["models"][name][kind][key] for key in expected}
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)
     found = report["models"]["student"]
@@ -210,7 +222,7 @@ def test_sequences_are_spread_over_the_text(model_path: Path, general: Path) -> 
     assert len(text) > 30
     chosen = [round(at) for at in np.arange(7) * len(text) // 7]
     assert few.documents.tolist() == text.documents[chosen].tolist()
-    assert all((few[i] == text[at]).all() for i, at in enumerate(chosen))
+    assert all((few[i].input_ids == text[at].input_ids).all() for i, at in enumerate(chosen))
     assert text.spread(1000) is text
 
 
@@ -236,3 +248,9 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path, model_path: Path) -> No
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="two tokens"):
         evaluate.run(EvalConfig({"base": str(model_path)}, general=CorpusConfig(str(empty))))
+    first_token = {"input_ids": [5, 6, 7], "loss_mask": [1, 0, 0]}  # which nothing predicts
+    masked = CorpusConfig(
+        str(write_jsonl(tmp_path / "masked.jsonl", [first_token] * 2)), tokens_column="input_ids"
+    )
+    with pytest.raises(ConfigError, match="none of its 2 documents has a token to learn"):
+        evaluate.run(EvalConfig({"base": str(model_path)}, general=masked))

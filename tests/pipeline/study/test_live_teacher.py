@@ -7,28 +7,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.data.packing import pack_row
+from pipeline.data.packing import general_part, pack_row
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import enable_packing
 from pipeline.study import live_teacher
-from storage import LogitDataset
 from tests.helpers.models import tiny_model
+from tests.helpers.rows import mixed_sequences
 
 
+@pytest.mark.parametrize("with_masks", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_live_is_the_full_divergence(
     tmp_path: Path,
     model_path: Path,
     dump_path: Path,
     direction: Direction,
+    with_masks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Losses and gradients in float64, compared with autograd on each sequence alone."""
     monkeypatch.setattr(live_teacher, "ROWS", 40)
     student = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "student", seed=3))
     teacher = AutoModelForCausalLM.from_pretrained(model_path)
-    dump = LogitDataset(dump_path)
-    row = pack_row([], [dump[1], dump[2]])
+    domain, general = mixed_sequences(dump_path, with_masks)
+    row = general_part(pack_row(domain, general))
     hidden, known = [], []
     for model in (student.double(), teacher.double()):
         enable_packing(model)
@@ -39,9 +41,10 @@ def test_live_is_the_full_divergence(
     gradients = {name: w.grad.clone() for name, w in student.named_parameters()}
     student.zero_grad()
     expected = []
-    for index in (1, 2):
-        ids = torch.from_numpy(dump[index].input_ids[None].astype(np.int64))
-        p, q = (model(ids).logits[0, :-1].log_softmax(1) for model in (teacher, student))
+    for record in general:
+        ids = torch.from_numpy(record.input_ids[None].astype(np.int64))
+        logits = (model(ids).logits[0, record.positions] for model in (teacher, student))
+        p, q = (each.log_softmax(1) for each in logits)
         p = p.detach()
         over = p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)
         expected.append(over.sum(1))

@@ -9,14 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.packing import PackedRow
 from pipeline.study import targets
-from storage import LogitDataset
 from tests.helpers.models import tiny_model
-from tests.helpers.rows import losses, mixed_row
+from tests.helpers.rows import losses, mixed_row, mixed_sequences
+
+
+@pytest.fixture(params=[False, True], ids=["all tokens", "masks"])
+def with_masks(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture
-def row(dump_path: Path) -> PackedRow:
-    return mixed_row(dump_path)
+def row(dump_path: Path, with_masks: bool) -> PackedRow:
+    return mixed_row(dump_path, with_masks)
 
 
 def alone(model: Path, ids: np.ndarray) -> torch.Tensor:
@@ -27,16 +31,18 @@ def alone(model: Path, ids: np.ndarray) -> torch.Tensor:
     return logits[0, :-1].log_softmax(-1)
 
 
-def test_labels_are_cross_entropy_on_all(tmp_path: Path, dump_path: Path, row: PackedRow) -> None:
+def test_labels_are_cross_entropy_on_all(
+    tmp_path: Path, dump_path: Path, row: PackedRow, with_masks: bool
+) -> None:
     student = tiny_model(tmp_path / "student", seed=3)
     scored, found = losses(student, targets.labels(row))
     assert scored == len(found) == len(row["targets"]["rows"])
-    dump = LogitDataset(dump_path)
-    sequences = [dump[5].input_ids[:30], dump[6].input_ids[:20], dump[1].input_ids]
-    expected = [
-        -alone(student, ids).gather(1, torch.from_numpy(ids[1:, None].astype(np.int64)))[:, 0]
-        for ids in [*sequences, dump[2].input_ids]
-    ]
+    domain, general = mixed_sequences(dump_path, with_masks)
+    expected = []
+    for one in [*domain, *general]:
+        labels = torch.from_numpy(one.input_ids[1:, None].astype(np.int64))
+        losses_of_all = -alone(student, one.input_ids).gather(1, labels)[:, 0]
+        expected.append(losses_of_all[one.positions])
     torch.testing.assert_close(found.double(), torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 

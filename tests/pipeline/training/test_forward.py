@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.corpus import Tokens
 from pipeline.data.packing import pack_row, with_targets
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import way_of
@@ -22,7 +23,7 @@ def test_a_packed_row_learns_what_its_sequences_learn_one_by_one(
     kind: str, direction: Direction, dump_path: Path
 ) -> None:
     dump = LogitDataset(dump_path)
-    domain = [np.arange(5, 40, dtype=np.int32), np.arange(100, 107, dtype=np.int32)]
+    domain = [Tokens(np.arange(*ends, dtype=np.int32)) for ends in ((5, 40), (100, 107))]
     row = pack_row(domain, [dump[1], dump[2]])
     targets, lengths = row["targets"], row["sequence_lengths"]
     weights = torch.linspace(0.5, 1.5, len(targets["rows"]))

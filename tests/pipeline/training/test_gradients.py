@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import LossConfig
-from pipeline.corpus import Corpus, TokenSequences
+from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
-from pipeline.training import train
-from storage import LogitDataset
+from pipeline.training import inputs, train
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.masks import give_masks
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import settings, steps
 
@@ -26,9 +26,12 @@ def domain(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(12)])
 
 
+@pytest.mark.parametrize("masks", [False, True])
 def test_norms_and_cosine_are_those_of_autograd(
-    tmp_path: Path, dump_path: Path, domain: Path
+    tmp_path: Path, dump_path: Path, domain: Path, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if masks:
+        give_masks(monkeypatch)
     student = tiny_model(tmp_path / "student", seed=5)
     config = settings(
         tmp_path,
@@ -45,8 +48,8 @@ def test_norms_and_cosine_are_those_of_autograd(
     (logged,) = steps(config.output)
 
     model = AutoModelForCausalLM.from_pretrained(student)
-    tokens = TokenSequences(Corpus(config.domain, ModelFolder(student).tokenizer, 100))
-    general = GeneralStream([LogitDataset(dump_path)], [1], 42)
+    tokens = inputs.read_tokens(Corpus(config.domain, ModelFolder(student).tokenizer, 100))
+    general = GeneralStream([inputs.LogitDataset(dump_path)], [1], 42)
     data = MixedDataset(tokens, general, 1.0, 42, 4)  # transformers' seed
     (row,) = collate([data[item] for item in range(4)])["packed"]
     targets = row["targets"]

@@ -7,11 +7,14 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import DAMAGED, ConfigError
+from pipeline.training.arguments import training_arguments
 from pipeline.training.inputs import Inputs, check
+from pipeline.training.train import describe, mixed_dataset
 from storage import LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.forged import replan
+from tests.helpers.masks import give_masks
 from tests.helpers.plans import with_field, without_field
 from tests.helpers.runs import settings
 
@@ -100,3 +103,26 @@ def test_a_dump_without_k_has_entries(dump: Path) -> None:
     plan = LogitDataset(dump).plan
     replan(dump, without_field(plan, "k"))
     assert LogitDataset(dump).k == plan["vocab_size"]
+
+
+def test_masks_are_told_and_counted(
+    tmp_path: Path, model_path: Path, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line names the targets; the longest row has the general tokens that it takes."""
+    corpus = write_texts(tmp_path / "domain.jsonl", some_texts(5))
+    config = settings(tmp_path, model_path, dump_path, corpus, mix_by="tokens")
+    args = training_arguments(config)
+    plain = Inputs(config)
+    assert plain.target_share == 1
+    assert "targets" not in describe(plain, mixed_dataset(plain, args), 2)
+    give_masks(monkeypatch)
+    masked = Inputs(config)
+    (dump,) = masked.dumps
+    tokens, targets = masked.domain.lengths.sum(), masked.domain.target_counts.sum()
+    shares = [targets / tokens, dump.target_counts.sum() / dump.lengths.sum()]
+    assert masked.target_share == pytest.approx(max(shares))
+    assert 0.2 < masked.target_share < 0.7
+    expected = f"({tokens:,} tokens, {targets:,} of them targets)"
+    assert expected in describe(masked, mixed_dataset(masked, args), 2)
+    longest = plain.row_tokens(args) / 4  # of two items, each with as many general tokens
+    assert masked.row_tokens(args) == pytest.approx(2 * longest * (1 + 1 / shares[1]), rel=0.01)

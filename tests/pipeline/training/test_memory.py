@@ -100,6 +100,18 @@ def test_parts_equal_those_by_hand(
     assert lora.weights == 2 * size + 4 * adapters
 
 
+def test_the_loss_takes_memory_for_its_targets(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    config = settings(tmp_path, model_path, dump_path, domain)
+    args, folder = training_arguments(config), ModelFolder(model_path)
+    every, some = (
+        memory.estimate(config, args, folder, 100, target_share=share) for share in (1, 0.2)
+    )
+    assert every.loss - some.loss == 80 * (512 + 2 * 64) * 4  # logits; hidden states, gradients
+    assert every.activations == some.activations
+
+
 def test_activations_are_what_autograd_saves(model_path: Path) -> None:
     """A pass on the meta device, compared with one on the CPU."""
     from transformers import AutoModelForCausalLM

@@ -3,9 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.agreement import Answer
@@ -15,10 +18,13 @@ from pipeline.dump.recompute import against
 from pipeline.errors import RefusedError
 from pipeline.report import run_page
 from pipeline.training import train
-from pipeline.training.null_test import null_test
+from pipeline.training.null_test import measure, null_test
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import settings as dump_settings
+from tests.helpers.masked_step import LAYOUTS, VOCAB, Item, items, trainer_of
+from tests.helpers.masks import masked
 from tests.helpers.models import tiny_model
+from tests.helpers.records import random_topk, with_samples
 from tests.helpers.runs import settings
 
 WINDOW = {
@@ -140,3 +146,30 @@ def test_a_resumed_run_still_says_what_was_accepted(differ: Differ) -> None:
     again = train.run(config)
     assert again["null_test"] == first["null_test"]
     assert again["null_test"]["answer"] == Answer.DIFFERENT
+
+
+def sampled(item: Item) -> Item:
+    """The item with samples alone as the distributions of its general sequence."""
+    topk = with_samples(random_topk(len(item.whole.topk), 0, VOCAB), 8, VOCAB)
+    return item._replace(whole=replace(item.whole, topk=topk))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("k", [6, 0])
+def test_positions_that_are_not_stored_are_not_measured(tmp_path: Path, k: int, shift: int) -> None:
+    """Of a dump with masks, the others have the measures of a dump of all positions."""
+    given = items("some")
+    trainer = trainer_of(tmp_path, given, "forward", LAYOUTS["one row"])
+    if k == 0:
+        given = list(map(sampled, given))
+    found = []
+    for records in (
+        [item.whole for item in given],
+        [masked(item.whole, item.targets) for item in given],
+    ):
+        general: Any = SimpleNamespace(record=records.__getitem__, dumps=[SimpleNamespace(k=k)])
+        found.append(measure(trainer, general, len(records), shift))
+    kept = np.concatenate([item.targets[1:] for item in given])
+    assert 0 < kept.sum() < len(kept)
+    np.testing.assert_allclose(found[1].kl, found[0].kl[kept], rtol=1e-12)
+    np.testing.assert_array_equal(found[1].positions, found[0].positions[kept])
