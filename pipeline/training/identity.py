@@ -36,6 +36,7 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
         "domain": inputs.corpus.fingerprint(),
         "domain_rendering": inputs.corpus.rendering(),
         **({"domain_special_tokens": "split"} if inputs.corpus.special else {}),
+        **({"domain_targets": targets} if (targets := inputs.corpus.targets_identity()) else {}),
         "mix": config.mix,
         "mix_by": config.mix_by,
         "max_length": inputs.max_length,

@@ -7,6 +7,7 @@ writes FOLDER/ddp.pt: what `step` returns, by case and direction.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,10 @@ class InOrder:
     """The general stream: one record for each item."""
 
     def __init__(self, records: list[Record]) -> None:
-        self.record = records.__getitem__
+        self.every = records
+
+    def records(self, rows: Iterable[int]) -> list[Record]:
+        return [self.every[row] for row in rows]
 
     def epochs(self, rows: int) -> list[float]:
         return [0.0]

@@ -1,6 +1,8 @@
 """Sequences and rows with masks, in memory."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +69,9 @@ class MaskedDataset(LogitDataset):
         record = super().__getitem__(index)
         return masked(record, some_targets(len(record.input_ids)))
 
-    @property
+    def read(self, indices: Iterable[int]) -> list[Record]:
+        return [self[index] for index in indices]
+
+    @cached_property
     def target_counts(self) -> Any:
         return np.array([len(self[index].positions) for index in range(len(self))], np.int32)

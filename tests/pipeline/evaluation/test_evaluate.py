@@ -19,7 +19,7 @@ from pipeline.corpus import Corpus, read_tokens
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
-from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.masks import read_masked, some_targets
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
@@ -248,3 +248,9 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path, model_path: Path) -> No
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="two tokens"):
         evaluate.run(EvalConfig({"base": str(model_path)}, general=CorpusConfig(str(empty))))
+    first_token = {"input_ids": [5, 6, 7], "loss_mask": [1, 0, 0]}  # which nothing predicts
+    masked = CorpusConfig(
+        str(write_jsonl(tmp_path / "masked.jsonl", [first_token] * 2)), tokens_column="input_ids"
+    )
+    with pytest.raises(ConfigError, match="none of its 2 documents has a token to learn"):
+        evaluate.run(EvalConfig({"base": str(model_path)}, general=masked))

@@ -43,12 +43,13 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
-from pipeline.training import train
+from pipeline.training import inputs, train
 from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers.architectures import saved, sharpened, tiny
-from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.dumps import dumped, with_rows
+from tests.helpers.masks import MaskedDataset, some_targets
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -224,12 +225,44 @@ def test_a_run_learns_and_leaves_a_plain_model(
     assert train.run(config) == summary
 
 
+def test_a_run_learns_and_counts_targets_alone(
+    tmp_path: Path, model_path: Path, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A domain of tokens with a mask, and a dump that stores some positions."""
+    monkeypatch.setattr(inputs, "LogitDataset", MaskedDataset)
+    lengths = range(5, 45, 5)
+    documents = [
+        {"input_ids": list(range(3, 3 + n)), "loss_mask": some_targets(n).astype(int).tolist()}
+        for n in lengths
+    ]
+    corpus = CorpusConfig(
+        str(write_jsonl(tmp_path / "domain.jsonl", documents)), tokens_column="input_ids"
+    )
+    held_out = HeldOutConfig(domain=corpus)
+    training = {"num_train_epochs": 4, "eval_on_start": True}
+    config = settings(
+        tmp_path, model_path, dump_path, tmp_path, held_out=held_out, training=training
+    )
+    config.domain = corpus
+    summary = train.run(config)
+    targets = sum(sum(document["loss_mask"]) for document in documents)
+    assert summary["domain_tokens"] == 4 * targets
+    stream = GeneralStream([MaskedDataset(dump_path)], [1], 42)
+    records = stream.records(range(4 * len(documents)))
+    assert summary["general_tokens"] == sum(len(record.topk) for record in records)
+    assert summary["identity"]["domain_targets"] == {"which": "mask"}
+    assert 0 <= summary["null_test_kl"] < 1e-3
+    first, *_, last = steps(config.output)
+    assert last["ce"] < first["ce"]
+
+
 def test_domain_alone_needs_no_dump(tmp_path: Path, model_path: Path, domain: Path) -> None:
     config = settings(tmp_path, model_path, None, domain, mix=0, max_length=100)
     summary = train.run(config)
     assert summary["general_tokens"] == 0
     assert summary["kl"] == 0
     assert summary["null_test_kl"] is None
+    assert "domain_targets" not in summary["identity"]
 
 
 def test_lora_trains_and_is_merged(
