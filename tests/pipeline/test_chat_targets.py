@@ -228,6 +228,10 @@ def test_a_chat_without_an_answer_has_no_targets() -> None:
             "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", TWO[1:], None,
             "does not show where message 0 ends: .* rendered as 'assistant: Hello, you.</s>', in",
         ),
+        (
+            CHATML.replace("'assistant' %}", "'assistant' and message.content %}"),
+            [user("a"), reply(""), reply("b")], None, "does not show where message 1 is",
+        ),
         (CHATML, [reply("Hi"), user("a")], None, r"the first 0 messages alone\)"),
         (GEMMA, [user("a"), user("b"), reply("c")], None, "cannot render it: Conversation roles"),
     ],
