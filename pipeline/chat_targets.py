@@ -15,11 +15,11 @@ from pipeline.chat_renderer import Beginning, CannotRender, Part, Rendering
 from pipeline.spans import Span
 from pipeline.types import Json
 
-MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MARKER = "endgeneration"
 LINE = 100  # characters of a line that is shown
 ADVICE = (
-    "Put {% generation %} and {% endgeneration %} around the assistant's text in the template, or "
-    "make a document of each reply, with prompt_column and completion_column"
+    "Put {% generation %} and {% endgeneration %} around the assistant's text in the template, "
+    "outside of macros, or make a document of each reply, with prompt_column and completion_column"
 )
 
 
