@@ -107,7 +107,7 @@ class DumpConfig:
     """Stage one: the base model reads a general corpus once, and its top-k go to disk."""
 
     common: ClassVar = (
-        "k", "samples", "max_length", "codec", "partitions", "workers", "engine_args",
+        "k", "samples", "positions", "max_length", "codec", "partitions", "workers", "engine_args",
         "corpus.text_column", "corpus.messages_column", "corpus.tokens_column", "corpus.limit",
     )  # fmt: skip
 
@@ -132,6 +132,13 @@ class DumpConfig:
     to the tail. 0 keeps all k."""
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Keep only as many entries as hold this mass. The mass of the others goes to the tail."""
+    positions: Annotated[float, Range(above=0, most=1)] = 1.0
+    """Keep each target with this probability, by chance, e.g. 0.2 for a fifth of them. A fifth of
+    the bytes and of the head's work then teach the student without bias, but with more noise per
+    document. Use it to read more documents for the same disk, or to save the head of a model with a
+    large vocabulary. The body reads every token in any case."""
+    positions_seed: Seed = 0
+    """Seed of that draw. Another one keeps other targets of the same documents."""
     step: Annotated[float, Range(above=0, below=8)] = 1 / 16
     """Grid of the stored log-probabilities in nats. 1/16 costs about 7e-5 nats of KL."""
     codec: Literal["v1", "v2"] = "v1"
@@ -145,7 +152,8 @@ class DumpConfig:
     partitions: Annotated[int, Range(1, 100_000)] = 1
     """Number of parts that can be dumped and retried separately, also on different machines."""
     shard_tokens: Count = 1_000_000
-    """A shard is committed at the first document end after this many tokens."""
+    """A shard is committed at the first document end after this many tokens. Where only some are
+    learnt, those count."""
     dtype: str = "auto"
     """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -175,21 +183,28 @@ class DumpConfig:
 class GenerateConfig:
     """The base model writes a general corpus, where its own training data cannot be had."""
 
-    common: ClassVar = ("prompts", "seed", "max_length", "engine_args")
+    common: ClassVar = ("tokens", "prompts", "replies", "seed", "max_length", "engine_args")
 
     model: str
     """The base model: a Hugging Face directory or hub name."""
     output: str
     """Directory of JSONL files, local or s3://… An unfinished corpus there is resumed."""
-    tokens: Annotated[int, Range(1, 1 << 53)]
-    """Write at least this many tokens."""
+    tokens: Annotated[int | None, Range(1, 1 << 53)] = None
+    """Write at least this many tokens. With replies it can be left out: each prompt is answered
+    once."""
     revision: str | None = None
     """Hub revision of the model."""
     prompts: CorpusConfig | None = None
     """Texts whose beginnings start the documents, in turn. Without them each document starts with
-    the end-of-text token."""
+    the end-of-text token. Chats (prompts.messages_column, prompts.prompt_column) are answered."""
     prompt_tokens: Count = 16
-    """Tokens taken from each prompt."""
+    """Tokens taken from each text. Chats stay whole; one that leaves no room for an answer under
+    max_length is left out."""
+    replies: Literal["all", "last"] | None = None
+    """Which turns of the assistant the base answers anew. all, for chats the default: each one, and
+    an answer takes the place of the old one in what follows. last: only the last one, with the
+    others as they are. A chat that ends with a user's turn gets its answer. With prompts of text
+    (prompts.text_column), each text is a user's turn."""
     seed: Seed = 0
     """Seed of every sampled token. The engine's rounding has an influence too."""
     temperature: Annotated[float, Range(above=0, most=100)] = 1.0
@@ -211,8 +226,20 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        given = self.prompts
+        are_chats = given is not None and (given.messages_column or given.prompt_column) is not None
+        if self.replies is None and are_chats:
+            self.replies = "all"
         require(
-            self.max_length > self.prompt_tokens,
+            self.replies is None or (given is not None and given.tokens_column is None),
+            f"replies {self.replies}: chats or texts of users are answered, so set prompts.path",
+        )
+        require(
+            self.tokens is not None or self.replies is not None,
+            "tokens: say how many to write; only with replies each prompt is answered once",
+        )
+        require(
+            self.replies is not None or self.max_length > self.prompt_tokens,
             f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
         )
         check_engine_args(self.engine_args)
