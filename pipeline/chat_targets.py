@@ -110,8 +110,9 @@ class Turns:
         lines = ""
         if part is not None:
             alone = line_of(self.text[: part.same] + part.rest, part.same)
-            later = line_of(self.text, part.same)
-            lines = f": it writes {alone!r} there, but {later!r} once more messages follow"
+            whole = line_of(self.text, part.same)
+            lines = f": the messages up to there are rendered as {alone!r}, in the whole chat as "
+            lines += repr(whole)
         return CannotTell(f"does not show {what}{lines}. {ADVICE}")
 
 

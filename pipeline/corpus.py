@@ -283,14 +283,6 @@ class Corpus:
             else:
                 yield self.tokens.of_arrow(row, partial(self.wrong, document))
 
-    def lengths(self, documents: list[int]) -> Int64s:
-        """Tokens of each of these documents."""
-        if self.tokens is not None:
-            marked = (next(self.token_documents(at, at + 1)) for at in documents)
-            return np.array([len(tokens) for tokens, _ in marked], np.int64)
-        tokenized = self.tokenize([self.text(at) for at in documents])
-        return np.array([len(tokens) for tokens in tokenized], np.int64)
-
     def wrong(self, document: int, what: str) -> ConfigError:
         return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 

@@ -32,7 +32,8 @@ def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
     found = {}
     for record in LogitDataset(path):
         topk = record.topk
-        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        ids, at = record.input_ids, record.positions
+        parts = [ids, at, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
         key = (record.doc_id, record.chunk)
         assert key not in found
         found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)

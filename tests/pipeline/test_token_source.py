@@ -109,7 +109,6 @@ def test_documents_without_a_mask(tmp_path: Path, opened: Any, write: Any, masks
     ]
     assert not corpus.masked
     assert corpus.targets_identity() == {}
-    assert corpus.lengths([0, 2, 4]).tolist() == [4, 0, 5]
 
 
 @FORMATS

@@ -356,8 +356,8 @@ def test_a_remote_index_is_fetched_once(
         assert Counted.requests == {"GET": requests}
     monkeypatch.setenv("MOL_CACHE", str(tmp_path / "other"))
     same_rows(counted(tmp_path / "dump"), 10)
-    assert Counted.requests == {"GET": 3 + 2}, "plan, manifest, index, and each shard once"
-    assert len(list((tmp_path / "other").glob("*.parquet"))) == 2
+    assert Counted.requests == {"GET": 3 + 2 + 10}, "plan, manifest, index; tables and rows"
+    assert len(list((tmp_path / "other").glob("*.rows"))) == 2
 
 
 def test_gc_knows_indexes(tmp_path: Path) -> None:
