@@ -15,6 +15,7 @@ LATER = {
     "tokens_column": None,
     "mask_column": None,
     "targets": None,
+    "replies": None,
 }
 """Settings that earlier releases lacked, with what these did."""
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from pipeline.models.directory import ModelFolder
 from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
 from pipeline.teacher.vllm_log import VllmLog
@@ -14,7 +16,12 @@ class VllmGenerator:
         self, model: ModelFolder, dtype: str, max_length: int, engine_args: dict[str, Any]
     ) -> None:
         check_interface()
-        settings = engine_settings(model, dtype, max_length, engine_args)
+        own: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt it has in parts, and
+            # torch's generators of a CPU cannot be rewound: the engine would die.
+            own["enable_chunked_prefill"] = False
+        settings = engine_settings(model, dtype, max_length, {**own, **engine_args})
         self.log = VllmLog()
         with self.log.explained(model):
             self.engine = start_engine({**settings, "runner": "generate"}, self.log)
@@ -33,9 +40,10 @@ class VllmGenerator:
         seeds: list[int],
         temperature: float,
         top_p: float,
-        stop: int | None,
+        stops: list[int],
     ) -> list[list[int]]:
-        """Token ids that continue each prompt, up to the `stop` token, which is left out."""
+        """Token ids that continue each prompt, up to the first that is one of `stops`, which is the
+        last one then, or to max_length with the prompt."""
         from vllm import SamplingParams
 
         numbers: dict[str, int] = {}
@@ -45,8 +53,8 @@ class VllmGenerator:
                 top_p=top_p,
                 seed=seed,
                 max_tokens=self.max_length - len(prompt),
-                stop_token_ids=[] if stop is None else [stop],
-                ignore_eos=True,  # without a tokenizer vLLM knows no eos; `stop` gives it
+                stop_token_ids=stops,
+                ignore_eos=True,  # without a tokenizer vLLM knows no eos; `stops` have it
                 detokenize=False,
             )
             name = f"w{self.requests}"
@@ -58,6 +66,5 @@ class VllmGenerator:
             for output in self.engine.step():
                 if output.finished:
                     tokens = list(output.outputs[0].token_ids)
-                    ends = bool(tokens) and tokens[-1] == stop
-                    found[numbers.pop(output.request_id)] = tokens[:-1] if ends else tokens
+                    found[numbers.pop(output.request_id)] = tokens
         return found
