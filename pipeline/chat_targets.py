@@ -43,7 +43,8 @@ class Turns:
 
     def after(self, number: int) -> tuple[str, list[Span]]:
         """(text, all that follows the first messages). Raises CannotTell, and CannotRender."""
-        return self.places([(number, len(self.messages))])
+        last = len(self.messages)
+        return self.places([(number, last)] if number < last else [])
 
     def places(self, turns: list[tuple[int, int]]) -> tuple[str, list[Span]]:
         """(text, where messages first to last - 1 are, for each turn)."""
@@ -109,8 +110,9 @@ class Turns:
         lines = ""
         if part is not None:
             alone = line_of(self.text[: part.same] + part.rest, part.same)
-            later = line_of(self.text, part.same)
-            lines = f": it writes {alone!r} there, but {later!r} once more messages follow"
+            whole = line_of(self.text, part.same)
+            lines = f": the messages up to there are rendered as {alone!r}, in the whole chat as "
+            lines += repr(whole)
         return CannotTell(f"does not show {what}{lines}. {ADVICE}")
 
 

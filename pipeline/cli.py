@@ -76,6 +76,13 @@ TEMPERATURE = (
 )
 
 
+SHOW = (
+    "print document N of a corpus, counted from 0, as the model reads it, with what is learnt "
+    "marked; do nothing else. CORPUS is its setting, such as held_out.domain; by default the first "
+    "one"
+)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Keeps the lines of a script's docstring, whose commands are there to be copied, and shows
     defaults but no Python types."""
@@ -130,7 +137,9 @@ class Parser(jsonargparse.ArgumentParser):
         return f"; did you mean {names[close[0]]}?" if close else ""
 
 
-def script_parser(config: type[Config], description: str) -> jsonargparse.ArgumentParser:
+def script_parser(
+    config: type[Config], description: str, show_document: bool = False
+) -> jsonargparse.ArgumentParser:
     """A parser with --config and every field of the dataclass as a dotted option."""
     parser = Parser(
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
@@ -141,6 +150,8 @@ def script_parser(config: type[Config], description: str) -> jsonargparse.Argume
         "--config", metavar="FILE", action="config", help="YAML file with the settings below"
     )
     parser.add_argument("--summary", metavar="FILE", help="write what was done to FILE as JSON")
+    if show_document:
+        parser.add_argument("--show_document", metavar="[CORPUS:]N", help=SHOW)
     known = set(parser._actions)
     parser.add_class_arguments(config, None)
     added = [action for action in parser._actions if action not in known]
@@ -179,8 +190,8 @@ def parse(
     """
     found = parser.parse_args(arguments)
     own = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    made = parser.instantiate(found)
     try:
+        made = parser.instantiate(found)
         settings = config(**{name: made[name] for name in own})
         refuse_secrets(settings)
         if made.summary is not None:

@@ -17,6 +17,7 @@ Limit = Annotated[int | None, Range(1, MOST)]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
 Length = Annotated[int, Range(2, MOST)]  # of a sequence in tokens: one token predicts nothing
 Targets = Literal["all", "assistant", "completion"]
+KINDS_OF_COLUMNS = ("messages_column", "prompt_column", "tokens_column")
 KINDS = ("domain", "general", "other")
 """The three kinds of held-out text."""
 
@@ -36,6 +37,11 @@ class CorpusConfig:
     messages_column: str | None = None
     """Column of chat messages to use instead; the tokenizer's chat template renders them. A
     template that asks for today's date gets 2024-07-26, so that rows do not depend on the day."""
+    prompt_column: str | None = None
+    """Column of prompts to use instead, with completion_column: text, or lists of messages. They
+    are one document, and what is learnt is the completion."""
+    completion_column: str | None = None
+    """Column of the completions of prompt_column."""
     tokens_column: str | None = None
     """Column of token ids to use instead, such as input_ids. They are used as they are: no token is
     added, and no template."""
@@ -51,9 +57,10 @@ class CorpusConfig:
     special, such as <think>, are tokens in any case."""
     targets: Targets | None = None
     """Which tokens are learnt; the others are read as context. By default all, or those of the mask
-    of a token corpus; all ignores a mask. assistant: what the assistant writes in chats, each turn
-    with the token that ends it. The template's generation markers say where that is, or else
-    rendering the chat turn by turn."""
+    of a token corpus, or the completions of prompts; all ignores these. assistant: what the
+    assistant writes in chats, each turn with the token that ends it. The template's generation
+    markers say where that is, or else rendering the chat turn by turn. completion: what follows the
+    prompt, with the token that ends it."""
     split: str = "train"
     """Split of a hub dataset, or of a directory whose files have train, validation or test as the
     first or last word of their names: test-00000-of-00002.parquet, wiki_train.jsonl. Of text files
@@ -64,19 +71,35 @@ class CorpusConfig:
     """Use at most this many documents."""
 
     def __post_init__(self) -> None:
+        given = [name for name in KINDS_OF_COLUMNS if getattr(self, name) is not None]
         tokens = self.tokens_column is not None
-        require(
-            not tokens or self.messages_column is None,
-            "tokens_column and messages_column: documents are either, so leave one out",
-        )
-        require(
-            tokens or self.mask_column is None,
-            "mask_column: it masks token ids, so set tokens_column, too",
-        )
-        require(
-            not tokens or self.targets in (None, "all"),
-            f"targets {self.targets}: token ids do not say which are theirs. Name a mask_column",
-        )
+        for fits, message in [
+            (len(given) < 2, f"{' and '.join(given)}: documents are either, so leave one out"),
+            (
+                tokens or self.mask_column is None,
+                "mask_column: it masks token ids, so set tokens_column, too",
+            ),
+            (
+                not tokens or self.targets in (None, "all"),
+                f"targets {self.targets}: token ids do not say which are theirs. Name a "
+                "mask_column",
+            ),
+            (
+                (self.prompt_column is None) == (self.completion_column is None),
+                "prompt_column and completion_column: documents need both",
+            ),
+            (
+                self.targets != "completion" or self.prompt_column is not None,
+                "targets completion: needs prompt_column and completion_column, what is given and "
+                "what is learnt",
+            ),
+            (
+                self.targets != "assistant" or bool(given),
+                "targets assistant: only chats have an assistant. Name the column of their "
+                "messages with messages_column",
+            ),
+        ]:
+            require(fits, f"corpus {self.path}: {message}")
 
 
 @dataclass
@@ -84,7 +107,7 @@ class DumpConfig:
     """Stage one: the base model reads a general corpus once, and its top-k go to disk."""
 
     common: ClassVar = (
-        "k", "samples", "max_length", "codec", "partitions", "workers", "engine_args",
+        "k", "samples", "positions", "max_length", "codec", "partitions", "workers", "engine_args",
         "corpus.text_column", "corpus.messages_column", "corpus.tokens_column", "corpus.limit",
     )  # fmt: skip
 
@@ -109,6 +132,13 @@ class DumpConfig:
     to the tail. 0 keeps all k."""
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Keep only as many entries as hold this mass. The mass of the others goes to the tail."""
+    positions: Annotated[float, Range(above=0, most=1)] = 1.0
+    """Keep each target with this probability, by chance, e.g. 0.2 for a fifth of them. A fifth of
+    the bytes and of the head's work then teach the student without bias, but with more noise per
+    document. Use it to read more documents for the same disk, or to save the head of a model with a
+    large vocabulary. The body reads every token in any case."""
+    positions_seed: Seed = 0
+    """Seed of that draw. Another one keeps other targets of the same documents."""
     step: Annotated[float, Range(above=0, below=8)] = 1 / 16
     """Grid of the stored log-probabilities in nats. 1/16 costs about 7e-5 nats of KL."""
     codec: Literal["v1", "v2"] = "v1"
@@ -122,7 +152,8 @@ class DumpConfig:
     partitions: Annotated[int, Range(1, 100_000)] = 1
     """Number of parts that can be dumped and retried separately, also on different machines."""
     shard_tokens: Count = 1_000_000
-    """A shard is committed at the first document end after this many tokens."""
+    """A shard is committed at the first document end after this many tokens. Where only some are
+    learnt, those count."""
     dtype: str = "auto"
     """Dtype of the weights: auto (the model's own), bfloat16, float16 or float32."""
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -152,21 +183,26 @@ class DumpConfig:
 class GenerateConfig:
     """The base model writes a general corpus, where its own training data cannot be had."""
 
-    common: ClassVar = ("prompts", "seed", "max_length", "engine_args")
+    common: ClassVar = ("tokens", "prompts", "replies", "seed", "max_length", "engine_args")
 
     model: str
     """The base model: a Hugging Face directory or hub name."""
     output: str
     """Directory of JSONL files, local or s3://… An unfinished corpus there is resumed."""
-    tokens: Annotated[int, Range(1, 1 << 53)]
-    """Write at least this many tokens."""
+    tokens: Annotated[int | None, Range(1, 1 << 53)] = None
+    """Write at least this many tokens. Chats may be answered without it, each once."""
     revision: str | None = None
     """Hub revision of the model."""
     prompts: CorpusConfig | None = None
     """Texts whose beginnings start the documents, in turn. Without them each document starts with
-    the end-of-text token."""
+    the end-of-text token. Chats (prompts.messages_column) are answered."""
     prompt_tokens: Count = 16
-    """Tokens taken from each prompt."""
+    """Tokens taken from each text. Chats stay whole; one that leaves no room for an answer under
+    max_length is left out."""
+    replies: Literal["all", "last"] | None = None
+    """Which turns of the assistant the base answers anew. all, for chats the default: each one, and
+    an answer takes the place of the old one in what follows. last: only the last one, with the
+    others as they are. A chat that ends with a user's turn gets its answer."""
     seed: Seed = 0
     """Seed of every sampled token. The engine's rounding has an influence too."""
     temperature: Annotated[float, Range(above=0, most=100)] = 1.0
@@ -188,8 +224,18 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        are_chats = self.prompts is not None and self.prompts.messages_column is not None
         require(
-            self.max_length > self.prompt_tokens,
+            self.replies is None or are_chats,
+            f"replies {self.replies}: chats are answered, so set prompts.messages_column",
+        )
+        self.replies = self.replies or ("all" if are_chats else None)
+        require(
+            self.tokens is not None or are_chats,
+            "tokens: say how many to write; only chats (prompts.messages_column) can do without",
+        )
+        require(
+            are_chats or self.max_length > self.prompt_tokens,
             f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
         )
         check_engine_args(self.engine_args)

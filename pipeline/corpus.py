@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chats import BadChat, ChatTemplate
+from pipeline.chats import BadChat, ChatTemplate, listed
 from pipeline.config import CorpusConfig
+from pipeline.conversation_source import TOOLS, ConversationSource, parts_of
 from pipeline.corpus_cache import cached_documents, local_copy
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
@@ -30,7 +31,7 @@ from pipeline.progress import say
 from pipeline.spans import Text, TokenPlaces, mask_of
 from pipeline.special_tokens import CannotMask, SpecialTokens
 from pipeline.token_columns import Marked, TokenColumns
-from pipeline.token_source import TokenSource, guess_mask, mask_of_schema
+from pipeline.token_source import OPTION, TokenSource, guess_mask, mask_of_schema
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
@@ -76,7 +77,8 @@ class Corpus:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_length, self.add_eos, self.share = max_length, add_eos, share
-        self.column = config.tokens_column or config.messages_column or config.text_column
+        self.columns = columns_of(config)
+        self.column = self.columns[0]
         self.tokens: TokenColumns | None = None
         """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
@@ -95,13 +97,13 @@ class Corpus:
                 f"corpus {config.path}: no documents"
                 + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
             )
-        for name in self.tokens.names if self.tokens else [self.column]:
+        for name in self.needed:
             if name not in self.documents.column_names:
                 raise ConfigError(
                     f"corpus {config.path}: no column {name!r}; it has "
                     f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
                 )
-        chat = config.messages_column is not None
+        chat = self.holds_messages()
         split = config.special_tokens == "split"
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
@@ -113,7 +115,30 @@ class Corpus:
         """Which tokens are learnt."""
         if self.tokens is not None:
             return "all" if self.tokens.mask is None else "mask"
-        return self.config.targets or "all"
+        return self.config.targets or ("completion" if self.config.prompt_column else "all")
+
+    @property
+    def structured(self) -> bool:
+        """Whether documents are conversations, or prompts with completions."""
+        return self.config.messages_column is not None or self.config.prompt_column is not None
+
+    @property
+    def needed(self) -> tuple[str, ...] | list[str]:
+        """The columns that `documents` must have; those of files are put together in one."""
+        if self.tokens is not None:
+            return self.tokens.names
+        return self.columns[:1] if self.files else self.columns
+
+    def holds_messages(self) -> bool:
+        """Whether documents are conversations. Prompts may be, and the first one shows it."""
+        if self.config.prompt_column is None:
+            return self.config.messages_column is not None
+        spans = range(0, len(self), DOCUMENTS_AT_ONCE)
+        found = (
+            each for at in spans for each in self.values(at, min(at + DOCUMENTS_AT_ONCE, len(self)))
+        )
+        first: Json = next((each for each in found if each is not None), {})
+        return isinstance(first.get(self.column), list)
 
     @property
     def masked(self) -> bool:
@@ -129,11 +154,9 @@ class Corpus:
         name = f"corpus {self.config.path}: targets {self.targets}"
         if self.targets == "assistant" and self.chat is None:
             raise ConfigError(
-                f"{name}: only chats have an assistant, and column {self.column!r} is read as "
-                "text. Name the column of chat messages with corpus.messages_column"
+                f"{name}: only chats have an assistant, and the first document has text in column "
+                f"{self.column!r}, not messages. Leave targets out to learn the completions"
             )
-        if self.targets == "completion":
-            raise ConfigError(f"{name}: the documents of column {self.column!r} have no prompt")
         if self.masked and self.tokens is None and not self.tokenizer.is_fast:
             raise ConfigError(
                 f"{name}: needs a fast tokenizer, which says where its tokens stand in the text; "
@@ -144,13 +167,20 @@ class Corpus:
     def option(self) -> str:
         """The setting that names the column."""
         if self.tokens is not None:
-            return TokenSource.option
+            return OPTION
+        if self.config.prompt_column is not None:
+            return "prompt_column, completion_column"
         return "messages_column" if self.config.messages_column else "text_column"
 
     def sources(self) -> list[Source]:
         """What reads each file."""
-        config, chat = self.config, self.config.messages_column is not None
-        found = [Source(file, local_copy(file), self.column, chat) for file in self.files]
+        config, copies = self.config, [(file, local_copy(file)) for file in self.files]
+        if self.structured:
+            return [
+                ConversationSource(*each, self.column, True, columns=self.columns)
+                for each in copies
+            ]
+        found = [Source(*each, self.column) for each in copies]
         if config.tokens_column is None:
             return found
         self.tokens = self.token_columns(partial(guess_mask, found))
@@ -195,6 +225,7 @@ class Corpus:
         found: list[Any] = [self.column, config.skip, config.limit]
         if self.tokens is not None:
             found.append({"mask": self.tokens.mask})
+        found += self.columns[1:]
         if self.files:
             found += map(list, zip(relative(self.files), self.digests, strict=True))
         else:
@@ -252,14 +283,6 @@ class Corpus:
             else:
                 yield self.tokens.of_arrow(row, partial(self.wrong, document))
 
-    def lengths(self, documents: list[int]) -> Int64s:
-        """Tokens of each of these documents."""
-        if self.tokens is not None:
-            marked = (next(self.token_documents(at, at + 1)) for at in documents)
-            return np.array([len(tokens) for tokens, _ in marked], np.int64)
-        tokenized = self.tokenize([self.text(at) for at in documents])
-        return np.array([len(tokens) for tokens in tokenized], np.int64)
-
     def wrong(self, document: int, what: str) -> ConfigError:
         return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 
@@ -301,10 +324,21 @@ class Corpus:
             batch, size = [], 0
 
     def values(self, start: int, stop: int) -> Iterator[Any]:
-        """The column's values, one at a time: 64 documents together may be gigabytes."""
-        if not self.files:
+        """Texts, or the columns of conversations by their names; one at a time: 64 documents
+        together may be gigabytes."""
+        if self.files:
+            found = (value.as_py() for value in self.arrow[start:stop][self.column])
+            if not self.structured:
+                return found
+            return (value if value is None else parts_of(value) for value in found)
+        if not self.structured:
             return iter(self.documents.select_columns(self.column)[start:stop][self.column])
-        return (value.as_py() for value in self.arrow[start:stop][self.column])
+        names = [*self.columns, *({TOOLS} & set(self.documents.column_names))]
+        rows = self.documents.select_columns(names)[start:stop]
+        return (
+            without_nulls(dict(zip(rows, row, strict=True)))
+            for row in zip(*rows.values(), strict=True)
+        )
 
     def text(self, document: int) -> Text:
         """One document, as the tokenizer reads it."""
@@ -348,26 +382,33 @@ class Corpus:
 
     def render(self, value: Any, document: int) -> Text:
         """A document's text; empty for null."""
-        if value is None:
+        if not self.structured:
+            return Text() if value is None else Text(self.as_text(value, self.column, document))
+        if value is None or any(name not in value for name in self.columns):
             return Text()
-        if self.chat:
+        if self.chat is not None:
             return self.render_chat(self.chat, value, document)
-        if not isinstance(value, str):
-            raise ConfigError(
-                f"corpus {self.config.path}, document {document}: expected text in column "
-                f"{self.column!r}, found {type(value).__name__}"
-            )
-        return Text(value)
+        prompt, completion = (self.as_text(value[name], name, document) for name in self.columns)
+        text = prompt + completion
+        return Text.of(text, [(len(prompt), len(text))] if self.masked else None)
 
-    def render_chat(self, chat: ChatTemplate, value: Any, document: int) -> Text:
-        place = f"corpus {self.config.path}, document {document}"
-        messages = json.loads(value) if self.files else without_nulls(value)
+    def as_text(self, value: Any, column: str, document: int) -> str:
+        if isinstance(value, str):
+            return value
+        raise self.wrong(
+            document, f"expected text in column {column!r}, found {type(value).__name__}"
+        )
+
+    def render_chat(self, chat: ChatTemplate, value: Json, document: int) -> Text:
+        targets = "all" if self.targets == "mask" else self.targets
         try:
-            text = chat.render(messages, targets=self.config.targets or "all")
+            parts = [listed(value[name]) for name in self.columns]
+            messages = [message for part in parts for message in part]
+            text = chat.render(messages, value.get(TOOLS), targets, prompt=len(parts[0]))
         except BadChat as error:
-            raise ConfigError(f"{place}: {error}") from error.__cause__
+            raise self.wrong(document, str(error)) from error.__cause__
         if len(text) > DOCUMENT_BYTES:
-            raise ConfigError(f"{place}: rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
+            raise self.wrong(document, f"rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
     def tokenize(self, texts: list[Text]) -> Iterator[Int32s]:
@@ -396,7 +437,7 @@ class Corpus:
             if text.spans is not None:
                 mask = mask_of(text.spans, places)
             if plain and text:
-                ids = self.with_ends(ids)
+                ids, mask = self.with_ends(ids, mask)
             yield np.asarray(ids, np.int32), mask
 
     def encode_spelled(self, text: Text) -> tuple[list[int], Int64s]:
@@ -408,16 +449,19 @@ class Corpus:
                 f"corpus {self.config.path}, the chat that begins {text[:80]!r}: {error}"
             ) from None
 
-    def with_ends(self, ids: list[int]) -> list[int]:
-        """One begin-of-text and one end-of-text token, also where the text spells them itself."""
+    def with_ends(self, ids: list[int], mask: Bools | None) -> tuple[list[int], Bools | None]:
+        """One begin-of-text and one end-of-text token, also where the text spells them itself. The
+        end is learnt."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self.adds_bos and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        if self.adds_eos and ids[-2:] == [eos, eos]:
-            ids = ids[:-1]
-        if self.add_eos and eos is not None and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        return ids
+        first = int(self.adds_bos and ids[:2] == [bos, bos])
+        ids = ids[first:]
+        last = len(ids) - int(self.adds_eos and ids[-2:] == [eos, eos])
+        end = [eos] if self.add_eos and eos is not None and ids[last - 1 : last] != [eos] else []
+        ids = [*ids[:last], *end]
+        if mask is not None:
+            mask = np.append(mask[first : first + last], [True] * len(end)).astype(bool)
+            mask[-1:] |= ids[-1:] == [eos]
+        return ids, mask
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -429,6 +473,13 @@ class Corpus:
     def adds_eos(self) -> bool:
         ids = self.tokenizer("a", verbose=False)["input_ids"]
         return bool(ids[-1:] == [self.tokenizer.eos_token_id])
+
+
+def columns_of(config: CorpusConfig) -> tuple[str, ...]:
+    """The columns that documents are made of; those of masks and ids are beside them."""
+    if config.prompt_column is not None and config.completion_column is not None:
+        return config.prompt_column, config.completion_column
+    return (config.tokens_column or config.messages_column or config.text_column,)
 
 
 def short_hash(text: str) -> int:
@@ -538,11 +589,13 @@ def read_tokens(corpus: Corpus) -> TokenSequences:
     if not len(text):
         raise ConfigError(
             f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
-            "learn. A document needs two tokens or more, and a target behind the first one"
+            "learn. A document needs two tokens or more, and a target behind the first one, within "
+            f"its first {corpus.max_length:,} tokens"
         )
-    if left_out := len(corpus) - len(np.unique(text.documents)):
+    left_out = len(corpus) - len(np.unique(text.documents))
+    if corpus.masked and left_out:
         say(
-            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have no token "
-            "to learn and are left out"
+            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "
+            f"to learn within their first {corpus.max_length:,} tokens, and are left out"
         )
     return text

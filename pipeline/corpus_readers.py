@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,12 +49,20 @@ class Source:
     chat: bool = False
     """Whether the column holds chat messages, not text."""
 
-    option: ClassVar[str] = "text_column"
+    @property
+    def option(self) -> str:
+        """The setting that names the columns."""
+        return "messages_column" if self.chat else "text_column"
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns that are read, beside `id`."""
         return (self.column,)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that are read where there are any."""
+        return ()
 
     @property
     def key(self) -> list[Any]:
@@ -231,10 +239,9 @@ def json_id(source: Source, value: dict[str, Any], text: str | None, place: str)
 
 
 def missing(source: Source, names: set[str], column: str = "", place: str = "") -> ConfigError:
-    option = "messages_column" if source.chat else source.option
     return source.wrong(
         f"no column {column or source.column!r}; it has {', '.join(sorted(names)) or 'none'}. "
-        f"Set corpus.{option}",
+        f"Set corpus.{source.option}",
         place,
     )
 
@@ -353,7 +360,8 @@ def columns_of(source: Source, schema: pa.Schema) -> list[str]:
     for name in source.names:
         if name not in names:
             raise missing(source, names, name)
-    return list(dict.fromkeys([*source.names, *({"id"} & names)]))
+    others = [name for name in ("id", *source.optional) if name in names]
+    return list(dict.fromkeys([*source.names, *others]))
 
 
 def arrow_documents(source: Source, batch: pa.RecordBatch, row: int) -> Iterator[Document]:
@@ -372,7 +380,8 @@ def check_footer(source: Source, metadata: Any) -> None:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = [group.column(at) for at in range(group.num_columns)]
-        own = [each for each in columns if each.path_in_schema.split(".")[0] in source.names]
+        read = (*source.names, *source.optional)
+        own = [each for each in columns if each.path_in_schema.split(".")[0] in read]
         size = sum(each.total_uncompressed_size for each in own)
         if size > group.num_rows * limit + MIB:  # of headers
             place = f"row {row}" + (f" to {row + group.num_rows - 1}" if group.num_rows > 1 else "")

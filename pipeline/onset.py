@@ -2,6 +2,7 @@
 
 The first token attends to itself alone. So a KL there is not one of the attention between tokens.
 A sliding window that differs begins at the window's length, all at once. Rope grows with distance.
+Rows with masks are known at some positions alone: what differs begins behind the one before.
 """
 
 from typing import Any, Literal
@@ -49,6 +50,12 @@ def describe(
     """Where the difference begins and what it suggests, for a message; `config` is config.json."""
     shape, at = part(kl, positions, bound)
     before, after = kl[positions < at], kl[positions >= at]
+    if shape == "everywhere" and at > 0:
+        return (
+            f"It is there at position {at} ({kl[positions == at].mean():.1e} nats), the first that "
+            "predicts a target, so nothing tells where it begins: dump a few documents with all "
+            "tokens as targets, and compare those"
+        )
     if shape == "everywhere":
         return (
             f"It begins at the first token ({kl[positions == at].mean():.1e} nats), which attends "
@@ -64,10 +71,11 @@ def describe(
         f"It begins at position {at}: {before.mean():.1e} nats before it, {after.mean():.1e} from "
         "it on"
     )
+    last = positions[positions < at].max()  # before it
     near = [
         f"{name} is {value}{layers(config, name)}"
         for name, value in lengths(config)
-        if abs(value - at) <= NEAR
+        if last - NEAR < value <= at + NEAR
     ]
     if near:
         return f"{begins}. In config.json {'; '.join(near)}: the engines count it differently"

@@ -10,9 +10,12 @@ from storage.manifest import differences
 
 LATER = {
     "special_tokens": "parse",
+    "prompt_column": None,
+    "completion_column": None,
     "tokens_column": None,
     "mask_column": None,
     "targets": None,
+    "replies": None,
 }
 """Settings that earlier releases lacked, with what these did."""
 

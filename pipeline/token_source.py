@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ from pipeline.corpus_readers import (
 )
 from pipeline.token_columns import Marked, TokenColumns, Wrong, is_list
 
+OPTION = "tokens_column or corpus.mask_column"
 MASK, LABELS = "loss_mask", "labels"  # read where no column is named
 
 
@@ -30,7 +31,9 @@ class TokenSource(Source):
     guessed: bool = False
     """Whether the column of the mask was found, not named. Then no document may have another."""
 
-    option: ClassVar[str] = "tokens_column or corpus.mask_column"
+    @property
+    def option(self) -> str:
+        return OPTION
 
     @property
     def names(self) -> tuple[str, ...]:

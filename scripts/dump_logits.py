@@ -1,5 +1,6 @@
 """Stage one: run the base model once over a general corpus and store its top-k on disk.
 
+    python scripts/dump_logits.py --config scripts/configs/dump.yaml --show_document 0
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --estimate
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partitions 8 --workers 8
     python scripts/dump_logits.py --config scripts/configs/dump.yaml --partition 3/8 \\
@@ -35,7 +36,7 @@ def main() -> int:
     die_with_parent()
     for known in (signal.SIGINT, signal.SIGTERM):  # until the dump handles them itself
         signal.signal(known, lambda *_: sys.exit(INTERRUPTED))
-    parser = cli.script_parser(DumpConfig, __doc__ or "")
+    parser = cli.script_parser(DumpConfig, __doc__ or "", show_document=True)
     parser.add_argument(
         "--partition",
         type=str,
@@ -70,6 +71,10 @@ def main() -> int:
         except argparse.ArgumentTypeError as error:
             parser.error(f"--partition: {error}")
 
+    if own.show_document:
+        from pipeline import show_document
+
+        return cli.main(lambda: show_document.run(own.show_document, config), own.summary)
     from pipeline.dump import dump
 
     if own.estimate:

@@ -18,7 +18,12 @@ from pipeline.config import EvalConfig
 
 
 def main() -> int:
-    config, own = cli.parse(cli.script_parser(EvalConfig, __doc__ or ""), EvalConfig)
+    parser = cli.script_parser(EvalConfig, __doc__ or "", show_document=True)
+    config, own = cli.parse(parser, EvalConfig)
+    if own.show_document:
+        from pipeline import show_document
+
+        return cli.main(lambda: show_document.run(own.show_document, config), own.summary)
     # Imported after the settings are checked, because torch takes seconds to load.
     from pipeline.evaluation import evaluate
 

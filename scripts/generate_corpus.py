@@ -4,6 +4,11 @@
     python scripts/generate_corpus.py --model Qwen/Qwen3-8B-Base --output text --tokens 100000000 \\
         --prompts.path starts.jsonl --engine_args.gpu_memory_utilization 0.8
 
+A chat model answers conversations, each turn of the assistant anew:
+
+    python scripts/generate_corpus.py --model Qwen/Qwen3-8B --output replies \\
+        --prompts.path chats.jsonl --prompts.messages_column messages
+
 After an interruption, run the same command again to resume after the last file.
 
 Exit codes: 0 done, 1 failed (such as a full disk; run it again), 2 bad input, 3 refused (the

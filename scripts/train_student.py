@@ -27,7 +27,12 @@ from pipeline.training.lock import turn_away
 
 
 def main() -> int:
-    config, own = cli.parse(cli.script_parser(TrainConfig, __doc__ or ""), TrainConfig)
+    parser = cli.script_parser(TrainConfig, __doc__ or "", show_document=True)
+    config, own = cli.parse(parser, TrainConfig)
+    if own.show_document:
+        from pipeline import show_document
+
+        return cli.main(lambda: show_document.run(own.show_document, config), own.summary)
     code = cli.main(lambda: work(config), own.summary)
     if code in (DONE, INTERRUPTED):  # all ranks get here; after an error some may still wait
         from pipeline.training import train

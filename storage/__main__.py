@@ -58,7 +58,8 @@ def verify_command(args: argparse.Namespace) -> int:
         say(one_line(f"note   {note}"))
     for fault in report.faults:
         say(one_line(f"FAULT  {fault}"))
-    good = f"{report.rows:,} rows and {report.tokens:,} tokens in {report.shards:,} shards"
+    learnt = f", {report.targets:,} of them targets," if report.targets else ""
+    good = f"{report.rows:,} rows and {report.tokens:,} tokens{learnt} in {report.shards:,} shards"
     if report.ok:
         say(f"ok     {args.dump}: {good}, every byte read and every row decoded")
         return 0

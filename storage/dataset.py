@@ -14,6 +14,7 @@ from storage.index import Index
 from storage.index_files import made_once, open_index
 from storage.manifest import Dump, Manifest, Shard
 from storage.parsing import MOST_K, Json
+from storage.plan import masked
 from storage.row_reader import RowReader
 from storage.scan import index_dump
 from storage.shard_reader import ShardReader
@@ -58,13 +59,16 @@ class LogitDataset:
         """The index, if the dump is finished and has one."""
         if self.partial:
             return None
-        return open_index(self.dump.store, self._fingerprint, self.dump.plan_sha256)
+        index = open_index(self.dump.store, self._fingerprint, self.dump.plan_sha256)
+        if index is not None and index.rows and index.masked != masked(self.plan):
+            raise index.damaged("it and the plan disagree whether rows have masks of targets")
+        return index
 
     def _forget(self) -> None:
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._rows: RowReader | None = None
-        self._lengths: Int32s | None = None
+        self._counted: dict[bool, Int32s] = {}  # without an index: lengths, targets
         self._process = os.getpid()
 
     @property
@@ -108,14 +112,24 @@ class LogitDataset:
         A finished local dump of a release that wrote no index gets one here, in the cache of this
         machine, from one reading of its shards.
         """
+        return self._counts(masks=False)
+
+    @property
+    def target_counts(self) -> Int32s:
+        """int32 [rows]: learnt tokens of each row, as `lengths`; all its tokens without masks."""
+        return self._counts(masks=masked(self.plan))
+
+    def _counts(self, masks: bool) -> Int32s:
+        """`lengths`, or the targets of rows with masks."""
         if self._index is None and not self.partial and self.dump.store.local:
             self._index = self._made_index()
         if self._index is not None:
-            return self._index.lengths
-        if self._lengths is None:
-            parts = [self._reader(number).lengths() for number in range(len(self.shards))]
-            self._lengths = np.concatenate([np.zeros(0, np.int32), *parts])
-        return self._lengths
+            return self._index.target_counts if masks else self._index.lengths
+        if masks not in self._counted:
+            readers = map(self._reader, range(len(self.shards)))
+            parts = [one.target_counts() if masks else one.lengths() for one in readers]
+            self._counted[masks] = np.concatenate([np.zeros(0, np.int32), *parts])
+        return self._counted[masks]
 
     def _made_index(self) -> Index | None:
         """A new index of the dump; None if its shards cannot have one."""
@@ -190,7 +204,7 @@ class LogitDataset:
         return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_index", "_readers", "_groups", "_rows", "_lengths"}
+        own = {"_index", "_readers", "_groups", "_rows", "_counted"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

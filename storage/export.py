@@ -5,12 +5,14 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.dataset import LogitDataset
+from storage.plan import masked
 from storage.topk import Int32s, Record, UInt16s
 
 PER_POSITION = pa.schema(
@@ -37,6 +39,7 @@ PER_SEQUENCE = pa.schema(
     ]
 )
 
+MASK = pa.field("targets", pa.list_(pa.bool_()))
 SAMPLED_PER_POSITION = [
     ("sampled_ids", pa.list_(pa.int32())),
     ("sampled_times", pa.list_(pa.uint16())),
@@ -47,14 +50,17 @@ SAMPLED_PER_SEQUENCE = [("sampled_counts", pa.list_(pa.uint16())), *SAMPLED_PER_
 def export(dataset: LogitDataset, target: str | os.PathLike[str], per: str = "position") -> int:
     """Write all rows to one Parquet file, 64 sequences at a time. Returns the rows written.
 
-    per="position" writes one row per distribution, per="sequence" one per stored row. For a dump
-    with samples, more columns hold the ids drawn from the tail and how often each was drawn. A
-    local file appears when it is whole. Raises OSError, also for a target inside the dump.
+    per="position" writes one row per distribution, per="sequence" one per stored row, with a column
+    `targets` if the dump says which tokens are learnt. For a dump with samples, more columns hold
+    the ids drawn from the tail and how often each was drawn. A local file appears when it is whole.
+    Raises OSError, also for a target inside the dump.
     """
     to_table, schema, sampled = {
         "position": (by_position, PER_POSITION, SAMPLED_PER_POSITION),
         "sequence": (by_sequence, PER_SEQUENCE, SAMPLED_PER_SEQUENCE),
     }[per]
+    if per == "sequence" and masked(dataset.plan):
+        schema = schema.insert(schema.get_field_index("counts"), MASK)
     if dataset.draws:
         schema = pa.schema([*schema, *sampled])
     written, store = 0, dataset.dump.store
@@ -95,14 +101,14 @@ def batched(tables: Iterator[pa.Table], size: int) -> Iterator[list[pa.Table]]:
 
 
 def by_position(record: Record, schema: pa.Schema) -> pa.Table:
-    positions, samples = len(record.topk), record.topk.samples
+    positions, samples = record.positions, record.topk.samples
     offsets = offsets_of(record.topk.counts)
     columns = [
-        pa.array([record.doc_id] * positions, pa.string()),
-        pa.array(np.full(positions, record.chunk, np.int32)),
-        pa.array(np.arange(positions, dtype=np.int32)),
-        pa.array(record.input_ids[:-1]),
-        pa.array(record.input_ids[1:]),
+        pa.array([record.doc_id] * len(positions), pa.string()),
+        pa.array(np.full(len(positions), record.chunk, np.int32)),
+        pa.array(positions.astype(np.int32)),
+        pa.array(record.input_ids[positions]),
+        pa.array(record.input_ids[positions + 1]),
         pa.ListArray.from_arrays(offsets, pa.array(record.topk.ids)),
         pa.ListArray.from_arrays(offsets, pa.array(record.topk.logprobs)),
         pa.array(record.topk.tail_logprob),
@@ -123,7 +129,9 @@ def offsets_of(counts: UInt16s) -> Int32s:
 
 def by_sequence(record: Record, schema: pa.Schema) -> pa.Table:
     topk, samples = record.topk, record.topk.samples
-    values = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+    masks = [] if record.targets is None else [record.targets]
+    values: list[Any] = [record.input_ids, *masks]
+    values += [topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
     if samples is not None:
         values += [samples.counts, samples.ids, samples.times]
     columns = [pa.array([record.doc_id]), pa.array([record.chunk], pa.int32())]

@@ -1,4 +1,4 @@
-"""The index of a dump: where each row lies in its shard, and how many tokens it has.
+"""The index of a dump: where each row lies in its shard, how many tokens and targets it has.
 
 One layout for a shard and for a dump, which joins those of its shards. It is memory-mapped; only
 the header and the table of shards are read at opening. FORMAT.md is the specification.
@@ -22,9 +22,10 @@ from storage.topk import Int32s
 
 MAGIC, VERSION = b"MoLindex", 1
 # magic, version, flags, shards, rows, bytes of all heads, key, plan; CRC-32 of the table of shards,
-# of the tokens, and of the header before it
+# of the tokens and targets, and of the header before it
 HEADER = struct.Struct("<8sIIQQQ32s32sII4xI")
 SAMPLES, HEADS = 1, 2  # flags: what else an entry has
+TARGETS = 4  # flag: the targets of all rows follow their tokens
 SHARD = np.dtype([("start", "<u8"), ("tables", "<u8"), ("tables_size", "<u4"), ("crc32", "<u4")])
 PARTS = (("offset", "<u8"), ("size", "<u4"))  # of an entry, once, twice or three times
 ROW, SAMPLE = ("offset", "size"), ("samples_offset", "samples_size")
@@ -32,13 +33,17 @@ Entries = npt.NDArray[np.void]
 
 
 class Place(NamedTuple):
-    """Where the parts of a row lie: offsets and bytes in its data file; the head, if not there."""
+    """Where the parts of a row lie: offsets and bytes in its data file; the head, if not there.
+
+    targets  learnt tokens; all tokens where the dump has no masks
+    """
 
     tokens: int
     offset: int
     size: int
     samples: tuple[int, int] | None
     head: bytes | None
+    targets: int
 
 
 def entry_type(flags: int) -> np.dtype[np.void]:
@@ -68,14 +73,14 @@ class Index:
             )
         if zlib.crc32(data[: HEADER.size - 4]) != crc:
             raise self.damaged("the header's checksum does not match")
-        kind = entry_type(self.flags)
+        kind, columns = entry_type(self.flags), 2 if self.flags & TARGETS else 1
         ends = np.cumsum(  # Python's integers: no claim overflows
             np.array(
-                [HEADER.size, shards * SHARD.itemsize, 4 * self.rows, kind.itemsize * self.rows,
-                 heads], object,
+                [HEADER.size, shards * SHARD.itemsize, 4 * columns * self.rows,
+                 kind.itemsize * self.rows, heads], object,
             )
         ).tolist()  # fmt: skip
-        if self.flags > SAMPLES | HEADS or ends[-1] != len(data):
+        if self.flags > SAMPLES | HEADS | TARGETS or ends[-1] != len(data):
             raise self.damaged(
                 f"expected {ends[-1]} bytes for {shards} shards and {self.rows} rows, found "
                 f"{len(data)}"
@@ -83,7 +88,8 @@ class Index:
         if hashes != [bytes.fromhex(key), bytes.fromhex(plan_sha256)]:
             raise self.damaged("it belongs to another dump")
         self.shards = np.frombuffer(data, SHARD, shards, ends[0])
-        self._tokens = np.frombuffer(data, "<i4", self.rows, ends[1])
+        counts = np.frombuffer(data, "<i4", columns * self.rows, ends[1])
+        self._counts = counts.reshape(columns, self.rows)
         self.entries: Entries = np.frombuffer(data, kind, self.rows, ends[2])
         self.heads_at, self.heads_size = ends[3], heads
         if zlib.crc32(self.shards.tobytes()) != table:
@@ -93,7 +99,7 @@ class Index:
             raise self.damaged("the rows of its shards are not in order")
         self.starts = starts.astype(np.int64)  # [shards + 1]
         self._checked: set[int] = set()
-        self._lengths: Int32s | None = None
+        self._good: Int32s | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], name: str, key: str, plan_sha256: str) -> "Index":
@@ -110,25 +116,44 @@ class Index:
         )
 
     @property
+    def masked(self) -> bool:
+        """Whether it has the targets of rows."""
+        return len(self._counts) == 2
+
+    @property
+    def counts(self) -> Int32s:
+        """int32 [1 or 2, rows]: tokens of each row and, if `masked`, its targets; read-only."""
+        if self._good is None:
+            found = self._counts
+            wrong = (found < 1).any() or (found[1:] >= found[0]).any()
+            if zlib.crc32(found.data) != self.tokens_crc or wrong:
+                raise self.damaged("the checksum of the tokens does not match")
+            self._good = found.astype(np.int32, copy=False)
+        return self._good
+
+    @property
     def lengths(self) -> Int32s:
         """int32 [rows]: tokens of each row; read-only."""
-        if self._lengths is None:
-            found = self._tokens
-            if zlib.crc32(found.data) != self.tokens_crc or (found < 1).any():
-                raise self.damaged("the checksum of the tokens does not match")
-            self._lengths = found.astype(np.int32, copy=False)
-        return self._lengths
+        return np.asarray(self.counts[0])
 
-    def check_shard(self, number: int, rows: int, tokens: int) -> None:
-        """Raise CorruptIndex unless the entries of a shard are whole, and as its marker says."""
+    @property
+    def target_counts(self) -> Int32s:
+        """int32 [rows]: targets of each row; all its tokens without masks. Read-only."""
+        return np.asarray(self.counts[-1])
+
+    def check_shard(self, number: int, *expected: int) -> None:
+        """Raise CorruptIndex unless the entries of a shard are whole, and as its marker says.
+
+        `expected` are its rows and tokens and, with masks, its positions.
+        """
         if number in self._checked:
             return
         here = slice(int(self.starts[number]), int(self.starts[number + 1]))
-        found = here.stop - here.start, int(self.lengths[here].sum(dtype=np.int64))
-        if found != (rows, tokens):
+        sums = self.counts[:, here].sum(axis=1, dtype=np.int64).tolist()
+        found = (here.stop - here.start, *sums)
+        if found != expected:
             raise self.damaged(
-                f"{found[0]} rows and {found[1]} tokens in shard {number}, its marker says {rows} "
-                f"and {tokens}"
+                f"{totals(found)} in shard {number}, its marker says {totals(expected)}"
             )
         if zlib.crc32(self.entries[here].tobytes()) != int(self.shards["crc32"][number]):
             raise self.damaged(f"the checksum of shard {number} does not match")
@@ -149,7 +174,8 @@ class Index:
         if self.flags & HEADS and int(entry["head_size"]):
             start, extent = self.part(entry, "head_", self.heads_size, at)
             head = self.data[self.heads_at + start : self.heads_at + start + extent]
-        return Place(int(self._tokens[at]), offset, length, samples, head)
+        tokens, *targets = self._counts[:, at].tolist()
+        return Place(tokens, offset, length, samples, head, *(targets or [tokens]))
 
     def part(self, entry: Any, name: str, size: int, row: int) -> tuple[int, int]:
         found = int(entry[f"{name}offset"]), int(entry[f"{name}size"])
@@ -162,21 +188,34 @@ class Index:
         return offset, length
 
 
+def totals(counts: Sequence[int]) -> str:
+    """Rows, tokens and perhaps targets in words."""
+    names = ("rows", "tokens", "targets")
+    return ", ".join(f"{n} {name}" for n, name in zip(counts, names, strict=False))
+
+
 class Part(NamedTuple):
     """What an index says of one shard: tokens [rows], entries [rows], offset and bytes of the
-    tables, and the heads that its entries count from."""
+    tables, the heads that its entries count from, and targets [rows], if its rows have masks."""
 
     tokens: Int32s
     entries: Entries
     tables: tuple[int, int]
     heads: bytes = b""
+    targets: Int32s | None = None
+
+    @property
+    def counts(self) -> Int32s:
+        """As those of an index."""
+        return np.stack([self.tokens] if self.targets is None else [self.tokens, self.targets])
 
 
 def parts_of(index: Index) -> list[Part]:
     """The shards of an index of one shard, as pack_index takes them."""
     heads = index.data[index.heads_at : index.heads_at + index.heads_size]
     tables = int(index.shards["tables"][0]), int(index.shards["tables_size"][0])
-    return [Part(index.lengths, index.entries, tables, heads)]
+    targets = index.target_counts if index.masked else None
+    return [Part(index.lengths, index.entries, tables, heads, targets)]
 
 
 def agrees(index: Index, number: int, part: Part) -> bool:
@@ -186,7 +225,7 @@ def agrees(index: Index, number: int, part: Part) -> bool:
     names = {name for name in (*ROW, *SAMPLE) if name in (entries.dtype.names or ())}
     return (
         (int(table["tables"]), int(table["tables_size"])) == part.tables
-        and np.array_equal(index.lengths[here], part.tokens)
+        and np.array_equal(index.counts[:, here], part.counts)
         and names == {n for n in (*ROW, *SAMPLE) if n in (part.entries.dtype.names or ())}
         and all(np.array_equal(entries[name], part.entries[name]) for name in names)
     )
@@ -211,7 +250,7 @@ def entries_of(
 
 
 def pack_index(parts: Sequence[Part], key: str, plan_sha256: str) -> bytes:
-    """The bytes of an index over these shards, in order."""
+    """The bytes of an index over these shards, in order: all with masks, or none."""
     names = {name for part in parts for name in part.entries.dtype.names or ()}
     flags = (SAMPLES if "samples_size" in names else 0) | (HEADS if "head_size" in names else 0)
     table, found, heads_at, start = np.zeros(len(parts), SHARD), [], 0, 0
@@ -224,7 +263,10 @@ def pack_index(parts: Sequence[Part], key: str, plan_sha256: str) -> bytes:
         table[number] = (start, *part.tables, zlib.crc32(entries.tobytes()))
         found.append(entries.tobytes())
         start, heads_at = start + len(entries), heads_at + len(part.heads)
-    tokens = b"".join(part.tokens.astype("<i4").tobytes() for part in parts)
+    masks = [part.targets for part in parts if part.targets is not None]
+    flags |= TARGETS if masks else 0
+    counts = [*(part.tokens for part in parts), *masks]
+    tokens = b"".join(count.astype("<i4").tobytes() for count in counts)
     hashes = bytes.fromhex(key), bytes.fromhex(plan_sha256)
     crcs = zlib.crc32(table.tobytes()), zlib.crc32(tokens)
     numbers = (VERSION, flags, len(parts), start, heads_at)

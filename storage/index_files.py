@@ -33,13 +33,20 @@ def dump_index(fingerprint: str) -> str:
     return f"rows-{fingerprint[:16]}.index"
 
 
-def committed_part(store: Store, file: str, sha256: str, plan_sha256: str) -> Part | None:
-    """What the index beside a shard says; None if it has none that can be used."""
+def committed_part(
+    store: Store, file: str, sha256: str, plan_sha256: str, masked: bool
+) -> Part | None:
+    """What the index beside a shard says; None if it has none that can be used.
+
+    `masked` says whether the rows of the dump have masks, whose targets it then needs.
+    """
     name = shard_index(file)
     try:
         data = store.read(name, SHARD_INDEX_BYTES)
         index = Index(data, name, sha256, plan_sha256) if data is not None else None
-        return parts_of(index)[0] if index and len(index.shards) == 1 else None
+        if index is None or len(index.shards) != 1 or index.masked != masked:
+            return None
+        return parts_of(index)[0]
     except StoreError:
         raise
     except StorageError:  # derived data: the shard says it all
@@ -47,13 +54,13 @@ def committed_part(store: Store, file: str, sha256: str, plan_sha256: str) -> Pa
 
 
 def joined(
-    store: Store, shards: Sequence[tuple[str, str]], key: str, plan_sha256: str
+    store: Store, shards: Sequence[tuple[str, str]], key: str, plan_sha256: str, masked: bool
 ) -> bytes | None:
     """The index over shards, given as (data file, sha256), from those beside them; None if one
     has none. Reads no shard."""
     parts = []
     for file, sha256 in shards:
-        part = committed_part(store, file, sha256, plan_sha256)
+        part = committed_part(store, file, sha256, plan_sha256, masked)
         if part is None:
             return None
         parts.append(part)

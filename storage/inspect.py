@@ -7,14 +7,16 @@ import numpy as np
 from storage.dataset import LogitDataset
 from storage.manifest import Totals
 from storage.parsing import MANIFEST_BYTES, MASS_BINS, Json
+from storage.plan import masked
 from storage.text import one_line, printable
 from storage.topk import Record
 
 BAR = 40
+SHOWN = 200  # tokens of a row
 
 
 def describe(dataset: LogitDataset) -> Iterator[str]:
-    """The plan, the totals, bytes per token, and the distribution of the kept mass."""
+    """The plan, the totals, bytes per token and target, and the distribution of the kept mass."""
     yield f"dump       {dataset.dump.store.path}"
     for name, value in flatten(dataset.plan):
         yield f"  {one_line(name):<22} {one_line(str(value))}"
@@ -26,13 +28,20 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
     yield f"tokens     {totals.tokens:,}"
     if not totals.positions:
         return
-    yield f"bytes      {totals.bytes:,}  ({totals.bytes_per_token:.1f} per token)"
+    size = f"{totals.bytes_per_token:.1f} per token"
+    unit, units = "token", totals.tokens
+    if masked(dataset.plan):
+        unit, units = "target", totals.positions
+        share = totals.positions / totals.tokens
+        yield f"targets    {totals.positions:,}  ({share:.1%} of the tokens)"
+        size += f", {totals.bytes_per_target:.1f} per target"
+    yield f"bytes      {totals.bytes:,}  ({size})"
     yield f"entries    {totals.entries / totals.positions:.1f} per position"
     if dataset.plan.get("samples"):
         yield (
             f"samples    {dataset.plan['samples']} draws, "
             f"{totals.sampled_ids / totals.positions:.1f} ids per position, "
-            f"{totals.sample_bytes / totals.tokens:.1f} bytes per token"
+            f"{totals.sample_bytes / units:.1f} bytes per {unit}"
         )
     yield f"kept mass  {totals.kept_mass:.4f} on average"
     yield (f"codec KL   {totals.codec_kl:.1e} nats on average, {totals.kl_max:.1e} at worst")
@@ -59,26 +68,28 @@ def describe_row(
 ) -> Iterator[str]:
     """A row's text, then for each position the next token and the teacher's best candidates.
 
-    A star marks the candidate that is the next token.
+    A star marks the candidate that is the next token. In the text of a row with a mask, ⟦ and ⟧
+    enclose the learnt tokens.
     """
     tokens = [decode(int(token)) for token in record.input_ids]
     name, chunk = one_line(record.doc_id), record.chunk
-    yield f"document {name}, chunk {chunk}, {len(record.input_ids)} tokens"
-    yield "".join(tokens[:200]) + (" …" if len(tokens) > 200 else "")
+    learnt = "" if record.targets is None else f", {len(record.topk)} of them targets: ⟦learnt⟧"
+    yield f"document {name}, chunk {chunk}, {len(record.input_ids)} tokens{learnt}"
+    yield marked(record, tokens)
     yield ""
     yield f"{'at':>4} {'token':<14} {'next':<14} {'tail':>6}  the teacher's candidates for next"
     ids, logprobs = record.topk.dense()
-    for at in range(min(positions, len(record.topk))):
+    for entry, at in enumerate(record.positions[:positions].tolist()):
         following = int(record.input_ids[at + 1])
         candidates = [
             f"{'*' if token == following else ''}{show(decode(int(token)))} {np.exp(logprob):.2f}"
-            for token, logprob in zip(ids[at, :top], logprobs[at, :top], strict=True)
+            for token, logprob in zip(ids[entry, :top], logprobs[entry, :top], strict=True)
             if np.isfinite(logprob)
         ]
-        tail = np.exp(record.topk.tail_logprob[at])
+        tail = np.exp(record.topk.tail_logprob[entry])
         candidates += [
             f"{'*' if token == following else ''}{show(decode(token))} {share} of the tail"
-            for token, share in most_drawn(record, at, top)
+            for token, share in most_drawn(record, entry, top)
         ]
         yield (
             f"{at:>4} {show(tokens[at]):<14} {show(tokens[at + 1]):<14} {tail:6.3f}  "
@@ -88,8 +99,21 @@ def describe_row(
         yield f"  … {len(record.topk) - positions} more positions; --positions N shows more"
 
 
+def marked(record: Record, tokens: list[str]) -> str:
+    """200 of the row's tokens, with the learnt ones marked; from 100 before the first of them."""
+    first = int(record.positions[0]) + 1 if record.targets is not None else 0
+    start, end = max(0, first - SHOWN // 2), max(0, first - SHOWN // 2) + SHOWN
+    tokens, learnt = list(tokens), np.zeros(len(tokens) + 1, bool)
+    if record.targets is not None:
+        learnt[:-1] = record.targets
+    for at in np.flatnonzero(learnt):
+        tokens[at] = ("" if learnt[at - 1] else "⟦") + tokens[at] + ("" if learnt[at + 1] else "⟧")
+    before, after = "… " if start else "", " …" if len(tokens) > end else ""
+    return before + "".join(tokens[start:end]) + after
+
+
 def most_drawn(record: Record, at: int, top: int) -> list[tuple[int, str]]:
-    """The `top` ids drawn most often at a position, each with its share, such as "3/16"."""
+    """The `top` ids drawn most often at a stored position, each with its share, such as "3/16"."""
     samples = record.topk.samples
     if samples is None:
         return []

@@ -73,6 +73,12 @@ class Shard:
     def positions(self) -> int:
         return int(self.marker["positions"])
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows and tokens and, if `masked`, positions: what an index counts."""
+        counts = self.rows, self.tokens
+        return (*counts, self.positions) if self.masked else counts
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -301,7 +307,8 @@ class Dump:
         fingerprint = hashlib.sha256(data).hexdigest()
         if not self.store.exists(dump_index(fingerprint)):
             files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
-            index = joined(self.store, files, fingerprint, self.plan_sha256)
+            masks = masked(self.plan)
+            index = joined(self.store, files, fingerprint, self.plan_sha256, masks)
             if index is not None:
                 self.store.create(dump_index(fingerprint), index)
         self.store.create("manifest.json", data)

@@ -30,12 +30,14 @@ def size_at(started: bytes) -> int:
 
 @dataclass
 class Group:
-    """The rows of a row group: their tokens, the starts of their values, heads if kept apart."""
+    """The rows of a row group: their tokens, the starts of their values, heads if kept apart,
+    their targets if they have masks."""
 
     tokens: list[int]
     payloads: list[bytes]
     samples: list[bytes]  # empty without samples
     heads: list[bytes] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
 
 
 class Places:
@@ -67,7 +69,9 @@ class Places:
             *sizes,
         )
         tokens = np.array([tokens for group in groups for tokens in group.tokens], np.int32)
-        return Part(tokens, entries, self.tables(successors), b"".join(heads))
+        targets = [targets for group in groups for targets in group.targets]
+        masks = np.array(targets, np.int32) if targets else None
+        return Part(tokens, entries, self.tables(successors), b"".join(heads), masks)
 
     def column(self, group: int, name: str, starts: Iterable[bytes]) -> list[int]:
         """Offsets of the values of a row group."""

@@ -121,7 +121,7 @@ class RowReader:
     def fetch(self, number: int, row: int) -> Parts:
         """A row's bytes, not yet looked at. Threads may call this."""
         shard = self.shards[number]
-        self.index.check_shard(number, shard.rows, shard.tokens)
+        self.index.check_shard(number, *shard.counts)
         place = self.index.place(number, row, int(shard.marker["bytes"]))
         with gate(f"{shard.file}, row {row}"):
             payload = self.range(number, place.offset, place.size)
@@ -146,6 +146,9 @@ class RowReader:
         with gate(f"{shard.file}, row {row} (document {head.doc_id!r}, chunk {head.chunk})"):
             decoder = RowDecoder(shard, self.dump.plan, self.samples)
             decoder.check(head.input_ids, place.tokens, head.targets)
+            learnt = len(positions_of(head.targets, place.tokens))
+            if head.targets is not None and learnt != place.targets:
+                raise self.index.damaged(f"{place.targets} targets, the row's mask has {learnt}")
             samples = None
             if decoder.has_samples and parts.samples is not None:
                 samples = parts.samples.data
@@ -153,8 +156,7 @@ class RowReader:
                     raise CorruptShard("the checksum of the samples is not the row's")
             tables = self.tables(number)
             ready = tables_of_row(tables, head.input_ids, head.targets)
-            positions = len(positions_of(head.targets, place.tokens))
-            topk = decoder.decode(payload, samples, positions, ready)
+            topk = decoder.decode(payload, samples, learnt, ready)
         for part in (parts.payload, parts.samples):
             self.keep(number, part)
         return Record(head.doc_id, head.chunk, head.input_ids, topk, head.targets)

@@ -15,7 +15,7 @@ from storage.index_files import committed_part
 from storage.manifest import Dump, Manifest, Shard
 from storage.places import Group, Places, start
 from storage.row_head import RowHead
-from storage.shard_reader import ShardReader, gate, targets_of
+from storage.shard_reader import ShardReader, gate, target_counts, targets_of
 from storage.topk import Int32s
 
 
@@ -47,6 +47,7 @@ def group_of(table: Any, shard: Shard, dump: Dump, first: int, has_samples: bool
         list(map(start, payloads)),
         list(map(start, samples)) if has_samples else [],
         [head for _, head in found],
+        target_counts(table).tolist() if shard.masked else [],
     )
 
 
@@ -86,7 +87,7 @@ def index_dump(dump: Dump, manifest: Manifest) -> Index:
     parts = []
     for shard in manifest.shards:
         sha256 = str(shard.marker["sha256"])
-        part = committed_part(dump.store, shard.file, sha256, dump.plan_sha256)
+        part = committed_part(dump.store, shard.file, sha256, dump.plan_sha256, shard.masked)
         parts.append(part or scan_file(dump, shard))
     data = pack_index(parts, manifest.fingerprint, dump.plan_sha256)
     return Index(data, "the new index", manifest.fingerprint, dump.plan_sha256)

@@ -12,7 +12,6 @@ marker and its plan before memory is allocated for it:
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +73,7 @@ class ShardReader:
             rows = [self.file.metadata.row_group(group).num_rows for group in groups]
             self.starts = np.cumsum([0, *rows])
 
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+    def lengths(self) -> Int32s:
         """int32 [rows]: tokens of each row. Reads no payloads."""
         with gate(self.name):
             tokens = self.file.read(columns=["tokens"]).column(0).to_numpy()
@@ -83,6 +82,19 @@ class ShardReader:
                     f"the column tokens does not add up to the marker's {self.shard.tokens} tokens"
                 )
         return np.asarray(tokens)
+
+    def target_counts(self) -> Int32s:
+        """int32 [rows]: targets of each row; all its tokens without masks. Reads no payloads."""
+        if not self.shard.masked:
+            return self.lengths()
+        with gate(self.name):
+            counts = target_counts(self.file.read(columns=["targets"]))
+            if counts.sum() != self.shard.positions:
+                raise CorruptShard(
+                    f"the column targets does not add up to the marker's {self.shard.positions} "
+                    "positions"
+                )
+        return counts
 
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""

@@ -272,7 +272,9 @@ class ShardWriter:
             self.file.write_table(pa.table(columns, schema=self.file.schema))
         samples = [start(row.samples) for row in rows] if self.draws else []
         tokens_of = [len(row.input_ids) for row in rows]
-        self.groups.append(Group(tokens_of, list(map(start, payloads)), samples))
+        targets = [len(row.grid.counts) for row in rows] if self.masked else []
+        starts = list(map(start, payloads))
+        self.groups.append(Group(tokens_of, starts, samples, targets=targets))
         self.pending_tokens -= tokens
         self.pending_positions -= positions
         self.flushed_rows += size

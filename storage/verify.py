@@ -26,10 +26,14 @@ from storage.topk import check_topk
 
 @dataclass
 class Report:
-    """What verify found: totals, faults (damage) and notes (harmless leftovers)."""
+    """What verify found: totals, faults (damage) and notes (harmless leftovers).
+
+    targets  learnt tokens, where the dump has masks that say which
+    """
 
     rows: int = 0
     tokens: int = 0
+    targets: int = 0
     shards: int = 0
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -130,7 +134,7 @@ def check_places(dump: Dump, shard: Shard, index: Index | None, number: int) -> 
     try:
         found = scan_file(dump, shard)
         if index is not None:
-            index.check_shard(number, shard.rows, shard.tokens)
+            index.check_shard(number, *shard.counts)
             if not agrees(index, number, found):
                 return f"{index.name}: other places than the rows of {shard.file} have"
     except Unindexable as error:
@@ -188,6 +192,7 @@ def check_rows(
             return f"{shard.file}: {found[what]} {what}, the marker says {shard.marker[what]}"
     report.rows += shard.rows
     report.tokens += shard.tokens
+    report.targets += shard.positions if shard.masked else 0
     return None
 
 

@@ -67,6 +67,7 @@ def dump_script(*more: str, gpu: bool = False) -> Json:
         "corpus.path": params["corpus"],
         "partitions": params["partitions"],
         "k": params["k"],
+        "positions": params["positions"],
         "max_length": params["max_length"],
     }
     config = ["--config", str(ROOT / params["dump_config"]), "--summary", "{summary}"]

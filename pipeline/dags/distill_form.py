@@ -104,6 +104,15 @@ DUMPING = {
         minimum=1,
         maximum=65535,
     ),
+    "positions": optional(
+        "number",
+        "Share of the targets",
+        "Each token that is learnt is kept with this probability: 0.2 keeps a fifth of the bytes "
+        "and of the head's work. Empty: the value in the dump config.",
+        "Stage one",
+        exclusiveMinimum=0,
+        maximum=1,
+    ),
     "max_length": optional(
         "integer",
         "Longest sequence in tokens",

@@ -1,7 +1,8 @@
 """Stage one: corpus -> teacher -> TopK -> shards.
 
 A shard depends only on the plan, the corpus and its first document: it holds rows in corpus order
-and ends at the first document end after `shard_tokens`. So two writers of one shard write the same
+and ends at the first document end after `shard_tokens` (of tokens, or of targets where rows have
+masks). So two writers of one shard write the same
 rows, and the writer that commits second resumes after the first one's shard. One thread reads and
 tokenizes the corpus ahead of the engine; another one writes shards behind it.
 """
@@ -12,10 +13,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pipeline.config import DumpConfig
-from pipeline.corpus import Corpus
 from pipeline.dump import workers
 from pipeline.dump.partitions import Meter, write_partitions
-from pipeline.dump.plan import make_plan, plan_differences
+from pipeline.dump.plan import make_plan, open_corpus, plan_differences
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.trainable import check_trainable
@@ -26,6 +26,7 @@ from pipeline.teacher.choose import make_teacher
 from pipeline.types import Json
 from storage import Dump, create_dump
 from storage.manifest import Totals
+from storage.plan import masked
 
 STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine does
 
@@ -38,8 +39,9 @@ def run(
     """Dump one partition, or all of them; finish the dump if all partitions are complete.
 
     `only="plan"` writes plan.json and stops; `only="finalize"` writes manifest.json. Returns the
-    totals of `finalize`: rows, tokens, bytes_per_token, tokens_per_s and so on. Raises ConfigError,
-    PlanMismatch, InvalidRecord, IncompleteDump, StoreError, Interrupted; committed shards stay.
+    totals of `finalize`: rows, tokens, targets, bytes_per_token, tokens_per_s and so on. Raises
+    ConfigError, PlanMismatch, InvalidRecord, IncompleteDump, StoreError, Interrupted; committed
+    shards stay.
     """
     progress = Progress(unit="document")
     progress.status = "reading the corpus and the model's files"
@@ -95,7 +97,7 @@ def run_with(
     model = ModelFolder.find(config.model, config.revision)
     check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     check_trainable(model)
-    corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
+    corpus = open_corpus(config, model)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
     plan = make_plan(config, corpus, model)
@@ -108,7 +110,7 @@ def run_with(
     tokens_per_s = None
     if only is None and todo:
         progress.status = f"starting {config.engine}"
-        meter = Meter(progress)
+        meter = Meter(progress, masked(plan))
         with make_teacher(config, model) as teacher:
             while todo:
                 todo = write_partitions(config, todo, corpus, teacher, meter)
@@ -127,8 +129,9 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
     if complete or only == "finalize":
         if complete and not any(partition.shards for partition in dump.partitions):
             raise ConfigError(
-                f"corpus {dump.plan['corpus']['path']}: no document has two tokens or more, so "
-                "there is nothing to store"
+                f"corpus {dump.plan['corpus']['path']}: no document has two tokens or more"
+                + (" and a target behind the first" if masked(dump.plan) else "")
+                + ", so there is nothing to store"
             )
         dump.finish()
     parts = [dump.partition(index) for index in wanted]
@@ -137,31 +140,38 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
     summary: Json = {
         "rows": total.rows,
         "tokens": total.tokens,
+        "targets": total.positions,
         "documents": total.documents,
         "skipped": skipped,
         "shards": total.shards,
         "bytes": total.bytes,
         "bytes_per_token": total.bytes_per_token,
+        "bytes_per_target": total.bytes_per_target,
         "kept_mass": total.kept_mass,
         "codec_kl": total.codec_kl,
         "tokens_per_s": tokens_per_s,
         "finished": complete,
     }
-    say(f"{dump.store.path}: {describe(total, dump.plan['k'], skipped, tokens_per_s, complete)}")
+    say(f"{dump.store.path}: {describe(total, dump.plan, skipped, tokens_per_s, complete)}")
     return summary
 
 
 def describe(
-    total: Totals, k: int, skipped: int, tokens_per_s: float | None, complete: bool
+    total: Totals, plan: Json, skipped: int, tokens_per_s: float | None, complete: bool
 ) -> str:
     """One line on what was dumped."""
-    parts = [f"{total.rows:,} rows, {total.tokens:,} tokens in {total.shards} shards"]
+    k, targets = plan["k"], ""
+    if masked(plan):
+        targets = f", {total.positions:,} of them targets,"
+    parts = [f"{total.rows:,} rows, {total.tokens:,} tokens{targets} in {total.shards} shards"]
     if total.bytes_per_token is not None:
         parts.append(f"{total.bytes_per_token:.1f} bytes per token")
+        if targets:
+            parts.append(f"{total.bytes_per_target:.1f} bytes per target")
     if total.kept_mass is not None and k:
         parts.append(f"top-{k} hold {total.kept_mass:.3f}")
     if tokens_per_s:
         parts.append(f"{tokens_per_s:,.0f} tokens/s")
     if skipped:
-        parts.append(f"{skipped} documents skipped (under two tokens)")
+        parts.append(f"{skipped} documents skipped (under two tokens, or without a target)")
     return ", ".join(parts) + ("" if complete else "; other partitions are still missing")

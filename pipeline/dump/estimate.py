@@ -8,7 +8,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ import torch
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
+from pipeline.dump.plan import open_corpus, targets_of
 from pipeline.models.directory import ModelFolder
 
-COUNTED = 1000  # documents, spread over the corpus, whose tokens are counted
+COUNTED = 1000  # documents, spread over the corpus, whose tokens and targets are counted
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,13 @@ class Estimate:
     tokens: float
     tokens_error: float
     """Standard error of `tokens`; 0 if every document was counted."""
+    targets: float
+    """Tokens with a distribution: all but the first of a sequence, or those of its mask."""
+    masked: bool
+    """Whether rows have masks."""
     sample_tokens: int
     bytes_per_token: float
+    bytes_per_target: float
     kept_mass: float
     """Mean probability of the stored top-k."""
     tokens_per_s: float
@@ -39,14 +45,15 @@ class Estimate:
     parameters: int
     """Number of the model's parameters."""
     flops_per_token: float
-    """FLOP of the forward pass: 2 for each weight that a token is multiplied with."""
+    """FLOP of the forward pass: 2 for each weight that a token is multiplied with, on average. The
+    head's weights are multiplied with the targets alone."""
     weight_bytes: int
     """Bytes of a live teacher's weights beside the student."""
 
     @property
     def disk(self) -> float:
-        """Bytes."""
-        return self.tokens * self.bytes_per_token
+        """Bytes. Most of them are distributions, so they follow the targets."""
+        return self.targets * self.bytes_per_target
 
     @property
     def seconds(self) -> float:
@@ -71,8 +78,8 @@ def run(config: DumpConfig, documents: int, run_tokens: int | None = None) -> di
 
 def measure(config: DumpConfig, documents: int) -> Estimate:
     model = ModelFolder.find(config.model, config.revision)
-    corpus = Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos)
-    tokens, error = count_tokens(corpus)
+    corpus = open_corpus(config, model)
+    tokens, error, targets = count(corpus)
     limit = min(documents, len(corpus))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as sample:
@@ -86,45 +93,61 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
             )
         )
     rate = float(done["tokens_per_s"])
-    total, used = weights(model)
+    has = weights(model)
     dtype: torch.dtype = getattr(torch, model.dtype(config.dtype))
     return Estimate(
         documents=len(corpus),
         tokens=tokens,
         tokens_error=error,
+        targets=targets,
+        masked=bool(targets_of(corpus)),
         sample_tokens=int(done["tokens"]),
         bytes_per_token=float(done["bytes_per_token"]),
+        bytes_per_target=float(done["bytes_per_target"]),
         kept_mass=float(done["kept_mass"]),
         tokens_per_s=rate,
         start_s=max(time.monotonic() - began - done["tokens"] / rate, 0.0),
-        parameters=total,
-        flops_per_token=2.0 * used,
-        weight_bytes=total * torch.finfo(dtype).bits // 8,
+        parameters=has.total,
+        flops_per_token=2.0 * (has.body + has.head * targets / max(tokens, 1)),
+        weight_bytes=has.total * torch.finfo(dtype).bits // 8,
     )
 
 
-def count_tokens(corpus: Corpus) -> tuple[float, float]:
-    """(tokens of the whole corpus, standard error), from COUNTED documents spread evenly."""
+def count(corpus: Corpus) -> tuple[float, float, float]:
+    """(tokens of the whole corpus, their standard error, targets), from COUNTED documents."""
     number = min(COUNTED, len(corpus))
-    chosen = np.arange(number) * len(corpus) // number
-    lengths = corpus.lengths(chosen.tolist()).astype(float)
+    chosen = (np.arange(number) * len(corpus) // number).tolist()
+    found = np.zeros((number, 2))
+    for row, at in enumerate(chosen):
+        for sequence in corpus.sequences(at, at + 1):
+            found[row] += len(sequence.input_ids), len(sequence.positions)
+    tokens, targets = (found.mean(0) * len(corpus)).tolist()
     if number == len(corpus):
-        return float(lengths.sum()), 0.0
-    return float(lengths.mean() * len(corpus)), float(
-        lengths.std(ddof=1) / math.sqrt(number) * len(corpus)
-    )
+        return tokens, 0.0, targets
+    error = found[:, 0].std(ddof=1) / math.sqrt(number) * len(corpus)
+    return tokens, float(error), targets
 
 
-def weights(folder: ModelFolder) -> tuple[int, int]:
-    """(number of all weights, number that each token is multiplied with), from the model's shape.
+class Weights(NamedTuple):
+    """Numbers of a model's weights."""
 
-    The input embedding is a lookup and does not count, unless the head is tied to it. For a mixture
-    of experts the second number is too large: it includes all experts.
+    total: int
+    body: int
+    """that each token is multiplied with, without the head"""
+    head: int
+
+
+def weights(folder: ModelFolder) -> Weights:
+    """From the model's shape.
+
+    The input embedding is a lookup, so it is part of neither, unless the head is tied to it. For a
+    mixture of experts the body is too large: it includes all experts.
     """
     model = folder.empty()
     total = sum(weight.numel() for weight in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return total, total - embedding.numel() + (head.numel() if head is embedding else 0)
+    own = 0 if head is embedding else head.numel()
+    return Weights(total, total - embedding.numel() - own, head.numel())
 
 
 def describe(of: Estimate, config: DumpConfig, run_tokens: int | None) -> str:
@@ -133,10 +156,13 @@ def describe(of: Estimate, config: DumpConfig, run_tokens: int | None) -> str:
     error = f" ± {of.tokens_error / of.tokens:.1%}" if of.tokens_error else ""
     runs = of.break_even(per_run)
     speed = of.flops_per_token * of.tokens_per_s
+    targets = f", {of.targets:,.0f} of them targets" if of.masked else ""
+    per_target = f", {of.bytes_per_target:.1f} per target" if of.masked else ""
     return f"""
-corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}
+corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}{targets}
 measured on  {of.sample_tokens:,} tokens through {config.engine}
-disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token (fewer in larger shards)
+disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token{per_target} (fewer in larger
+             shards)
 {kept(of.kept_mass, config)}
 engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine; N engines need
              1/N of it. Add {hours(of.start_s)} per start. A small sample does not fill a GPU.

@@ -15,7 +15,7 @@ from storage import Partition, Record, ShardWriter, TopK
 from storage.parsing import whole
 
 Cursor = dict[str, int]
-WAITING_TOKENS = 65_536  # tokens of answers that wait for the writer: 34 MB at k = 64
+WAITING_POSITIONS = 65_536  # of answers that wait for the writer: 34 MB at k = 64
 
 
 def write_partitions(
@@ -37,7 +37,7 @@ def write_partitions(
     meter.begin(sum(span.stop - span.first for span in spans), done)
     sequences = (sequence for span in spans for sequence in corpus.sequences(span.next, span.stop))
     writer = PartitionsWriter(config, spans, meter)
-    behind = Behind(writer.write, limit=WAITING_TOKENS)
+    behind = Behind(writer.write, limit=WAITING_POSITIONS)
     try:
         with (
             ahead(sequences, config.in_flight) as source,
@@ -45,7 +45,7 @@ def write_partitions(
             contextlib.closing(teacher.topk(source)) as answers,
         ):
             for sequence, topk in answers:
-                behind.put((sequence, topk), len(sequence.input_ids))
+                behind.put((sequence, topk), len(topk))
         writer.finish()
     except Overtaken:
         return [partition for partition in todo if partition.summary is None]
@@ -120,11 +120,12 @@ class PartitionsWriter:
             self.writer = ShardWriter(self.todo[0].partition, self.index)
         if self.config.min_prob > 0 or self.config.top_p < 1:
             topk = topk.cut(self.config.min_prob, self.config.top_p)
-        self.writer.write(Record(sequence.doc_id, sequence.chunk, sequence.input_ids, topk))
+        doc_id, chunk, ids = sequence.doc_id, sequence.chunk, sequence.input_ids
+        self.writer.write(Record(doc_id, chunk, ids, topk, sequence.targets))
         self.documents += sequence.ends_document
         self.last = sequence
         self.meter.count(sequence, self.writer)
-        if sequence.ends_document and self.writer.tokens >= self.config.shard_tokens:
+        if sequence.ends_document and self.writer.learnt >= self.config.shard_tokens:
             self.commit()
 
     def commit(self) -> None:
@@ -168,11 +169,11 @@ class PartitionsWriter:
 
 
 class Meter:
-    """Counts documents and tokens for the progress line."""
+    """Counts documents, tokens and, where rows have masks, targets for the progress line."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.tokens = self.documents = 0
+    def __init__(self, progress: Progress, masked: bool) -> None:
+        self.progress, self.masked = progress, masked
+        self.tokens = self.targets = self.documents = 0
         self.bytes_per_token: float | None = None  # of the last shard
         self.started: float | None = None
 
@@ -189,6 +190,7 @@ class Meter:
 
     def count(self, sequence: Sequence, writer: ShardWriter) -> None:
         self.tokens += len(sequence.input_ids)
+        self.targets += len(sequence.positions)
         self.documents += sequence.ends_document
         self.progress.update(self.documents, lambda: self.status(writer))
 
@@ -197,4 +199,5 @@ class Meter:
         mass = writer.mass / max(writer.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
         held = f", mass held {mass:.3f}" if writer.entries else ""
-        return f"{self.tokens:,} tokens, {self.rate:,.0f} tokens/s{size}{held}"
+        targets = f", {self.targets:,} targets" if self.masked else ""
+        return f"{self.tokens:,} tokens{targets}, {self.rate:,.0f} tokens/s{size}{held}"

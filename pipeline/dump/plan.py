@@ -6,12 +6,20 @@ from pipeline.engine_args import reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.models.vocabulary import check_ids
+from pipeline.positions import Share
 from pipeline.teacher.vllm_engine import engine_version
 from pipeline.types import Json
 from storage.manifest import differences
+from storage.plan import TARGETS_VERSION
 
 NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
 """Spellings of what the plan also has the content of, as a fingerprint."""
+
+
+def open_corpus(config: DumpConfig, model: ModelFolder) -> Corpus:
+    """The corpus of a dump, with the share of the targets that it keeps."""
+    share = Share(config.positions, config.positions_seed) if config.positions < 1 else None
+    return Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos, share)
 
 
 def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
@@ -40,6 +48,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         **(
             {"samples": config.samples, "sample_seed": config.sample_seed} if config.samples else {}
         ),
+        **targets_of(corpus),
         "temperature": 1.0,
         "max_length": config.max_length,
         "add_eos": config.add_eos,
@@ -57,6 +66,12 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         "shard_tokens": config.shard_tokens,
         "engine": engine_version(config.engine),
     }
+
+
+def targets_of(corpus: Corpus) -> Json:
+    """{"targets": how they were chosen}, which says that rows have masks; {} without masks."""
+    found = corpus.targets_identity() | (corpus.share.identity() if corpus.share else {})
+    return {"targets": {"version": TARGETS_VERSION, "which": "all", **found}} if found else {}
 
 
 def plan_differences(there: Json, here: Json) -> list[str]:

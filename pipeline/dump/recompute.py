@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.agreement import Answer, Bounds, bounds
 from pipeline.errors import RefusedError
 from pipeline.models.directory import ModelFolder
+from pipeline.models.logits import logits_at
 from pipeline.models.vocabulary import difference_from_dump
 from pipeline.onset import describe
+from pipeline.types import Int64s
 from storage import LogitDataset, Record
 
 Floats = npt.NDArray[np.float64]
@@ -19,7 +22,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RowCheck:
-    """`kl` [P]: KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail.
+    """`kl` [P]: KL(stored ‖ recomputed) of one row in nats, over the kept ids and the tail, at its
+    `positions` [P].
 
     For a row with samples only, it is the model's cross-entropy to the samples minus the model's
     entropy: 0 on average if the model is the teacher. `noise` is the standard error of that mean.
@@ -28,6 +32,7 @@ class RowCheck:
     row: int
     doc_id: str
     chunk: int
+    positions: Int64s
     kl: Floats
     noise: float = 0.0
 
@@ -82,15 +87,16 @@ def recompute(dump: str, model: str, rows: int, seed: int = 0) -> list[RowCheck]
     return [check_row(int(row), dataset[int(row)], loaded) for row in chosen]
 
 
-def check_row(row: int, record: Record, model: torch.nn.Module) -> RowCheck:
+def check_row(row: int, record: Record, model: PreTrainedModel) -> RowCheck:
+    place = row, record.doc_id, record.chunk, record.positions
     if len(record.topk.ids):
-        return RowCheck(row, record.doc_id, record.chunk, row_kl(record, model))
+        return RowCheck(*place, row_kl(record, model))
     gap = row_gap(record, model)
-    return RowCheck(row, record.doc_id, record.chunk, gap, float(gap.std()) / len(gap) ** 0.5)
+    return RowCheck(*place, gap, float(gap.std()) / len(gap) ** 0.5)
 
 
 @torch.inference_mode()
-def row_kl(record: Record, model: torch.nn.Module) -> Floats:
+def row_kl(record: Record, model: PreTrainedModel) -> Floats:
     """[P] KL(stored ‖ model) in nats, at each position. What the model's head lacks is in the tail,
     and so are the columns that only it has."""
     logprobs = logprobs_of(record, model)
@@ -111,7 +117,7 @@ def row_kl(record: Record, model: torch.nn.Module) -> Floats:
 
 
 @torch.inference_mode()
-def row_gap(record: Record, model: torch.nn.Module) -> Floats:
+def row_gap(record: Record, model: PreTrainedModel) -> Floats:
     """[P] cross-entropy of the model to the record's samples minus its entropy, in nats."""
     logprobs = logprobs_of(record, model).double()
     topk = record.topk.spread_tail().fold(logprobs.shape[1])
@@ -122,12 +128,9 @@ def row_gap(record: Record, model: torch.nn.Module) -> Floats:
     return found
 
 
-def logprobs_of(record: Record, model: torch.nn.Module) -> torch.Tensor:
-    """float32 [P, V] log-probabilities of the model, on the CPU."""
-    device = next(model.parameters()).device
-    input_ids = torch.from_numpy(record.input_ids[None].astype(np.int64)).to(device)
-    logits = model(input_ids, use_cache=False).logits[0, :-1].float()
-    return logits.log_softmax(-1).cpu()
+def logprobs_of(record: Record, model: PreTrainedModel) -> torch.Tensor:
+    """float32 [P, V] log-probabilities of the model at the row's positions, on the CPU."""
+    return logits_at(model, record.input_ids, record.positions).log_softmax(-1).cpu()
 
 
 def report(
@@ -158,7 +161,7 @@ def report(
     )
     if answer is not Answer.SAME and not any(check.noise for check in checks):
         differ = [check for check in checks if check.answer(limits) is not Answer.SAME] or checks
-        where = np.concatenate([np.arange(len(check.kl)) for check in differ])
+        where = np.concatenate([check.positions for check in differ])
         kl = np.concatenate([check.kl for check in differ])
         lines.append(describe(kl, where, limits.same, settings))
     return lines, answer

@@ -10,6 +10,7 @@ from pipeline.report.html import axes, heading, note, page, pairs, picture, tabl
 from pipeline.types import Json
 from storage import LogitDataset, Record
 from storage.manifest import Totals
+from storage.plan import masked
 
 ROWS = 300  # read, evenly spread over the dump
 Float64s = npt.NDArray[np.float64]
@@ -81,7 +82,8 @@ class Look(NamedTuple):
 def look(record: Record, k: int) -> Look:
     ids, logprobs = record.topk.dense(k)
     p = np.exp(logprobs.astype(np.float64))
-    is_next = (ids == record.input_ids[1:, None]) & (p > 0)
+    following = record.input_ids[record.positions + 1]
+    is_next = (ids == following[:, None]) & (p > 0)
     outcomes = np.concatenate([p, np.exp(record.topk.tail_logprob.astype(np.float64))[:, None]], 1)
     entropy = -(outcomes * np.log(np.where(outcomes > 0, outcomes, 1))).sum(1)
     hits = np.maximum.accumulate(is_next, 1).sum(0, dtype=np.float64)
@@ -94,7 +96,7 @@ def draws(records: list[Record], number: int) -> list[str]:
     for record in records:
         samples = record.topk.samples
         assert samples is not None
-        following = np.repeat(record.input_ids[1:], samples.counts)
+        following = np.repeat(record.input_ids[record.positions + 1], samples.counts)
         different += len(samples.ids)
         hits += int((samples.ids == following).sum())
         positions += len(record.topk)
@@ -111,15 +113,18 @@ def draws(records: list[Record], number: int) -> list[str]:
 def totals(dump: LogitDataset) -> Json:
     """Counts and sizes; nothing is divided where no shard is committed."""
     total = Totals.of(shard.marker for shard in dump.shards)
+    has_masks = masked(dump.plan)
     found: Json = {
         "rows": f"{len(dump):,}",
         "tokens": f"{total.tokens:,}",
+        **({"targets": f"{total.positions:,}"} if has_masks else {}),
         "shards": total.shards,
         "bytes": f"{total.bytes:,}",
     }
     if total.bytes_per_token is not None and total.codec_kl is not None:
         found |= {
             "bytes per token": f"{total.bytes_per_token:.1f}",
+            **({"bytes per target": f"{total.bytes_per_target:.1f}"} if has_masks else {}),
             "mass held": f"{total.kept_mass:.4f}",
             "KL of the codec": f"{total.codec_kl:.2g} nats",
         }

@@ -33,9 +33,10 @@ class VllmGenerator:
         seeds: list[int],
         temperature: float,
         top_p: float,
-        stop: int | None,
+        stops: list[int],
     ) -> list[list[int]]:
-        """Token ids that continue each prompt, up to the `stop` token, which is left out."""
+        """Token ids that continue each prompt, up to the first that is one of `stops`, which is the
+        last one then, or to max_length with the prompt."""
         from vllm import SamplingParams
 
         numbers: dict[str, int] = {}
@@ -45,8 +46,8 @@ class VllmGenerator:
                 top_p=top_p,
                 seed=seed,
                 max_tokens=self.max_length - len(prompt),
-                stop_token_ids=[] if stop is None else [stop],
-                ignore_eos=True,  # without a tokenizer vLLM knows no eos; `stop` gives it
+                stop_token_ids=stops,
+                ignore_eos=True,  # without a tokenizer vLLM knows no eos; `stops` have it
                 detokenize=False,
             )
             name = f"w{self.requests}"
@@ -58,6 +59,5 @@ class VllmGenerator:
             for output in self.engine.step():
                 if output.finished:
                     tokens = list(output.outputs[0].token_ids)
-                    ends = bool(tokens) and tokens[-1] == stop
-                    found[numbers.pop(output.request_id)] = tokens[:-1] if ends else tokens
+                    found[numbers.pop(output.request_id)] = tokens
         return found

@@ -4,9 +4,9 @@ from functools import cached_property
 
 from transformers import TrainingArguments
 
-from pipeline.config import TrainConfig, held_out_texts
+from pipeline.config import CorpusConfig, TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
-from pipeline.data.mixing import GeneralStream, shares_of, target_counts
+from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
@@ -49,7 +49,10 @@ class Inputs:
 
     @cached_property
     def corpus(self) -> Corpus:
-        return Corpus(self.config.domain, self.model.tokenizer, self.max_length, self.add_eos)
+        return self.opened(self.config.domain)
+
+    def opened(self, corpus: CorpusConfig) -> Corpus:
+        return Corpus(corpus, self.model.tokenizer, self.max_length, self.add_eos)
 
     @cached_property
     def domain(self) -> TokenSequences:
@@ -64,9 +67,7 @@ class Inputs:
     def held_out(self) -> dict[str, TokenSequences]:
         """The held-out text of each kind that is given."""
         return {
-            kind: read_tokens(
-                Corpus(corpus, self.model.tokenizer, self.max_length, self.add_eos)
-            ).spread(self.config.held_out.sequences)
+            kind: read_tokens(self.opened(corpus)).spread(self.config.held_out.sequences)
             for kind, corpus in held_out_texts(self.config.held_out)
         }
 
@@ -91,7 +92,7 @@ class Inputs:
 
 def target_share(corpus: TokenSequences | LogitDataset) -> float:
     """Targets among the tokens of a corpus; 1 where it has no masks."""
-    return float(target_counts(corpus).sum() / corpus.lengths.sum())
+    return float(corpus.target_counts.sum() / corpus.lengths.sum())
 
 
 def open_dumps(config: TrainConfig) -> dict[LogitDataset, float]:

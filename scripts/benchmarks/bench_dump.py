@@ -13,6 +13,13 @@ Every run is a process with one engine. A round runs all cases in turn, and a ra
 the same round. --random adds a model with random weights whose body outweighs its head, as in large
 models. Front-end CPU is the CPU time of this side's threads in microseconds per token. It includes
 vLLM's processing of the answers, but not its engine.
+
+    python scripts/benchmarks/bench_dump.py --corpus corpus.jsonl --targets --rounds 5
+
+measures instead what targets save. One engine answers the same sequences with all targets, with a
+share of them, and with every second turn of a chat. The model has random weights, and a head as
+heavy as its body. The time of the head is what a case takes beyond the body alone in the same
+round.
 """
 
 import argparse
@@ -35,12 +42,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the floors replace the plu
 
 RUNS = ("floor 1", "floor 2", "dump", "flat", "dict", "hf")
 SLOW = 8  # flat, dict and hf read one document in so many
+TURN = 32  # tokens of a turn, of which every second one is learnt
 
 
-def random_model(folder: Path, texts: list[str]) -> Path:
-    """A Qwen3 with random weights, 8 layers of width 512 and 8,192 ids.
+def random_model(
+    folder: Path, texts: list[str], ids: int = 8192, width: int = 512, dtype: str = "bfloat16"
+) -> Path:
+    """A Qwen3 with random weights and 8 layers.
 
-    The head is 12 % of the weights that are multiplied.
+    By default the head is 12 % of the weights that are multiplied; with 32,768 ids and a width of
+    256 it is half of them.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,17 +68,17 @@ def random_model(folder: Path, texts: list[str]) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=2048,
+        vocab_size=ids,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
         head_dim=64,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 
@@ -126,7 +137,7 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
             replace_pooler(with_head=given.run == "floor 2")
             teacher.Pooled.answer = lambda path, sequence, output: None  # type: ignore
         if given.run in ("flat", "dict"):
-            teacher.can_wrap = lambda architectures: False
+            teacher.class_overrides = lambda architectures: {}
         made: list[Any] = []
         clock = {"inside": 0.0, "began": 0.0}
         make = choose.make_teacher
@@ -180,6 +191,59 @@ def run_one(given: argparse.Namespace) -> dict[str, float]:
     return {"tokens": tokens, "seconds": seconds, "cpu": outside + threads}
 
 
+def save(given: argparse.Namespace, model: Path) -> None:
+    """Print the time that one engine takes for each choice of targets."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from pipeline.config import CorpusConfig
+    from pipeline.corpus import Corpus, Sequence
+    from pipeline.models.directory import ModelFolder
+    from pipeline.positions import Share
+    from pipeline.teacher.vllm_teacher import VllmTeacher
+
+    folder = ModelFolder(model)
+    corpus = Corpus(CorpusConfig(given.corpus, limit=given.documents), folder.tokenizer, 512)
+    sequences = [each for each in corpus.sequences() if len(each.input_ids) > 2 * TURN]
+
+    def share(positions: float) -> list[Sequence]:
+        draw = Share(positions).draw
+        masks = [draw(each.doc_id, each.chunk, None, len(each.input_ids)) for each in sequences]
+        return [replace(each, targets=mask) for each, mask in zip(sequences, masks, strict=True)]
+
+    turns = [np.arange(len(each.input_ids)) // TURN % 2 == 1 for each in sequences]
+    nothing = [replace(each, targets=np.zeros(len(each.input_ids), bool)) for each in sequences]
+    cases = {
+        "body alone": nothing,
+        "all": sequences,
+        "every second turn": [
+            replace(each, targets=mask) for each, mask in zip(sequences, turns, strict=True)
+        ],
+        **{f"positions {positions}": share(positions) for positions in (0.5, 0.2, 0.05)},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    with VllmTeacher(folder, given.k, 512, "float32") as teacher:
+        for number in range(given.rounds + 1):  # the first one warms up
+            for name, chosen in cases.items():
+                begin = time.monotonic()
+                for _ in teacher.topk(iter(chosen)):
+                    pass
+                seconds[name] += [time.monotonic() - begin] if number else []
+    tokens = sum(len(each.input_ids) for each in sequences)
+    print(f"\n{tokens:,} tokens, k = {given.k}, {given.rounds} rounds, {os.cpu_count()} cores")
+    print(f"{'':<18}{'targets':>9}{'tokens/s':>10}{'time, of all':>14}{'head, of all':>14}")
+    for name, chosen in cases.items():
+        rows = list(zip(seconds[name], seconds["all"], seconds["body alone"], strict=True))
+        whole = median(one / full for one, full, _ in rows)
+        head = median((one - body) / (full - body) for one, full, body in rows)
+        targets = sum(len(each.positions) for each in chosen)
+        print(
+            f"{name:<18}{targets / tokens:>9.1%}{tokens / median(seconds[name]):>10,.0f}"
+            f"{whole:>14.2f}{head:>14.2f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,6 +254,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--random", action="store_true", help="add a random model with a heavy body"
+    )
+    parser.add_argument(
+        "--targets", action="store_true", help="measure what targets save, on a model of its own"
     )
     parser.add_argument("--documents", type=int, default=400, help="documents to read")
     parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
@@ -203,15 +270,19 @@ def main() -> None:
         print(json.dumps(run_one(given)))
         return
     with tempfile.TemporaryDirectory() as folder:
+        if given.targets:
+            return save(given, random_model(Path(folder), texts_of(given), 32_768, 256, "float32"))
         if given.random:
-            from pipeline.corpus_cache import cached_documents
-            from pipeline.corpus_files import find_files
-
-            documents, _ = cached_documents(find_files(given.corpus), "text", chat=False)
-            texts = [row["text"] for row in islice(documents, 500)]
+            texts = texts_of(given)
             given.model.append(str(random_model(Path(folder) / "random-body-heavy", texts)))
         for model in given.model:
             compare(given, model)
+
+
+def texts_of(given: argparse.Namespace) -> list[str]:
+    """The first documents of a JSONL file, which a tokenizer is made of."""
+    with Path(given.corpus).open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in islice(lines, 500)]
 
 
 def compare(given: argparse.Namespace, model: str) -> None:

@@ -4,7 +4,8 @@
 
 `storage` reads the dump, and `packed_rows` packs sequences into rows. `linear_sparse_divergence`
 computes the loss from the decoder's hidden states and the head's weight. The rest is torch. A step
-takes one domain and one general sequence.
+takes one domain and one general sequence. Of both, only the targets count, which are all tokens
+where nothing else is said: `targets["rows"]` are the positions that predict them.
 """
 
 import sys

@@ -95,6 +95,8 @@ def test_every_param_explains_itself(dags: dict[str, Any]) -> None:
         ("distill", "partitions", 1025),
         ("distill", "partitions", 2.5),
         ("distill", "k", 65536),
+        ("distill", "positions", 0),
+        ("distill", "positions", 1.5),
         ("distill", "max_length", 1),
         ("distill", "alpha", -0.1),
         ("distill", "learning_rate", 0),

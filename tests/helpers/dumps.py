@@ -32,18 +32,19 @@ def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
     found = {}
     for record in LogitDataset(path):
         topk = record.topk
-        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        ids, at = record.input_ids, record.positions
+        parts = [ids, at, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
         key = (record.doc_id, record.chunk)
         assert key not in found
         found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
     return found
 
 
-def with_rows(source: Path, target: Path, change: Any) -> Path:
-    """Write a finished dump with the same plan and the rows that `change` returns."""
+def with_rows(source: Path, target: Path, change: Any, **more: Any) -> Path:
+    """Write a finished dump of the rows that `change` returns; `more` changes the plan."""
     old = LogitDataset(source)
     plan = {name: value for name, value in old.plan.items() if name != "format_version"}
-    dump = create_dump(target, plan)
+    dump = create_dump(target, {**plan, **more})
     writer = ShardWriter(dump.partition(0), 0)
     for record in old:
         writer.write(change(record))
@@ -53,7 +54,7 @@ def with_rows(source: Path, target: Path, change: Any) -> Path:
     return target
 
 
-def dumped(model: Path, corpus: Path, output: Path) -> Path:
+def dumped(model: Path, corpus: Path, output: Path, **changes: object) -> Path:
     """A dump by transformers of what the model says to the corpus."""
-    dump.run(settings(output.parent, model, corpus, output=str(output)))
+    dump.run(settings(output.parent, model, corpus, output=str(output), **changes))
     return output

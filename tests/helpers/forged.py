@@ -82,7 +82,7 @@ def seal_index(data: bytes) -> bytes:
     _, version, flags, shards, rows, heads, key, plan, *_ = index.HEADER.unpack_from(data)
     table_at = index.HEADER.size
     tokens_at = table_at + index.SHARD.itemsize * shards
-    entries_at = tokens_at + 4 * rows
+    entries_at = tokens_at + 4 * rows * (2 if flags & index.TARGETS else 1)
     kind, crcs, body = index.entry_type(flags % 4), (0, 0), data[table_at:]
     if entries_at + kind.itemsize * rows <= len(data):
         table = np.frombuffer(data, index.SHARD, shards, table_at).copy()

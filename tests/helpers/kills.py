@@ -117,7 +117,8 @@ def content(path: Path) -> list[tuple[tuple[str, int], bytes]]:
     found = []
     for record in LogitDataset(path):
         topk = record.topk
-        parts = [record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        ids, at = record.input_ids, record.positions
+        parts = [ids, at, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
         data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
         found.append(((record.doc_id, record.chunk), data))
     return found
@@ -137,8 +138,12 @@ def committed(path: Path) -> int:
     return len(list(path.glob("00000/[0-9]*.json")))
 
 
-def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Result:
+def run(
+    folder: Path, kills: int, seed: int, documents: int | None = None, positions: float = 1.0
+) -> Result:
     """Dump a corpus undisturbed, then again with `kills` kills, and compare the rows.
+
+    `positions` is the share of the targets that the dump keeps.
 
     If a dump finishes before all kills are done, it is compared and another one begins. Raises
     AssertionError if an attempt fails by itself or a committed row changes.
@@ -152,7 +157,8 @@ def run(folder: Path, kills: int, seed: int, documents: int | None = None) -> Re
 
     def arguments(output: Path) -> list[str]:
         given = [f"--model={model}", f"--corpus.path={corpus}", f"--output={output}"]
-        return [*given, "--k=8", "--max_length=100", "--shard_tokens=150", "--engine=transformers"]
+        given += ["--k=8", "--max_length=100", "--engine=transformers"]
+        return [*given, f"--shard_tokens={150 * positions:.0f}", f"--positions={positions}"]
 
     log = folder / "log.txt"
     assert wait(start(arguments(folder / "undisturbed"), log)) == 0, log.read_text()[-2000:]
@@ -249,9 +255,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--positions", type=float, default=1.0, help="share of the targets kept")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), given.kills, given.seed)
+        result = run(Path(folder), given.kills, given.seed, positions=given.positions)
     print(result)
     return 0 if result.lost == result.doubled == result.torn == 0 else 1
 

@@ -208,16 +208,16 @@ def test_a_chat_without_an_answer_has_no_targets() -> None:
     [
         (
             MISTRAL, TWO, TOOLS,
-            r"does not show where message 1 begins: it writes '<s>\[AVAILABLE_TOOLS\] .*' there, "
-            r"but '<s>\[INST\] Hi\[/INST\] Hello, you.</s>.*' once more messages follow. Put \{%",
+            r"does not show where message 1 begins: the messages up to there are rendered as "
+            r"'<s>\[AVAILABLE_TOOLS\] .*', in the whole chat as '<s>\[INST\] Hi.*'. Put \{% gen",
         ),
         (
             OPENED, TWO, None,
-            "does not show where message 1 begins: it writes '<think>' there, but 'Hello, you.",
+            "does not show where message 1 begins: .* as '<think>', in the whole chat as 'Hello, y",
         ),
         (
             REASONING, [user("a"), reply("A", reasoning_content="r"), tool("t"), reply("B"), *TWO],
-            None, "does not show where message 3 begins: it writes '<think>' there, but 'A<",
+            None, "does not show where message 3 begins: .* as '<think>', in the whole .* 'A<",
         ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}, {{ messages | length }}\n"
@@ -226,7 +226,7 @@ def test_a_chat_without_an_answer_has_no_targets() -> None:
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '...' }}</s>"
             "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", TWO[1:], None,
-            "does not show where message 0 ends: it writes 'assistant: Hello, you.</s>' there",
+            "does not show where message 0 ends: .* rendered as 'assistant: Hello, you.</s>', in",
         ),
         (CHATML, [reply("Hi"), user("a")], None, r"the first 0 messages alone\)"),
         (GEMMA, [user("a"), user("b"), reply("c")], None, "cannot render it: Conversation roles"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.config import DumpConfig
+from pipeline.config import DumpConfig, TrainConfig
+from pipeline.errors import BAD_INPUT
 
 WORDS = ["--model", "m", "--corpus.path", "c", "--output", "o"]
 
@@ -64,3 +65,16 @@ def test_aliases_are_read(tmp_path: Path) -> None:
     config, _ = cli.parse(parser, DumpConfig, ["--config", str(file), "--model=m", "--output=*"])
     assert (config.corpus.path, config.output) == ("*.txt", "*")
     assert config.engine_args["a1"] == [["x"] * 9] * 9
+
+
+def test_settings_of_a_corpus_that_do_not_fit_end_with_code_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are found while jsonargparse makes the settings."""
+    parser = cli.script_parser(TrainConfig, "")
+    given = ["--model", "m", "--output", "o", "--mix", "0", "--max_length", "8"]
+    for wrong in (["--domain.prompt_column", "q"], ["--domain.targets", "completion"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse(parser, TrainConfig, [*given, "--domain.path", "c.jsonl", *wrong])
+        assert ended.value.code == BAD_INPUT
+        assert "error: corpus c.jsonl: " in capsys.readouterr().err

@@ -1,16 +1,22 @@
 """Which tokens of a corpus are learnt, from its settings to its sequences."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, read_tokens
 from pipeline.errors import ConfigError
 from tests.helpers.chat_templates import CHATML, GEMMA, OPENED, tokenizer_with
-from tests.helpers.corpora import write_jsonl, write_texts
+from tests.helpers.corpora import write_jsonl
 
 ONE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 LONG = "word " * 100
@@ -59,6 +65,21 @@ def test_a_prompt_that_is_longer_than_max_length_leaves_no_document(tmp_path: Pa
         at = 64 * sequence.chunk
         assert sequence.input_ids.tolist() == whole.input_ids[at : at + 64].tolist()
         assert sequence.targets.tolist() == whole.targets[at : at + 64].tolist()
+
+
+def test_documents_without_a_target_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [{"role": "user", "content": LONG}, ONE[1]]
+    read_tokens(corpus(tmp_path, [ONE, ONE[:1], asked, [*ONE, *asked]], max_length=64))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 of 4 documents have nothing to learn within their first 64 tokens" in said
+    read_tokens(corpus(tmp_path, [ONE]))
+    read_tokens(corpus(tmp_path, [ONE, []], targets="all"))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match="none of its 1 documents has a token to learn"):
+        read_tokens(corpus(tmp_path, [ONE[:1]]))
 
 
 def test_the_identity_says_what_is_learnt(tmp_path: Path) -> None:
@@ -123,11 +144,145 @@ def test_a_chat_that_cannot_be_marked_is_named(
 def test_targets_that_cannot_be_known_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = write_texts(tmp_path / "texts.jsonl", ["a b c"])
-    with pytest.raises(ConfigError, match=r"targets assistant: only chats .*messages_column"):
-        Corpus(CorpusConfig(str(texts), targets="assistant"), tokenizer_with(CHATML), 100)
     slow = tokenizer_with(CHATML)
     monkeypatch.setattr(type(slow), "is_fast", property(lambda _: False))
     with pytest.raises(ConfigError, match="targets assistant: needs a fast tokenizer"):
         corpus(tmp_path, [ONE])
     assert learnt(corpus(tmp_path, [ONE], targets="all"))
+
+
+def pairs(folder: Path, rows: list[dict[str, Any]], max_length: int = 1000, **given: Any) -> Corpus:
+    path = write_jsonl(folder / "pairs.jsonl", rows)
+    add_eos = given.pop("add_eos", True)
+    template = given.pop("template", CHATML)
+    config = CorpusConfig(str(path), prompt_column="q", completion_column="a", **given)
+    return Corpus(config, tokenizer_with(template), max_length, add_eos)
+
+
+def test_a_completion_of_text_is_learnt_with_its_end(tmp_path: Path) -> None:
+    rows = [
+        {"q": "Why? ", "a": "So.", "id": "x"},
+        {"q": "", "a": "So."},
+        {"q": "Why?", "a": ""},
+        {"q": "Why?", "a": None},
+        {"a": "So."},
+        {"q": LONG, "a": "So."},
+    ]
+    found = pairs(tmp_path, rows, max_length=64)
+    assert learnt(found) == ["So.</s>", "o.</s>", "</s>"]
+    assert [(s.doc_id, s.document) for s in found.sequences()] == [("x", 0), ("1", 1), ("2", 2)]
+    assert found.targets_identity() == {"which": "completion"}
+    assert learnt(pairs(tmp_path, rows[:1], add_eos=False)) == ["So."]
+    assert learnt(pairs(tmp_path, rows[:1], targets="all")) == ["hy? So.</s>"]
+    (split,) = pairs(tmp_path, [{"q": "</s>", "a": "</s>"}], special_tokens="split").sequences()
+    assert split.input_ids.tolist().count(found.tokenizer.eos_token_id) == 1
+    assert learnt(pairs(tmp_path, [{"q": "a", "a": "b</s>"}])) == ["b</s>"]
+
+
+def test_tokens_at_both_ends_are_counted_once(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    made = copy.deepcopy(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    path = write_jsonl(tmp_path / "c.jsonl", [{"q": "<s>a", "a": " b</s>"}, {"q": "a", "a": " b"}])
+    config = CorpusConfig(str(path), prompt_column="q", completion_column="a")
+    a, b = (tokenizer.tokenize(text)[0] for text in ("a", " b"))
+    for sequence in Corpus(config, made, 100).sequences():
+        assert tokenizer.convert_ids_to_tokens(sequence.input_ids) == ["<s>", a, b, "</s>"]
+        assert sequence.targets.tolist() == [False, False, True, True]
+
+
+MESSAGES = [
+    {"q": ONE[:1], "a": ONE[1:]},
+    {"q": [*ONE, ONE[0]], "a": [ONE[1], *ONE]},
+    {"q": ONE[:1], "a": []},
+]
+
+
+def test_a_completion_of_messages_is_what_follows_the_prompt(tmp_path: Path) -> None:
+    found = pairs(tmp_path, MESSAGES)
+    assert learnt(found) == [
+        "b<|im_end|>",
+        "b<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>",
+    ]
+    assert learnt(pairs(tmp_path, MESSAGES[1:], targets="assistant")) == ["b<|im_end|>" * 3]
+    whole = corpus(tmp_path, [MESSAGES[1]["q"] + MESSAGES[1]["a"]], targets="all")
+    assert [s.input_ids.tolist() for s in whole.sequences()] == [
+        s.input_ids.tolist() for s in pairs(tmp_path, MESSAGES[1:]).sequences()
+    ]
+    reasoned = {"role": "assistant", "content": "b", "reasoning_content": "r"}
+    rows = [{"q": [ONE[0], reasoned, ONE[0]], "a": [reasoned]}]
+    assert learnt(pairs(tmp_path, rows, template=OPENED)) == ["r\n</think>\n\nb<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "words"),
+    [
+        ([{"q": "a", "a": "b"}, {"q": ONE, "a": ONE}], {}, "document 1: expected text in .* 'q'"),
+        ([{"q": "a", "a": ONE}], {}, "document 0: expected text in column 'a', found list"),
+        ([{"q": ONE, "a": "b"}], {}, "document 0: expected a list of messages, found text"),
+        ([{"q": "a", "b": "b"}], {}, "no column 'a'; it has b, q. Set corpus.prompt_column"),
+        ([{"q": "a", "a": "b"}], {"targets": "assistant"}, "has text in column 'q', not messages"),
+        ([{"q": ONE, "a": ONE, "tools": 5}], {}, "document 0: tools: expected a list of objects"),
+    ],
+)  # fmt: skip
+def test_bad_pairs_say_what_is_wrong(
+    tmp_path: Path, rows: list[Any], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"corpus .*pairs.jsonl.*{words}"):
+        list(pairs(tmp_path, rows, **given).sequences())
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    for given, words in [
+        ({"prompt_column": "q"}, "documents need both"),
+        ({"completion_column": "q"}, "documents need both"),
+        ({"targets": "completion"}, "needs prompt_column and completion_column"),
+        ({"targets": "completion", "messages_column": "m"}, "needs prompt_column"),
+        ({"targets": "assistant"}, "only chats have an assistant.*messages_column"),
+        (
+            {"prompt_column": "q", "completion_column": "a", "messages_column": "m"},
+            "messages_column and prompt_column: documents are either",
+        ),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            CorpusConfig("c", **given)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+CALLING = [{"messages": ONE, "tools": TOOLS}, {"messages": ONE}]
+
+
+def as_lines(folder: Path) -> str:
+    return str(write_jsonl(folder / "a.jsonl", CALLING))
+
+
+def as_text_of_json(folder: Path) -> str:
+    rows = [{**row, "tools": json.dumps(row.get("tools"))} for row in CALLING]
+    return str(write_jsonl(folder / "b.jsonl", rows))
+
+
+def as_parquet(folder: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(CALLING), folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+def as_hub_name(folder: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(CALLING), folder / "a.parquet")
+    return "owner/name"
+
+
+@pytest.mark.parametrize("write", [as_lines, as_text_of_json, as_parquet, as_hub_name])
+def test_tools_go_to_the_template(
+    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path)
+    rows = datasets.Dataset.from_list([{"messages": ONE, "tools": TOOLS}, CALLING[1]])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    config = CorpusConfig(path, messages_column="messages", targets="assistant")
+    found = Corpus(config, tokenizer_with(CHATML), 1000)
+    texts = [found.text(at) for at in range(2)]
+    assert [json.dumps(TOOLS[0]) in text for text in texts] == [True, False]
+    assert learnt(found) == ["b<|im_end|>"] * 2

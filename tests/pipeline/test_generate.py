@@ -29,8 +29,8 @@ class Fake:
     def __init__(self, batches: int | None = None) -> None:
         self.left, self.prompts = batches, []  # type: ignore[var-annotated]
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any, top_p: Any, stop: Any) -> Any:
-        assert stop == EOS
+    def generate(self, prompts: Any, seeds: Any, temperature: Any, top_p: Any, stops: Any) -> Any:
+        assert stops == [EOS]
         if self.left == 0:
             raise Interrupted("cut off")
         self.left = None if self.left is None else self.left - 1
@@ -40,7 +40,9 @@ class Fake:
             rng = random.Random(seed % 5 == 0 or seed)
             length = rng.randint(20, 60)
             found.append(
-                [300] * length if seed % 4 == 0 else [rng.randint(50, 500) for _ in range(length)]
+                [300] * length
+                if seed % 4 == 0
+                else [*(rng.randint(50, 500) for _ in range(length)), *[EOS] * rng.randint(0, 1)]
             )
         return found
 

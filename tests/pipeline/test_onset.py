@@ -44,6 +44,21 @@ def test_from_the_second_token_on_it_is_the_attention() -> None:
     assert "soft cap" in describe(noisy(means), POSITIONS, BOUND, {})
 
 
+def test_rows_with_masks_say_what_they_can() -> None:
+    """Known at every ninth position: a step lies behind the one before, and nothing tells whether a
+    difference at the first of them begins there."""
+    known = POSITIONS % 9 == 5
+    step = np.where(np.arange(100) < 64, 1.2e-4, 2e-2)
+    told = describe(noisy(step)[known], POSITIONS[known], BOUND, {"sliding_window": 64})
+    assert "begins at position 68" in told
+    assert "sliding_window is 64" in told
+    told = describe(noisy(step)[known], POSITIONS[known], BOUND, {"sliding_window": 57})
+    assert "sliding_window" not in told
+    told = describe(noisy(np.full(100, 1e-2))[known], POSITIONS[known], BOUND, {})
+    assert "It is there at position 5" in told
+    assert "nothing tells where it begins" in told
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_broken_values_are_described_too(value: float) -> None:
     kl = noisy(np.full(100, 1e-4))

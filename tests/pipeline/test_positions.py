@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import CorpusConfig
+from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.corpus import Corpus, Sequence
+from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.positions import Share
 from tests.helpers.corpora import some_texts, write_texts
@@ -120,3 +121,9 @@ def test_a_document_ends_with_the_last_chunk_that_keeps_a_target(
     assert any(
         each.ends_document and not whole[each.doc_id, each.chunk].ends_document for each in few
     )
+
+
+@pytest.mark.parametrize("value", [0.0, -0.2, 1.01, float("nan")])
+def test_a_share_outside_its_range_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="positions: "):
+        DumpConfig("m", CorpusConfig("c"), "out", positions=value)

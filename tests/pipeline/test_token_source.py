@@ -109,7 +109,6 @@ def test_documents_without_a_mask(tmp_path: Path, opened: Any, write: Any, masks
     ]
     assert not corpus.masked
     assert corpus.targets_identity() == {}
-    assert corpus.lengths([0, 2, 4]).tolist() == [4, 0, 5]
 
 
 @FORMATS
@@ -304,7 +303,7 @@ def test_long_rows_are_refused_before_they_are_copied(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"messages_column": "messages"}, "tokens_column and messages_column"),
+        ({"messages_column": "messages"}, "messages_column and tokens_column"),
         ({"tokens_column": None, "mask_column": "m"}, "mask_column: .* set tokens_column"),
         ({"targets": "assistant"}, "targets assistant: .*Name a mask_column"),
     ],

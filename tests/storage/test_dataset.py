@@ -8,7 +8,14 @@ import pytest
 
 from storage import CorruptShard, IncompleteDump, LogitDataset, ShardWriter, create_dump, verify
 from storage.shard_reader import ShardReader
-from tests.helpers.records import assert_same, make_dump, plan, random_record
+from tests.helpers.records import (
+    TARGETS,
+    assert_same,
+    make_dump,
+    masked_record,
+    plan,
+    random_record,
+)
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
 SHAPES = pytest.mark.parametrize(("codec", "k"), [("v1", 8), ("v2", 8), ("v1", 0), ("v2", 0)])
@@ -73,6 +80,26 @@ def test_pickled_dataset_reads_the_same(tmp_path: Path, codec: str) -> None:
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.fingerprint == dataset.fingerprint
     assert_same(copy[7], dataset[7])
+
+
+@CODECS
+def test_target_counts_are_those_of_the_rows(tmp_path: Path, codec: str) -> None:
+    """With an index, without one, and where all tokens are learnt."""
+    make_dump(tmp_path / "masked", partitions=2, codec=codec, targets=TARGETS)
+    expected = [len(masked_record(number).positions) for number in range(20)]
+    assert len(set(expected)) > 1
+    for partial in (False, True):
+        dataset = LogitDataset(tmp_path / "masked", partial=partial)
+        assert dataset.target_counts.tolist() == expected
+        assert dataset.target_counts.dtype == np.int32
+        assert dataset.lengths.tolist() == [20] * 20
+        assert (dataset._readers == {}) == (not partial)
+    make_dump(tmp_path / "plain", codec=codec)
+    for partial in (False, True):
+        dataset = LogitDataset(tmp_path / "plain", partial=partial)
+        assert dataset.target_counts.tolist() == dataset.lengths.tolist() == [20] * 10
+    make_dump(tmp_path / "empty", shards=0, codec=codec, targets=TARGETS)
+    assert LogitDataset(tmp_path / "empty").target_counts.tolist() == []
 
 
 def test_readers_of_a_growing_dump_see_a_prefix_that_stays(tmp_path: Path) -> None:

@@ -23,11 +23,18 @@ from storage import (
 from storage import scan as scanning
 from storage.__main__ import main
 from storage.gc import leftovers
-from storage.index import Part
+from storage.index import HEADER, SHARD, Part
 from storage.manifest import Shard
 from tests.helpers.forged import as_before, data_file, index_file, rewrite, seal_index
 from tests.helpers.linked import Counted, counted
-from tests.helpers.records import assert_same, make_dump, plan, random_record
+from tests.helpers.records import (
+    TARGETS,
+    assert_same,
+    make_dump,
+    masked_record,
+    plan,
+    random_record,
+)
 
 SHAPES = pytest.mark.parametrize(("codec", "draws"), [("v1", 0), ("v2", 0), ("v1", 12)])
 
@@ -183,6 +190,45 @@ def test_the_command_writes_the_index(
     assert main(["index", str(tmp_path / "open")]) == 2
 
 
+@pytest.mark.parametrize(("codec", "draws"), [("v1", 12), ("v2", 0)])
+def test_masked_rows_are_indexed(tmp_path: Path, codec: str, draws: int) -> None:
+    """By the writer, by the command, and by the first use of a dump whose heads are apart."""
+    path, more = tmp_path / "dump", {"codec": codec, "samples": draws, "targets": TARGETS}
+    make_dump(path, **more)
+    written = index_file(path).read_bytes()
+    counts = LogitDataset(path).target_counts.tolist()
+    index_file(path).unlink()
+    for file in path.glob("*/*.index"):
+        file.unlink()
+    assert main(["index", str(path)]) == 0
+    assert index_file(path).read_bytes() == written
+    as_before(path)
+    dataset = LogitDataset(path)
+    assert dataset.target_counts.tolist() == counts
+    for number in (7, 0, 3):
+        assert_same(dataset[number], masked_record(number, samples=draws))
+    assert dataset._readers == {}
+    assert verify(path).ok
+
+
+def test_an_index_beside_a_shard_without_its_targets_is_not_joined(tmp_path: Path) -> None:
+    """As a hostile writer leaves it in a dump that is not finished; the shard says it all."""
+    make_dump(tmp_path / "dump", shards=2, targets=TARGETS)
+    path = tmp_path / "dump"
+    (file,) = path.glob("00000/00001-*.index")
+    data = bytearray(file.read_bytes())
+    at = HEADER.size + SHARD.itemsize + 4 * 5
+    data[12] -= 4
+    file.write_bytes(seal_index(bytes(data[:at] + data[at + 20 :])))
+    (path / "manifest.json").unlink()
+    index_file(path).unlink()
+    Dump(path).finish()
+    assert not list(path.glob("rows-*.index"))
+    assert main(["index", str(path)]) == 0
+    assert len(LogitDataset(path).target_counts) == 10
+    assert verify(path).ok
+
+
 def test_a_dump_of_two_releases_is_indexed_whole(tmp_path: Path) -> None:
     """One shard with heads and an index beside it, one of before; then both in one index."""
     path = tmp_path / "dump"
@@ -310,8 +356,8 @@ def test_a_remote_index_is_fetched_once(
         assert Counted.requests == {"GET": requests}
     monkeypatch.setenv("MOL_CACHE", str(tmp_path / "other"))
     same_rows(counted(tmp_path / "dump"), 10)
-    assert Counted.requests == {"GET": 3 + 2}, "plan, manifest, index, and each shard once"
-    assert len(list((tmp_path / "other").glob("*.parquet"))) == 2
+    assert Counted.requests == {"GET": 3 + 2 + 10}, "plan, manifest, index; tables and rows"
+    assert len(list((tmp_path / "other").glob("*.rows"))) == 2
 
 
 def test_gc_knows_indexes(tmp_path: Path) -> None:

@@ -317,3 +317,10 @@ def test_tokens_must_add_up_before_they_are_trusted(tmp_path: Path) -> None:
         LogitDataset(tmp_path).lengths  # noqa: B018
     with pytest.raises(CorruptShard, match="does not add up to the marker's 60 tokens"):
         LogitDataset(tmp_path, partial=True).lengths  # noqa: B018
+
+
+def test_targets_must_add_up_before_they_are_trusted(tmp_path: Path) -> None:
+    make_dump(tmp_path, shards=1, rows=3, targets=TARGETS)
+    rewrite(tmp_path, first_is("targets", b"\xff" * 1000))
+    with pytest.raises(CorruptShard, match=r"does not add up to the marker's .* positions"):
+        LogitDataset(tmp_path, partial=True).target_counts  # noqa: B018

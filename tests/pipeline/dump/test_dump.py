@@ -84,6 +84,60 @@ def test_a_corpus_tokenized_before_gives_the_same_rows(
         dump.run(replace(again, corpus=replace(again.corpus, limit=3)))
 
 
+def test_a_share_of_the_positions_is_that_of_the_whole_dump(
+    tmp_path: Path, model_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows, distributions, counts and the line that is printed."""
+    dump.run(settings(tmp_path, model_path, corpus))
+    few = settings(tmp_path, model_path, corpus, output=str(tmp_path / "few"), positions=0.2)
+    summary = dump.run(few)
+    assert verify(few.output).ok
+    every = {(each.doc_id, each.chunk): each for each in LogitDataset(tmp_path / "dump")}
+    dataset = LogitDataset(few.output)
+    tokens = targets = 0
+    for record in dataset:
+        whole = every[record.doc_id, record.chunk]
+        tokens, targets = tokens + len(record.input_ids), targets + len(record.positions)
+        np.testing.assert_array_equal(record.input_ids, whole.input_ids)
+        at = record.positions
+        found, wanted = (
+            np.sort(ids, axis=1) for ids in (record.topk.dense()[0], whole.topk.dense()[0][at])
+        )
+        np.testing.assert_array_equal(found, wanted)
+        gap = np.abs(record.topk.dense()[1] - whole.topk.dense()[1][at])
+        assert gap.max() < 1 / 16 + 1e-3  # a head may round another number of rows in another way
+    assert (summary["tokens"], summary["targets"]) == (tokens, targets)
+    possible = sum(len(each.positions) for each in every.values())
+    assert abs(targets - 0.2 * possible) < 5 * np.sqrt(0.16 * possible)
+    assert summary["bytes_per_target"] == pytest.approx(summary["bytes"] / targets)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tokens:,} tokens, {targets:,} of them targets," in said
+    assert f"{summary['bytes_per_target']:.1f} bytes per target" in said
+
+
+def test_a_dump_with_masks_starts_shards_by_targets_and_counts_what_it_skips(
+    tmp_path: Path, model_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On any number of partitions the rows are the same; another choice of targets is refused."""
+    config = settings(tmp_path, model_path, corpus, positions=0.02, shard_tokens=20)
+    summary = dump.run(config)
+    shards = Dump(config.output).shards()
+    assert len(shards) > 1
+    assert all(20 <= shard.marker["positions"] < 120 for shard in shards[:-1])
+    assert summary["skipped"] > 2
+    assert summary["documents"] == len({key[0] for key in rows(config.output)})
+    assert summary["documents"] + summary["skipped"] == 30
+    said = capsys.readouterr().err
+    assert f"{summary['skipped']} documents skipped (under two tokens, or without a target)" in said
+    again = replace(config, output=str(tmp_path / "parts"), partitions=7)
+    dump.run(again)
+    assert rows(again.output) == rows(config.output)
+    with pytest.raises(PlanMismatch, match=r"targets\.positions_seed: 0 in the dump, 1 asked for"):
+        dump.run(replace(config, positions_seed=1))
+    with pytest.raises(PlanMismatch, match=r"targets: .* in the dump, None asked for"):
+        dump.run(replace(config, positions=1.0))
+
+
 def test_auto_dtype_is_the_models_own(tmp_path: Path, corpus: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -295,8 +349,14 @@ def test_a_model_that_lacks_weights_makes_no_plan(
 
 def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path, model_path: Path) -> None:
     corpus = write_texts(tmp_path / "corpus.jsonl", ["", ""])
-    with pytest.raises(ConfigError, match="no document has two tokens"):
+    with pytest.raises(ConfigError, match="no document has two tokens or more, so"):
         dump.run(settings(tmp_path, model_path, corpus))
+
+
+def test_a_corpus_without_a_target_is_refused(tmp_path: Path, model_path: Path) -> None:
+    corpus = write_texts(tmp_path / "corpus.jsonl", some_texts(2))
+    with pytest.raises(ConfigError, match="two tokens or more and a target behind the first"):
+        dump.run(settings(tmp_path, model_path, corpus, positions=1e-9))
 
 
 def test_exit_codes(tmp_path: Path, model_path: Path, corpus: Path, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,16 +46,34 @@ def test_estimate_is_near_the_finished_dump(
     assert estimate.measure(settings, 2).tokens == done["tokens"]
 
 
+def test_estimate_counts_targets(tmp_path: Path, model_path: Path) -> None:
+    """The head's work and the bytes follow them."""
+    whole = config(tmp_path, model_path)
+    settings = replace(whole, positions=0.2, corpus=replace(whole.corpus, limit=20))
+    found = estimate.measure(settings, 20)
+    done = dump.run(settings)
+    assert (found.tokens, found.targets) == (done["tokens"], done["targets"])
+    assert found.disk == pytest.approx(done["bytes"], rel=0.3)
+    has = estimate.weights(ModelFolder(model_path))
+    share = done["targets"] / done["tokens"]
+    assert found.flops_per_token == pytest.approx(2 * (has.body + share * has.head))
+    said = estimate.describe(found, settings, None)
+    assert f"{found.targets:,.0f} of them targets" in said
+    assert f"{found.bytes_per_target:.1f} per target" in said
+    assert "target" not in estimate.describe(replace(found, masked=False), whole, None)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) -> None:
     """Against the linear layers of the loaded model."""
     path = tiny_model(tmp_path / "model", tie=tie)
     model = AutoModelForCausalLM.from_pretrained(path)
-    total, used = estimate.weights(ModelFolder(path))
-    assert total == sum(weight.numel() for weight in model.parameters())
+    found = estimate.weights(ModelFolder(path))
+    assert found.total == sum(weight.numel() for weight in model.parameters())
     linear = [m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear"]
     norms = sum(w.numel() for name, w in model.named_parameters() if "norm" in name)
-    assert used == sum(linear) + norms
+    assert found.body + found.head == sum(linear) + norms
+    assert found.head == model.get_output_embeddings().weight.numel()
 
 
 def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_path: Path) -> None:

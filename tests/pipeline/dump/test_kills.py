@@ -10,9 +10,11 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.slow
-def test_twelve_kills_leave_every_row_as_it_was() -> None:
-    command = [sys.executable, "-m", "tests.helpers.kills", "--kills=12", "--seed=3"]
+@pytest.mark.parametrize(("kills", "positions"), [(12, 1.0), (5, 0.3)])
+def test_kills_leave_every_row_as_it_was(kills: int, positions: float) -> None:
+    command = [sys.executable, "-m", "tests.helpers.kills", f"--kills={kills}", "--seed=3"]
+    command.append(f"--positions={positions}")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert re.search(r"12 kills \(\d+ inside a step of a commit", result.stdout)
+    assert re.search(rf"{kills} kills \(\d+ inside a step of a commit", result.stdout)
     assert "lost 0, doubled 0, torn 0" in result.stdout

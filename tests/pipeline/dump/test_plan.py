@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CorpusConfig, DumpConfig
-from pipeline.corpus import Corpus
-from pipeline.dump.plan import make_plan, plan_differences
+from pipeline.dump.plan import make_plan, open_corpus, plan_differences
 from pipeline.models.directory import ModelFolder
 from pipeline.types import Json
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 
 
-def plan_of(model: Path | str, corpus: Path | str, **more: str) -> Json:
-    config = DumpConfig(str(model), CorpusConfig(str(corpus), **more), "unused", k=8)  # type: ignore[arg-type]
+def plan_of(
+    model: Path | str, corpus: Path | str, settings: Json | None = None, **more: str
+) -> Json:
+    given: Json = {"k": 8, **(settings or {})}
+    config = DumpConfig(str(model), CorpusConfig(str(corpus), **more), "unused", **given)  # type: ignore[arg-type]
     folder = ModelFolder.find(config.model)
-    opened = Corpus(config.corpus, folder.tokenizer, config.max_length)
+    opened = open_corpus(config, folder)
     return dict(json.loads(json.dumps(make_plan(config, opened, folder))))
 
 
@@ -91,3 +93,18 @@ def test_special_tokens_are_in_the_plan_only_where_they_are_split(model: Path, c
     assert plan_differences(there, here) == [
         "corpus.special_tokens: None in the dump, 'split' asked for"
     ]
+
+
+def test_targets_are_in_the_plan_only_where_they_are_chosen(model: Path, chats: Path) -> None:
+    there = plan_of(model, chats, messages_column="messages")
+    assert "targets" not in there
+    seed_alone = {"positions_seed": 3}
+    assert there == plan_of(model, chats, seed_alone, messages_column="messages")
+    fifth = plan_of(model, chats, {"positions": 0.2} | seed_alone, messages_column="messages")
+    assert fifth["targets"] == {
+        "version": 1, "which": "all", "positions": 0.2, "positions_seed": 3,
+    }  # fmt: skip
+    assert {**fifth, "targets": None} == {**there, "targets": None}
+    assert len(plan_differences(there, fifth)) == len(plan_differences(fifth, there)) == 1
+    other = plan_of(model, chats, {"positions": 0.2}, messages_column="messages")
+    assert plan_differences(fifth, other) == ["targets.positions_seed: 3 in the dump, 0 asked for"]

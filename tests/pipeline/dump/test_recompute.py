@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from pipeline.agreement import Answer, bounds
+from pipeline.dump import dump
 from pipeline.dump import recompute as verify
 from pipeline.errors import RefusedError
 from storage import CorruptShard, LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.dumps import settings
 from tests.helpers.forged import replan
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SCRIPTS
@@ -62,6 +65,35 @@ def test_row_kl_is_over_the_kept_ids_and_the_tail(dump_path: Path, model_path: P
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def masked_path(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    """A dump of a quarter of the targets."""
+    folder = tmp_path_factory.mktemp("masked")
+    corpus = write_texts(folder / "corpus.jsonl", some_texts(8))
+    dump.run(settings(folder, model_path, corpus, positions=0.25))
+    return folder / "dump"
+
+
+def test_rows_with_masks_are_recomputed_at_their_positions(
+    masked_path: Path, model_path: Path, tmp_path: Path
+) -> None:
+    checks = verify.recompute(str(masked_path), str(model_path), rows=6)
+    rows = LogitDataset(masked_path)
+    for check in checks:
+        np.testing.assert_array_equal(check.positions, rows[check.row].positions)
+        assert len(check.kl) == len(check.positions)
+        assert 0 <= check.kl_mean < 1e-3
+    limits = bounds(None, 1 / 16, "float32", "float32")
+    assert verify.report(checks, limits, {})[1] is Answer.SAME
+    # One that differs from token 50 on is said to, whatever the positions are.
+    late = [replace(check, kl=np.where(check.positions < 50, check.kl, 0.1)) for check in checks]
+    lines, _ = verify.report(late, limits, {"sliding_window": 50})
+    assert "sliding_window is 50" in lines[-1]
+    other = tiny_model(tmp_path / "other", seed=1)
+    checks = verify.recompute(str(masked_path), str(other), rows=3)
+    assert verify.report(checks, limits, {})[1] is Answer.OTHER
+
+
 @pytest.mark.parametrize("name", sorted(FIELDS))
 def test_a_plan_may_lack_what_only_others_need(
     dump_path: Path, model_path: Path, tmp_path: Path, name: str
@@ -70,23 +102,23 @@ def test_a_plan_may_lack_what_only_others_need(
     plan = LogitDataset(dump_path).plan
     if not look_up(plan, name)[1] or name == "vocab_size":
         return
-    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
-    replan(dump, without_field(plan, name))
+    copied = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(copied, without_field(plan, name))
     if name in ALWAYS:
         with pytest.raises(CorruptShard, match=rf"plan\.json: {name}: "):
-            verify.recompute(str(dump), str(model_path), rows=1)
+            verify.recompute(str(copied), str(model_path), rows=1)
     else:
-        assert verify.recompute(str(dump), str(model_path), rows=1)[0].kl_mean < 1e-3
+        assert verify.recompute(str(copied), str(model_path), rows=1)[0].kl_mean < 1e-3
 
 
 @pytest.mark.parametrize("value", ["hub", "int8", [1], None, ""])
 def test_the_dtype_of_a_plan_is_one_of_weights(
     dump_path: Path, model_path: Path, tmp_path: Path, value: object
 ) -> None:
-    dump = Path(shutil.copytree(dump_path, tmp_path / "dump"))
-    replan(dump, with_field(LogitDataset(dump_path).plan, "teacher.dtype", value))
+    copied = Path(shutil.copytree(dump_path, tmp_path / "dump"))
+    replan(copied, with_field(LogitDataset(dump_path).plan, "teacher.dtype", value))
     with pytest.raises(CorruptShard, match=r"plan\.json: teacher\.dtype: expected one of auto, "):
-        verify.recompute(str(dump), str(model_path), rows=1)
+        verify.recompute(str(copied), str(model_path), rows=1)
 
 
 def test_one_wrong_row_among_many_is_found(dump_path: Path, model_path: Path) -> None:

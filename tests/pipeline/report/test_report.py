@@ -192,6 +192,41 @@ def test_a_dump_row_against_plain_counting(dump_path: Path) -> None:
     assert found_hits.tolist() == hits
 
 
+def masked_dump(folder: Path, source: Path, draws: int = 0) -> LogitDataset:
+    """Two of five tokens are targets: 8, which is the best entry, and 10, which is none. Ids drawn
+    from the tail are 10."""
+    targets = {"version": 1, "which": "mask"}
+    samples = {"samples": draws, "sample_seed": 0} if draws else {}
+    dump = empty_dump(folder, source, k=2, targets=targets, **samples)
+    writer = ShardWriter(dump.partition(0))
+    input_ids = np.array([1, 7, 8, 9, 10], np.int32)
+    mask = np.array([False, False, True, False, True])
+    ids = np.array([[8, 7], [8, 7]], np.int32)
+    logprobs = np.log(np.array([[0.5, 0.3], [0.5, 0.3]], np.float32))
+    drawn = np.full((2, draws), 10, np.int32) if draws else None
+    topk = TopK.from_dense(ids, logprobs, np.log([0.2, 0.2]), drawn)
+    writer.write(Record("a", 0, input_ids, topk, mask))
+    writer.commit(cursor={"document": 1}, stats={"documents": 1})
+    return LogitDataset(folder, partial=True)
+
+
+def test_the_page_of_a_dump_with_masks_is_about_its_targets(
+    tmp_path: Path, dump_path: Path
+) -> None:
+    (record,) = masked_dump(tmp_path / "dump", dump_path)
+    mass, hits, entropy = dump_page.look(record, 2)
+    assert mass == pytest.approx([1.0, 1.6], abs=0.02)
+    assert hits.tolist() == [1, 1]
+    assert len(entropy) == 2
+    text, _ = report.make(str(tmp_path / "dump"))
+    assert "<td>targets</td><td>2</td>" in text
+    assert "bytes per target" in text
+    assert "bytes per target" not in report.make(str(dump_path))[0]
+    masked_dump(tmp_path / "drawn", dump_path, draws=3)
+    text, _ = report.make(str(tmp_path / "drawn"))
+    assert "<td>3</td><td>1.00</td><td>0.5000</td>" in text
+
+
 @pytest.mark.parametrize("k", [65_535, None])
 def test_the_page_goes_by_the_entries_of_the_rows(tmp_path: Path, k: int | None) -> None:
     """A plan may name any k, or none: a column for each would be gigabytes."""
