@@ -190,19 +190,21 @@ class GenerateConfig:
     output: str
     """Directory of JSONL files, local or s3://… An unfinished corpus there is resumed."""
     tokens: Annotated[int | None, Range(1, 1 << 53)] = None
-    """Write at least this many tokens. Chats may be answered without it, each once."""
+    """Write at least this many tokens. With replies it can be left out: each prompt is answered
+    once."""
     revision: str | None = None
     """Hub revision of the model."""
     prompts: CorpusConfig | None = None
     """Texts whose beginnings start the documents, in turn. Without them each document starts with
-    the end-of-text token. Chats (prompts.messages_column) are answered."""
+    the end-of-text token. Chats (prompts.messages_column, prompts.prompt_column) are answered."""
     prompt_tokens: Count = 16
     """Tokens taken from each text. Chats stay whole; one that leaves no room for an answer under
     max_length is left out."""
     replies: Literal["all", "last"] | None = None
     """Which turns of the assistant the base answers anew. all, for chats the default: each one, and
     an answer takes the place of the old one in what follows. last: only the last one, with the
-    others as they are. A chat that ends with a user's turn gets its answer."""
+    others as they are. A chat that ends with a user's turn gets its answer. With prompts of text
+    (prompts.text_column), each text is a user's turn."""
     seed: Seed = 0
     """Seed of every sampled token. The engine's rounding has an influence too."""
     temperature: Annotated[float, Range(above=0, most=100)] = 1.0
@@ -224,18 +226,20 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        are_chats = self.prompts is not None and self.prompts.messages_column is not None
+        given = self.prompts
+        are_chats = given is not None and (given.messages_column or given.prompt_column) is not None
+        if self.replies is None and are_chats:
+            self.replies = "all"
         require(
-            self.replies is None or are_chats,
-            f"replies {self.replies}: chats are answered, so set prompts.messages_column",
-        )
-        self.replies = self.replies or ("all" if are_chats else None)
-        require(
-            self.tokens is not None or are_chats,
-            "tokens: say how many to write; only chats (prompts.messages_column) can do without",
+            self.replies is None or (given is not None and given.tokens_column is None),
+            f"replies {self.replies}: chats or texts of users are answered, so set prompts.path",
         )
         require(
-            are_chats or self.max_length > self.prompt_tokens,
+            self.tokens is not None or self.replies is not None,
+            "tokens: say how many to write; only with replies each prompt is answered once",
+        )
+        require(
+            self.replies is not None or self.max_length > self.prompt_tokens,
             f"max_length {self.max_length}: must be above prompt_tokens, {self.prompt_tokens}",
         )
         check_engine_args(self.engine_args)

@@ -108,7 +108,7 @@ class Corpus:
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
         self.check_targets()
-        self.places = TokenPlaces(tokenizer) if self.masked else None
+        self.places = TokenPlaces(tokenizer) if self.masked and self.tokens is None else None
 
     @property
     def targets(self) -> Literal["all", "assistant", "completion", "mask"]:

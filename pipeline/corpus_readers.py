@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,6 +81,9 @@ class Source:
     def size(self, content: Any) -> int:
         """Bytes of what is kept of a document, roughly."""
         return len(content or "")
+
+    value_bytes: ClassVar[int] = 0
+    """Bytes of each number in a list, where there are lists of numbers."""
 
     @property
     def limit(self) -> int:
@@ -305,7 +308,7 @@ def read_parquet(source: Source) -> Iterator[Document]:
         row = 0
         with pq.ParquetFile(source.path, read_dictionary=shared, buffer_size=MIB) as file:
             check_footer(source, file.metadata)
-            for batch in file.iter_batches(rows_at_once(file.metadata), columns=columns):
+            for batch in file.iter_batches(rows_at_once(source, file.metadata), columns=columns):
                 yield from arrow_documents(source, batch, row)
                 row += len(batch)
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -379,14 +382,21 @@ def check_footer(source: Source, metadata: Any) -> None:
     limit, row = source.limit, 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        columns = [group.column(at) for at in range(group.num_columns)]
-        read = (*source.names, *source.optional)
-        own = [each for each in columns if each.path_in_schema.split(".")[0] in read]
-        size = sum(each.total_uncompressed_size for each in own)
+        size = decoded_bytes(source, group)
         if size > group.num_rows * limit + MIB:  # of headers
             place = f"row {row}" + (f" to {row + group.num_rows - 1}" if group.num_rows > 1 else "")
             raise source.too_long(place, limit=limit)
         row += group.num_rows
+
+
+def decoded_bytes(source: Source, group: Any) -> int:
+    """Bytes of a row group's columns that are read. A thousand equal numbers take few in a file."""
+    columns = [group.column(at) for at in range(group.num_columns)]
+    read = (*source.names, *source.optional)
+    own = [each for each in columns if each.path_in_schema.split(".")[0] in read]
+    return sum(
+        max(each.total_uncompressed_size, each.num_values * source.value_bytes) for each in own
+    )
 
 
 def check_sizes(source: Source, values: pa.Array, row: int) -> None:
@@ -416,11 +426,12 @@ def bytes_of(value: pa.Scalar) -> int:
     return 0 if buffer is None else int(buffer.size)
 
 
-def rows_at_once(metadata: Any) -> int:
+def rows_at_once(source: Source, metadata: Any) -> int:
     """Rows that take BATCH_BYTES at most, by the mean size of a row in each row group."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    size = max((each.total_byte_size // max(each.num_rows, 1) for each in groups), default=1)
-    return rows_of(size)
+    sizes = [max(each.total_byte_size, decoded_bytes(source, each)) for each in groups]
+    rows = [max(each.num_rows, 1) for each in groups]
+    return rows_of(max((size // of for size, of in zip(sizes, rows, strict=True)), default=1))
 
 
 def rows_of(size: int) -> int:

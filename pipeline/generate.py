@@ -239,7 +239,8 @@ class Answering:
                 filtered.dropped[each.dropped] += 1
             else:
                 document = {"id": f"generated-{each.number}", "messages": each.messages}
-                filtered.add(document | {"tokens": each.tokens}, each.answers)
+                tools = {} if each.tools is None else {"tools": each.tools}
+                filtered.add(document | tools | {"tokens": each.tokens}, each.answers)
         return filtered.written
 
 

@@ -5,19 +5,18 @@ kept where the chat template writes each answer back as the base gave it, so tha
 document reads what the base wrote.
 """
 
-import json
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chats import BadChat, ChatTemplate, listed
 from pipeline.config import GenerateConfig
 from pipeline.corpus import Corpus
-from pipeline.corpus_readers import without_nulls
 from pipeline.errors import ConfigError
 from pipeline.progress import say
-from pipeline.special_tokens import special_ids
+from pipeline.spans import Text
+from pipeline.special_tokens import CannotMask, SpecialTokens, special_ids
 from pipeline.types import Json
 
 PROBE = "the answer"
@@ -49,6 +48,8 @@ class Conversation:
     document: int
     before: list[list[Json]]
     """The messages before each answer, that follow the answer before."""
+    tools: Any = None
+    """What the template is told of tools."""
     messages: list[Json] = field(default_factory=list)
     """What was said so far."""
     prompt: str = ""
@@ -79,14 +80,25 @@ class Replies:
         self.replies, self.max_length = config.replies, config.max_length
         self.tokenizer = tokenizer
         prompts = replace(config.prompts, targets="all")
-        self.corpus = Corpus(prompts, tokenizer, config.max_length, add_eos=False)
-        assert self.corpus.chat is not None
-        self.template: ChatTemplate = self.corpus.chat
+        self.corpus = Corpus(prompts, tokenizer, config.max_length)
+        self.template = self.chat_template()
         try:
             self.look_at_template(eos)
         except BadChat as error:
             raise ConfigError(f"prompts {config.prompts.path}: {error}") from error.__cause__
         self.said = False
+
+    def chat_template(self) -> ChatTemplate:
+        """That of the corpus, or one for the texts of users."""
+        split = self.corpus.config.special_tokens == "split"
+        try:
+            return self.corpus.chat or ChatTemplate(
+                self.tokenizer, SpecialTokens(self.tokenizer, chat=True) if split else None
+            )
+        except BadChat as error:
+            raise ConfigError(
+                f"replies: the model's tokenizer has no chat template ({error}). Use a chat model"
+            ) from None
 
     def look_at_template(self, eos: list[int]) -> None:
         """Find what the template writes around an answer.
@@ -139,12 +151,10 @@ class Replies:
             )
 
     def conversation(self, document: int, number: int) -> Conversation:
-        (value,) = self.corpus.values(document, document + 1)
-        messages = json.loads(value or "[]") if self.corpus.files else without_nulls(value or [])
         try:
+            messages, tools = self.messages_of(document)
             checked = [
-                self.template.message(each, f"message {at}")
-                for at, each in enumerate(listed(messages))
+                self.template.message(each, f"message {at}") for at, each in enumerate(messages)
             ]
         except BadChat as error:
             raise self.bad(document, error) from None
@@ -152,7 +162,21 @@ class Replies:
         dropped = None if before else NOTHING
         if self.replies == "all" and any(map(calls_tools, checked)):
             before, dropped = [], TOOLS
-        return Conversation(number, document, before, dropped=dropped)
+        return Conversation(number, document, before, tools, dropped=dropped)
+
+    def messages_of(self, document: int) -> tuple[list[Any], Any]:
+        """(the messages of a document, its tools). A text is the user's."""
+        corpus = self.corpus
+        (value,) = corpus.values(document, document + 1)
+        if not corpus.structured:
+            text = "" if value is None else corpus.as_text(value, corpus.column, document)
+            return ([user(text)] if text.strip() else []), None
+        if value is None or any(name not in value for name in corpus.columns):
+            return [], None
+        parts = [value[name] for name in corpus.columns]
+        if isinstance(parts[0], str) and corpus.config.prompt_column is not None:
+            return ([user(parts[0])] if parts[0].strip() else []), None
+        return [message for part in parts for message in listed(part)], value.get("tools")
 
     def ask(self, what: Conversation, turn: int) -> bool:
         """Make the prompt of the next answer, and say whether there is one."""
@@ -160,13 +184,22 @@ class Replies:
             return False
         what.messages += what.before[turn]
         try:
-            text = self.template.prompt(what.messages)
-        except BadChat as error:
+            text = self.template.prompt(what.messages, what.tools)
+            what.prompt, what.prompt_ids = text, self.ids_of(text)
+        except (BadChat, CannotMask) as error:
             raise self.bad(what.document, error) from error.__cause__
-        what.prompt, what.prompt_ids = text, next(self.corpus.tokenize([text])).tolist()
         if len(what.prompt_ids) >= self.max_length:
             what.dropped = NO_ROOM
         return what.dropped is None
+
+    def ids_of(self, text: Text) -> list[int]:
+        """The template writes its own special tokens."""
+        if text.spelled:
+            assert self.template.special is not None
+            return self.template.special.encode(text)[0]
+        found = self.tokenizer(str(text), add_special_tokens=False, verbose=False)
+        ids: list[int] = found["input_ids"]
+        return ids
 
     def take(self, what: Conversation, answer: list[int]) -> None:
         """Add an answer, or say why it cannot be."""
@@ -203,20 +236,20 @@ class Replies:
         for content in (answer, self.opening + answer, own, *stripped(own)):
             message = assistant(content)
             try:
-                text = self.template.render([*what.messages, message])
+                text = self.template.render([*what.messages, message], what.tools)
             except BadChat as error:
                 raise self.bad(what.document, error) from error.__cause__
             if text.startswith((whole, what.prompt + content)):
                 return message
         return None
 
-    def bad(self, document: int, error: BadChat) -> ConfigError:
+    def bad(self, document: int, error: BadChat | CannotMask) -> ConfigError:
         return ConfigError(f"prompts {self.corpus.config.path}, document {document}: {error}")
 
     def shown(self, what: Conversation) -> bool:
         """Whether the whole conversation still has each answer. Some templates leave out the
         reasoning of earlier turns."""
-        text, at = self.template.render(what.messages), 0
+        text, at = self.template.render(what.messages, what.tools), 0
         for message in what.messages:
             if message["role"] == "assistant" and isinstance(message.get("content"), str):
                 found = text.find(message["content"], at)

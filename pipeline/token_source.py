@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -55,6 +55,8 @@ class TokenSource(Source):
 
     def size(self, content: Marked) -> int:
         return content[0].nbytes
+
+    value_bytes: ClassVar[int] = 8
 
     @property
     def limit(self) -> int:

@@ -1,5 +1,6 @@
 """Conversations that the base answers: what it is asked, what is kept, and when its turn ends."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -157,6 +158,57 @@ def test_only_the_last_turn_is_answered(tmp_path: Path, tokenizer: Any) -> None:
         ["u one", "a old", "u two", "a No 2 to two!"],
         ["u three", "a old", "u four", "a No 2 to four!"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"text": "one"}, {}, ["u one", "a No 1 to one!"]),
+        ({"ask": "one"}, {"text_column": "ask"}, ["u one", "a No 1 to one!"]),
+        ({"ask": "one", "say": "old"}, {"prompt_column": "ask"}, ["u one", "a No 1 to one!"]),
+        (
+            {"ask": chat("one", "old", "two"), "say": chat("", "old")[1:]},
+            {"prompt_column": "ask"},
+            ["u one", "a No 1 to one!", "u two", "a No 2 to two!"],
+        ),
+        (
+            {"c": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "old"}]},
+            {"messages_column": "c"},
+            ["u one", "a No 1 to one!"],
+        ),
+    ],
+)
+def test_prompts_of_other_kinds(
+    tmp_path: Path, tokenizer: Any, row: Any, columns: Any, expected: list[str]
+) -> None:
+    path = write_jsonl(tmp_path / "asked.jsonl", [row])
+    more = {"completion_column": "say"} if "prompt_column" in columns else {}
+    prompts = CorpusConfig(str(path), **columns, **more)
+    replies = None if columns.keys() - {"text_column"} else "all"
+    config = settings(tmp_path, [], prompts=prompts, replies=replies)
+    write(config, tokenizer, Fake(tokenizer, counting))
+    assert [contents(each) for each in written(tmp_path / "out")] == [expected]
+
+
+def test_tools_are_told_to_the_template_and_kept(tmp_path: Path) -> None:
+    tools = [{"name": "look"}]
+    rows = [{"messages": chat("one"), "tools": tools}, {"messages": chat("two")}]
+    path = write_jsonl(tmp_path / "asked.jsonl", rows)
+    tokenizer = tokenizer_with("{{ tools }}" + CHATML)
+    config = settings(tmp_path, [], prompts=CorpusConfig(str(path), messages_column="messages"))
+    fake = Fake(tokenizer, counting)
+    write(config, tokenizer, fake)
+    assert [each.get("tools") for each in written(tmp_path / "out")] == [tools, None]
+    assert ["look" in prompt for prompt in fake.asked] == [True, False]
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_jsonl(tmp_path / "asked.jsonl", [{"text": "one"}])
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    config = settings(tmp_path, [], prompts=CorpusConfig(str(path)), replies="all")
+    with pytest.raises(ConfigError, match="no chat template"):
+        write(config, plain, Fake(tokenizer, counting))
 
 
 def test_the_result_is_a_corpus(tmp_path: Path, tokenizer: Any) -> None:
@@ -393,7 +445,8 @@ def test_a_bad_prompt_names_its_document(tmp_path: Path, messages: Any, words: s
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompts": None, "replies": "all"}, "replies all: chats are answered"),
+        ({"prompts": None, "replies": "all"}, "replies all: chats or texts of users"),
+        ({"prompts": CorpusConfig("x", tokens_column="i"), "replies": "all"}, "replies all: chats"),
         ({"prompts": CorpusConfig("x")}, "tokens: say how many to write"),
     ],
 )

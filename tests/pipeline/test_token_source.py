@@ -293,11 +293,23 @@ def test_long_rows_are_refused_before_they_are_copied(
     rows = [{"input_ids": [1] * (1 << 18)}, {"input_ids": [2]}]
     with pytest.raises(ConfigError, match=r"a\.arrow, row 0: document of more than"):
         opened(as_arrow(tmp_path, rows))
-    for size in (1, 2):  # the footer says it, or the values
-        table = pa.Table.from_pylist([{"input_ids": list(range(1 << 18))}] + rows[1:] * 3)
+    for size in (1, 4):  # the footer says it, or the values
+        table = pa.Table.from_pylist([*rows, *rows[1:] * 6])
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=size)
+        assert (tmp_path / "a.parquet").stat().st_size < 10_000
         with pytest.raises(ConfigError, match=r"a\.parquet, row 0.*: document of more than"):
             opened(tmp_path / "a.parquet")
+
+
+def test_equal_numbers_are_not_unpacked_to_be_refused(
+    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.token_source.LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    as_parquet(tmp_path, [{"input_ids": [1] * (1 << 19)}])
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 0: document of more than"):
+        opened(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
