@@ -13,8 +13,12 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
+
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 Rendered = dict[str, Any]
 
@@ -99,7 +103,36 @@ def rendered(
         return {"error": (str(error).splitlines() or [""])[0][:500] or type(error).__name__}
     if len(text) > longest:
         return {"error": f"it makes more than {longest:,} characters of text"}
-    return {"text": text, "marks": marks[0] if marks else None}
+    return {
+        "text": text,
+        "marks": marks[0] if marks and marks_are_right(template["source"]) else None,
+    }
+
+
+class Generation(Extension):
+    """Parses the generation markers, as transformers does."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("generation"), [], [], body).set_lineno(line)
+
+
+@lru_cache(maxsize=1)
+def marks_are_right(source: str) -> bool:
+    """Whether a template has generation markers, and none within a block that is written later,
+    such as a macro: transformers counts the characters that are written when a marker is met."""
+    tree = Environment(extensions=[Generation, loopcontrols]).parse(source)
+    later = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.CallBlock)
+    return bool(generations(tree)) and not any(map(generations, tree.find_all(later)))
+
+
+def generations(node: nodes.Node) -> list[nodes.CallBlock]:
+    """The generation blocks within a node."""
+    calls = [(each, each.call.node) for each in node.find_all(nodes.CallBlock)]
+    return [each for each, call in calls if isinstance(call, nodes.ExtensionAttribute)]
 
 
 if __name__ == "__main__":

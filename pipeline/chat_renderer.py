@@ -46,8 +46,9 @@ class Part:
 @dataclass(frozen=True)
 class Rendering:
     text: str
-    marks: list[tuple[int, int]]
-    """Characters [start, stop) within the template's generation markers, if they were asked for."""
+    marks: list[tuple[int, int]] | None
+    """Characters [start, stop) within the template's generation markers, if they were asked for;
+    None where it has none, or where they do not say where they are (within a macro)."""
     parts: dict[Beginning, Part | CannotRender]
 
 
@@ -95,7 +96,7 @@ class Renderer:
             CannotRender(part["error"]) if "error" in part else Part(part["same"], part["rest"])
             for part in answer["beginnings"]
         ]
-        marks = [(start, stop) for start, stop in answer["marks"] or ()]
+        marks = answer["marks"] and [(start, stop) for start, stop in answer["marks"]]
         return Rendering(answer["text"], marks, dict(zip(beginnings, parts, strict=True)))
 
     def ask(self, template: Json, job: Json) -> Json:

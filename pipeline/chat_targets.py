@@ -15,11 +15,11 @@ from pipeline.chat_renderer import Beginning, CannotRender, Part, Rendering
 from pipeline.spans import Span
 from pipeline.types import Json
 
-MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MARKER = "endgeneration"
 LINE = 100  # characters of a line that is shown
 ADVICE = (
-    "Put {% generation %} and {% endgeneration %} around the assistant's text in the template, or "
-    "make a document of each reply, with prompt_column and completion_column"
+    "Put {% generation %} and {% endgeneration %} around the assistant's text in the template, "
+    "outside of macros, or make a document of each reply, with prompt_column and completion_column"
 )
 
 
@@ -51,12 +51,20 @@ class Turns:
         stops = [(last, last == len(self.messages)) for _, last in turns]
         found = self.render([*(self.prompt(first) for first, _ in turns), *stops])
         self.text, self.parts = found.text, found.parts
+        differ = [
+            last for last, prompted in stops if not prompted and self.part((last, False)).rest
+        ]
+        if differ:
+            self.parts |= self.render([(last, True) for last in differ]).parts
         spans: list[Span] = []
         for first, last in turns:
             start = self.start(first)
             if spans and start < spans[-1][1]:
                 raise self.cannot_tell(f"where message {first} begins")
-            spans.append((start, self.stop(first, last, start)))
+            stop = self.stop(first, last, start)
+            if stop < start:
+                raise self.cannot_tell(f"where message {first} is")
+            spans.append((start, stop))
         return self.text, ending(self.text, spans, self.special)
 
     def prompt(self, first: int) -> Beginning:
@@ -64,8 +72,6 @@ class Turns:
         return first, self.messages[first]["role"] == "assistant"
 
     def part(self, beginning: Beginning) -> Part:
-        if beginning not in self.parts:
-            self.parts |= self.render([beginning]).parts
         found = self.parts[beginning]
         if isinstance(found, CannotRender):
             raise CannotRender(f"(the first {beginning[0]} messages alone) {found}")

@@ -131,10 +131,11 @@ class ChatTemplate:
         turns = Turns(chat.messages, partial(self.rendering, chat), self.ends)
         if targets == "completion":
             return turns.after(prompt)
-        if not MARKER.search(self.source):
-            return turns.assistant()
-        found = self.rendering(chat, marked=True)
-        return found.text, ending(found.text, found.marks, self.ends)
+        if MARKER in self.source:
+            found = self.rendering(chat, marked=True)
+            if found.marks is not None:
+                return found.text, ending(found.text, found.marks, self.ends)
+        return turns.assistant()
 
     def rendering(
         self, chat: Chat, beginnings: Sequence[Beginning] = (), marked: bool = False

@@ -581,17 +581,19 @@ def marks(tokens: Tokens) -> Bools:
 
 
 def read_tokens(corpus: Corpus) -> TokenSequences:
-    """All sequences of a corpus. Raises ConfigError if no document has a token to learn."""
+    """All sequences of a corpus; says how many documents have no token to learn.
+
+    Raises ConfigError if none has one.
+    """
     text = TokenSequences(corpus)
     if not len(text):
         raise ConfigError(
             f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
             "learn. A document needs two tokens or more, and a target behind the first one"
         )
-    left_out = len(corpus) - len(np.unique(text.documents))
-    if corpus.masked and left_out:
+    if left_out := len(corpus) - len(np.unique(text.documents)):
         say(
-            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "
-            f"to learn within their first {corpus.max_length:,} tokens, and are left out"
+            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have no token "
+            "to learn and are left out"
         )
     return text

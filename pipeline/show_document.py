@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.config import CorpusConfig, DumpConfig, EvalConfig, TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, Sequence
+from pipeline.dump.plan import open_corpus
 from pipeline.errors import ConfigError
 from pipeline.foreign import printable
 from pipeline.models.directory import ModelFolder
@@ -56,10 +57,7 @@ def run(asked: str, settings: DumpConfig | TrainConfig | EvalConfig) -> Json:
 def corpora_of(settings: DumpConfig | TrainConfig | EvalConfig) -> Corpora:
     if isinstance(settings, DumpConfig):
         model = ModelFolder.find(settings.model, settings.revision)
-        make = partial(
-            Corpus, settings.corpus, model.tokenizer, settings.max_length, settings.add_eos
-        )
-        return {"corpus": make}
+        return {"corpus": partial(open_corpus, settings, model)}
     if isinstance(settings, TrainConfig):
         from pipeline.training.inputs import Inputs
 

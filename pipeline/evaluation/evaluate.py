@@ -187,7 +187,7 @@ def flat(found: dict[str, Any]) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> str:
     """The results as text, one line per model and kind of text."""
-    head = f"{'model':<12} {'held-out text':<14} {'tokens':>9} {'perplexity':>11} "
+    head = f"{'model':<12} {'held-out text':<14} {'targets':>9} {'perplexity':>11} "
     head += f"{'KL(base‖m)':>11} {'KL(m‖base)':>11} {'same top-1':>11}"
     lines = [head, "-" * len(head)]
     for name, found in report["models"].items():

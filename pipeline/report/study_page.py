@@ -179,7 +179,7 @@ def examples(results: Json, shown: int = 2) -> list[str]:
             before, after = (digits(example[name], 2) for name in names)
             parts.append(
                 note(
-                    f"document {example['document']}, {example['tokens']:,} tokens: "
+                    f"document {example['document']}, {example['tokens']:,} targets: "
                     f"{before} → {after} nats per token"
                 )
             )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from pipeline.models.directory import ModelFolder
 from pipeline.teacher.vllm_engine import check_interface, engine_settings, start_engine
 from pipeline.teacher.vllm_log import VllmLog
@@ -14,7 +16,12 @@ class VllmGenerator:
         self, model: ModelFolder, dtype: str, max_length: int, engine_args: dict[str, Any]
     ) -> None:
         check_interface()
-        settings = engine_settings(model, dtype, max_length, engine_args)
+        own: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt it has in parts, and
+            # torch's generators of a CPU cannot be rewound: the engine would die.
+            own["enable_chunked_prefill"] = False
+        settings = engine_settings(model, dtype, max_length, {**own, **engine_args})
         self.log = VllmLog()
         with self.log.explained(model):
             self.engine = start_engine({**settings, "runner": "generate"}, self.log)

@@ -2,9 +2,10 @@
 
     python tests/fuzz/corrupt_shard.py --changes 100000
 
-Writes a shard of each version. Each change is then read in two ways: the file's hash is compared,
-as `verify` does, and all rows are decoded without it, as training does. The hash must always
-differ. The reader must give the same rows or an error that names the file, never other rows.
+Writes a shard of each version, with masks and without. Each change is then read in two ways: the
+file's hash is compared, as `verify` does, and all rows are decoded without it, as training does.
+The hash must always differ. The reader must give the same rows or an error that names the file,
+never other rows.
 """
 
 import argparse
@@ -12,12 +13,21 @@ import hashlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from storage import Dump, Record, StorageError
 from storage.shard_reader import ShardReader
-from tests.helpers.records import make_dump
+from tests.helpers.records import TARGETS, make_dump
+
+SHAPES: list[dict[str, Any]] = [
+    {"codec": "v1"},
+    {"codec": "v2"},
+    {"codec": "v1", "samples": 12},
+    {"codec": "v1", "targets": TARGETS},
+    {"codec": "v2", "targets": TARGETS},
+]
 
 
 def contents(reader: ShardReader) -> list[bytes]:
@@ -66,11 +76,12 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    for codec, samples in (("v1", 0), ("v2", 0), ("v1", 12)):
+    for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
-            dump = make_dump(Path(folder), shards=1, rows=4, codec=codec, samples=samples)
-            found = corrupt(dump, given.changes // 3, np.random.default_rng(given.seed))
-        print(codec, "with samples" if samples else "", found, flush=True)
+            dump = make_dump(Path(folder), shards=1, rows=4, **shape)
+            changes = given.changes // len(SHAPES)
+            found = corrupt(dump, changes, np.random.default_rng(given.seed))
+        print(*shape.values(), found, flush=True)
 
 
 if __name__ == "__main__":

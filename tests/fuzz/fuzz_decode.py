@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=["storage"]):
     from storage.codec.v2_tables import Successors
     from storage.errors import StorageError
     from storage.samples import Samples
+    from storage.targets import pack_mask, unpack_mask
     from storage.topk import TopK, check_topk
 
 POSITIONS, VOCAB = 12, 40
@@ -44,6 +45,8 @@ INPUT_IDS = np.arange(POSITIONS + 1, dtype=np.int32) % 3
 RANKS = Ranks.learn([GRID], VOCAB)
 TABLES = Successors.learn([(INPUT_IDS, GRID)], VOCAB)
 ROW = TABLES.row(INPUT_IDS)
+LONG = np.arange(30, dtype=np.int32) % 3
+MASK = np.isin(np.arange(30), RNG.choice(29, POSITIONS, replace=False) + 1)
 
 
 def with_checksums(data: bytes, needs: int) -> bytes:
@@ -82,7 +85,7 @@ def assembled(data: bytes) -> bytes:
 def read(data: bytes) -> None:
     if not data:
         return
-    how, data = data[0] % 7, data[1:]
+    how, data = data[0] % 8, data[1:]
     try:
         if how == 0:
             decode(data)
@@ -91,6 +94,9 @@ def read(data: bytes) -> None:
         elif how == 2:
             topk = decode(with_checksums(data, ROW.checksum), ROW)
             check_topk(topk, VOCAB)
+        elif how == 7:
+            row = TABLES.row(LONG, unpack_mask(data[:4], len(LONG)))
+            check_topk(decode(with_checksums(data[4:], row.checksum), row), VOCAB)
         elif how == 3:
             Successors.unpack(data)
         elif how == 6:
@@ -117,6 +123,7 @@ def seeds() -> dict[str, bytes]:
         "contextual": b"\2" + pack(GRID, ROW),
         "tables": b"\4" + TABLES.pack(),
         "samples": b"\6" + sampled.pack(Samples.from_drawn(IDS), VOCAB),
+        "masked": b"\7" + pack_mask(MASK) + pack(GRID, TABLES.row(LONG, MASK)),
         "planes": b"\5" + bytes(range(256)) * 4,
     }
 

@@ -46,10 +46,17 @@ from tests.helpers.forged import (
     with_column,
     zeros,
 )
-from tests.helpers.records import VOCAB, make_dump
+from tests.helpers.records import TARGETS, VOCAB, make_dump
 
 LIMIT = 512 << 20  # bytes of memory on top of what the imports take
-KINDS = (("v1", 0, 8), ("v2", 0, 8), ("v1", 5, 8), ("v2", 5, 0))  # codec, samples, k
+KINDS: list[dict[str, Any]] = [
+    {"codec": "v1", "k": 8},
+    {"codec": "v2", "k": 8},
+    {"codec": "v1", "k": 8, "samples": 5},
+    {"codec": "v2", "k": 0, "samples": 5},
+    {"codec": "v1", "k": 8, "samples": 5, "targets": TARGETS},
+    {"codec": "v2", "k": 8, "targets": TARGETS},
+]
 NUMBERS = [-1, 0, 1, 2, 7, 19, 20, 255, 256, 299, 300, 301, 65535, 65536, 2**20, 2**24, 2**31 - 1,
            2**31, 2**32 - 1, 2**53, 2**63, 2**70, 10**30]  # fmt: skip
 VALUES = [
@@ -256,6 +263,20 @@ def column(name: str, mend: Callable[[bytes], bytes]) -> Callable[[Random, Path]
     return apply
 
 
+def mask(rng: Random, path: Path) -> None:
+    """Another mask, in the column alone: a byte or two, a bit moved, or another length."""
+
+    def change(values: pa.ChunkedArray) -> pa.Array:
+        found = values.to_pylist()
+        row = int(rng.integers(len(found)))
+        bits = np.unpackbits(np.frombuffer(found[row], np.uint8), bitorder="little")
+        moved = np.packbits(np.roll(bits, int(rng.integers(1, 9))), bitorder="little").tobytes()
+        found[row] = pick(rng, [damage(rng, found[row]), moved, b"", bytes(3), b"\xff" * 4000])
+        return pa.array(found, pa.binary())
+
+    rewrite(path, with_column("targets", change))
+
+
 def mend_table(data: bytes) -> bytes:
     return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
 
@@ -343,9 +364,12 @@ PARTS_OF_ANY = [
 ]
 
 
-def mutations(codec: str, samples: int) -> list[Callable[[Random, Path], None]]:
+def mutations(
+    codec: str, samples: int = 0, targets: Any = None, **_: Any
+) -> list[Callable[[Random, Path], None]]:
     more = [column("successors", mend_table), table_bomb] if codec == "v2" else []
-    return [*PARTS_OF_ANY, *more, *([column("samples", mend_samples)] if samples else [])]
+    more += [column("samples", mend_samples)] if samples else []
+    return [*PARTS_OF_ANY, *more, *([mask, mask] if targets else [])]
 
 
 def read(path: Path) -> str:
@@ -356,7 +380,9 @@ def read(path: Path) -> str:
         dataset = LogitDataset(path, **options)
         list(describe(dataset))
         dataset.lengths  # noqa: B018
+        dataset.target_counts  # noqa: B018
         for record in dataset:
+            assert len(record.topk) == len(record.positions)
             assert np.isfinite(record.topk.logprobs).all()
             assert not np.isnan(record.topk.tail_logprob).any()
             assert 0 <= record.topk.ids.min(initial=0) <= record.topk.ids.max(initial=0) < 1 << 22
@@ -368,6 +394,8 @@ def read(path: Path) -> str:
             record = dataset[number]
             assert np.isfinite(record.topk.logprobs).all()
             assert dataset.lengths[number] == len(record.input_ids)
+            if record.targets is not None:
+                assert dataset.target_counts[number] == len(record.positions)
 
     def finish() -> None:
         Dump(path).finish()
@@ -398,9 +426,9 @@ def fuzz(seconds: float, seed: int, cases: int = 1 << 60, limit: bool = True) ->
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         index_files.user_cache = lambda: Path(folder) / "cache"
-        for number, (codec, samples, k) in enumerate(KINDS):
+        for number, shape in enumerate(KINDS):
             good = Path(folder) / str(number)
-            make_dump(good, shards=1, rows=3, codec=codec, samples=samples, k=k)
+            make_dump(good, shards=1, rows=3, **shape)
             read(good)  # compiles, loads
         if limit:
             limit_memory()
@@ -413,7 +441,7 @@ def fuzz(seconds: float, seed: int, cases: int = 1 << 60, limit: bool = True) ->
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(Path(folder) / str(kind), path)
             for _ in range(int(rng.integers(1, 4))):
-                change = pick(rng, mutations(*KINDS[kind][:2]))
+                change = pick(rng, mutations(**KINDS[kind]))
                 try:
                     change(rng, path)
                 except Exception:  # what the change before left cannot be changed again

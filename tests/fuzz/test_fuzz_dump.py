@@ -21,16 +21,16 @@ def test_any_dump_is_read_or_named() -> None:
 
 @pytest.mark.parametrize("number", range(len(KINDS)))
 def test_every_kind_of_change_changes_something(tmp_path: Path, number: int) -> None:
-    codec, samples, k = KINDS[number]
+    shape = KINDS[number]
     changed: Counter[str] = Counter()
-    for index, change in enumerate(mutations(codec, samples)):
+    for index, change in enumerate(mutations(**shape)):
         for seed in range(3):
             path = tmp_path / f"{index}-{seed}"
-            make_dump(path, shards=1, rows=3, codec=codec, samples=samples, k=k)
+            make_dump(path, shards=1, rows=3, **shape)
             assert len(LogitDataset(path)) == 3
             before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
             change(np.random.default_rng(seed), path)
             after = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
             changed[str(index)] += before != after
-    assert len(changed) == len(mutations(codec, samples))
+    assert len(changed) == len(mutations(**shape))
     assert all(changed.values())

@@ -197,6 +197,35 @@ def test_generation_markers_mark_the_same(name: str) -> None:
     assert rendered(MARKED, messages, tools)[1] == expected
 
 
+START = "<|im_start|>assistant\n"
+PLAIN = START + "{{ m.content }}<|im_end|>"
+BODY = START + "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+AROUND = {
+    "a macro": "{% macro say(m) %}" + BODY + "{% endmacro %}{{ say(m) }}",
+    "a caller": "{% macro say() %}{{ caller() }}{% endmacro %}{% call say() %}"
+    + BODY
+    + "{% endcall %}",
+    "a variable": "{% set x %}" + BODY + "{% endset %}{{ x }}",
+    "a filter": "{% filter trim %} " + BODY + "{% endfilter %}",
+    "markers": "{% generation %}" + BODY + "{% endgeneration %}",
+    "a comment": PLAIN + "{# {% generation %}{% endgeneration %} #}",
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_markers_that_do_not_say_where_they_are_are_not_used(around: str) -> None:
+    """transformers itself marks other characters for all of these."""
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ m.content }}}}<|im_end|>"
+        f"{{% else %}}{AROUND[around]}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{START}{{% endif %}}"
+    )
+    _, marked = rendered(template, TWO)
+    assert marked == (
+        f"Hi<|im_end|>{START}«Hello, you.<|im_end|>»And é🙂?<|im_end|>{START}« Well \n\n<|im_end|>»"
+    )
+
+
 def test_a_chat_without_an_answer_has_no_targets() -> None:
     for template in (CHATML, MARKED):
         text, marked = rendered(template, [SYSTEM, user("Hi")])
@@ -227,6 +256,10 @@ def test_a_chat_without_an_answer_has_no_targets() -> None:
             "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '...' }}</s>"
             "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", TWO[1:], None,
             "does not show where message 0 ends: .* rendered as 'assistant: Hello, you.</s>', in",
+        ),
+        (
+            CHATML.replace("'assistant' %}", "'assistant' and message.content %}"),
+            [user("a"), reply(""), reply("b")], None, "does not show where message 1 is",
         ),
         (CHATML, [reply("Hi"), user("a")], None, r"the first 0 messages alone\)"),
         (GEMMA, [user("a"), user("b"), reply("c")], None, "cannot render it: Conversation roles"),

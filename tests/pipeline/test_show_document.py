@@ -8,6 +8,7 @@ import pytest
 from pipeline import cli, show_document
 from pipeline.config import CorpusConfig, DumpConfig, EvalConfig, HeldOutConfig, TrainConfig
 from pipeline.corpus import Corpus
+from pipeline.dump.plan import open_corpus
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from tests.helpers.chat_templates import CHATML, tokenizer_with
@@ -101,6 +102,18 @@ def test_every_corpus_of_every_script_is_shown(
             with pytest.raises(ConfigError, match="--show_document"):
                 show_document.run(wrong, config)
         assert not Path(config.output or "none").exists()
+
+
+def test_a_share_of_the_targets_is_shown(
+    tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_jsonl(tmp_path / "c.jsonl", [{"text": "one small thing " * 30}]))
+    config = DumpConfig(str(model_path), CorpusConfig(path), "none", positions=0.2)
+    found = show_document.run("0", config)
+    assert 0 < found["targets"] < found["tokens"] / 2
+    (sequence,) = open_corpus(config, ModelFolder(model_path)).sequences()
+    assert found["targets"] == len(sequence.positions)
+    assert capsys.readouterr().out.count("«") > 3
 
 
 @pytest.mark.parametrize("config", [DumpConfig, TrainConfig, EvalConfig])

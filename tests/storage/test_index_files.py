@@ -36,6 +36,7 @@ from tests.helpers.records import (
     random_record,
 )
 
+SAMPLED = ("counts", "ids", "times")
 SHAPES = pytest.mark.parametrize(("codec", "draws"), [("v1", 0), ("v2", 0), ("v1", 12)])
 
 
@@ -164,6 +165,39 @@ def test_golden_dumps_with_an_index_are_read_for_ever(
         assert record.topk.samples is not None
         assert record.topk.samples.same(Samples(5, *sampled))
     assert dataset._readers == {}
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize("codec", ["v1", "v2"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_golden_dumps_with_masks_are_read_for_ever(
+    tmp_path: Path, codec: str, indexed: bool
+) -> None:
+    """golden/masked_* hold masks as the first release with them wrote; v2 with samples, too."""
+    golden = Path(__file__).parent / "golden"
+    path, expected = tmp_path / "dump", np.load(golden / "expected_masked.npz")
+    shutil.copytree(golden / f"masked_{codec}", path)
+    assert LogitDataset(path)._index is not None
+    if not indexed:
+        index_file(path).unlink()
+        for file in path.glob("*/*.index"):
+            file.unlink()
+    for dataset in (LogitDataset(path), LogitDataset(path, partial=True)):
+        for number in (3, 0, 2, 1):
+            names = ("counts", "ids", "logprobs", "tail_logprob")
+            topk = TopK(*(expected[f"{name}_{number}"] for name in names))
+            targets, input_ids = expected[f"targets_{number}"], expected[f"input_ids_{number}"]
+            record = dataset[number]
+            assert record.targets is not None
+            assert record.targets.tolist() == targets.tolist()
+            wanted = Record(f"doc-{number}", 0, input_ids, topk, targets)
+            assert_same(record, wanted, tolerance=1e-5)
+            if codec == "v2":
+                sampled = [expected[f"sampled_{name}_{number}"] for name in SAMPLED]
+                assert record.topk.samples is not None
+                assert record.topk.samples.same(Samples(5, *sampled))
+        counts = [int(expected[f"targets_{number}"].sum()) for number in range(4)]
+        assert dataset.target_counts.tolist() == counts
     assert verify(path).ok
 
 

@@ -21,6 +21,7 @@ from pipeline import cli
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
 from pipeline.dump import dump
+from pipeline.dump.plan import open_corpus
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from storage import (
@@ -33,7 +34,7 @@ from storage import (
     ShardWriter,
     verify,
 )
-from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.dumps import SCRIPT, rows, settings
 from tests.helpers.models import tiny_model
 
@@ -175,6 +176,35 @@ def test_a_token_corpus_with_masks_is_dumped_at_its_targets(
         np.testing.assert_array_equal(
             np.sort(record.topk.dense()[0]), np.sort(other.topk.dense()[0][record.positions])
         )
+
+
+def test_chats_store_what_the_assistant_says(tmp_path: Path, model_path: Path) -> None:
+    """A share of the positions is one of the assistant's tokens; a chat without any is skipped."""
+    texts = some_texts(12)
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "yes, " + text[:40]}]
+        for text in texts[:8]
+    ]
+    chats += [chat[:1] for chat in chats[:2]]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    corpus = CorpusConfig(str(path), messages_column="messages", targets="assistant")
+    config = replace(settings(tmp_path, model_path, path, max_length=1000), corpus=corpus)
+    summary = dump.run(config)
+    assert (summary["documents"], summary["skipped"]) == (8, 2)
+    plan = Dump(config.output).plan
+    assert (plan["targets"], plan["format_version"]) == ({"version": 1, "which": "assistant"}, 2)
+    opened = open_corpus(config, ModelFolder(model_path))
+    said = {each.doc_id: each for each in opened.sequences()}
+    for record in LogitDataset(config.output):
+        np.testing.assert_array_equal(record.positions, said[record.doc_id].positions)
+        assert 5 < len(record.positions) < len(record.input_ids) - 5
+    half = replace(config, positions=0.5, output=str(tmp_path / "half"))
+    assert 0.3 < dump.run(half)["targets"] / summary["targets"] < 0.7
+    assert Dump(half.output).plan["targets"] == {
+        "version": 1, "which": "assistant", "positions": 0.5, "positions_seed": 0,
+    }  # fmt: skip
+    for record in LogitDataset(half.output):
+        assert set(record.positions) <= set(said[record.doc_id].positions)
 
 
 def test_auto_dtype_is_the_models_own(tmp_path: Path, corpus: Path) -> None:

@@ -148,7 +148,7 @@ def test_pages_say_what_was_measured(
     assert "1.425 ± 0.035" in text, "mean and spread of the domain gain of mol"
     assert "<td>other</td><td>31.25</td>" in text
     assert "&lt;b&gt;mol&lt;/b&gt; &amp; a" in text
-    assert "document 3, 90 tokens: 2.00 → 3.00" in text
+    assert "document 3, 90 targets: 2.00 → 3.00" in text
     for path in (dump_path, training_run, study_folder):
         text = report.make(str(path))[0]
         assert text.count("<svg") >= 1

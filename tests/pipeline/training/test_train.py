@@ -226,7 +226,11 @@ def test_a_run_learns_and_leaves_a_plain_model(
 
 
 def test_a_run_learns_and_counts_targets_alone(
-    tmp_path: Path, model_path: Path, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_path: Path,
+    dump_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A domain of tokens with a mask, and a dump that stores some positions."""
     monkeypatch.setattr(inputs, "LogitDataset", MaskedDataset)
@@ -235,9 +239,9 @@ def test_a_run_learns_and_counts_targets_alone(
         {"input_ids": list(range(3, 3 + n)), "loss_mask": some_targets(n).astype(int).tolist()}
         for n in lengths
     ]
-    corpus = CorpusConfig(
-        str(write_jsonl(tmp_path / "domain.jsonl", documents)), tokens_column="input_ids"
-    )
+    without = {"input_ids": [7, 8, 9], "loss_mask": [0, 0, 0]}
+    file = write_jsonl(tmp_path / "domain.jsonl", [without, *documents])
+    corpus = CorpusConfig(str(file), tokens_column="input_ids")
     held_out = HeldOutConfig(domain=corpus)
     training = {"num_train_epochs": 4, "eval_on_start": True}
     config = settings(
@@ -250,6 +254,7 @@ def test_a_run_learns_and_counts_targets_alone(
     stream = GeneralStream([MaskedDataset(dump_path)], [1], 42)
     records = stream.records(range(4 * len(documents)))
     assert summary["general_tokens"] == sum(len(record.topk) for record in records)
+    assert "1 of 9 documents have no token to learn" in capsys.readouterr().err
     assert summary["identity"]["domain_targets"] == {"which": "mask"}
     assert 0 <= summary["null_test_kl"] < 1e-3
     first, *_, last = steps(config.output)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.packing import collate
+from pipeline.data.packing import collate, pack_row, with_targets
 from pipeline.losses import MIN_TAIL_LOGPROB, Direction
+from pipeline.positions import Share
+from pipeline.training.forward import add_distill_forward
+from storage import Record
 from tests.helpers.losses import both
 from tests.helpers.masked_step import (
     ALPHA,
@@ -24,6 +28,7 @@ from tests.helpers.masked_step import (
     step,
     trainer_of,
 )
+from tests.helpers.masks import masked
 from tests.helpers.paths import ROOT
 
 Steps = dict[tuple[str, Direction], dict[str, Any]]
@@ -158,6 +163,42 @@ def test_a_batch_or_a_step_without_targets_adds_nothing(tmp_path: Path, case: st
         return
     _, expected = naive(given, "reverse")
     assert_same(found["gradients"], expected, 1e-12)
+
+
+def test_a_random_share_of_the_positions_is_unbiased() -> None:
+    """The mean gradient of 50 draws is as near to that of all positions as their variance allows.
+
+    Draws from the first half of each sequence alone are not.
+    """
+    student = model()
+    add_distill_forward(student, "forward")
+    records = [item.whole for item in items("some")]
+    every = kl_gradient(student, records)
+    draws = [
+        [Share(0.2, seed).draw(one.doc_id, 0, None, len(one.input_ids)) for one in records]
+        for seed in range(50)
+    ]
+    halves = [
+        [mask & (np.arange(len(mask)) <= len(mask) // 2) for mask in masks] for masks in draws
+    ]
+    found = []
+    for chosen in (draws, halves):
+        gradients = torch.stack([kl_gradient(student, map(masked, records, one)) for one in chosen])
+        off = (gradients.mean(0) - every).square().sum()
+        found.append((off / (gradients.var(0).sum() / len(draws))).item())
+    unbiased, biased = found
+    assert 0.3 < unbiased < 2  # 1 is expected
+    assert biased > 4
+
+
+def kl_gradient(student: Any, records: Iterable[Record]) -> Tensor:
+    """[parameters] of the mean KL over the targets of all records."""
+    row = pack_row([], list(records))
+    number = len(row["targets"]["rows"])
+    weights = torch.full((number,), 1 / number).double()
+    student.zero_grad()
+    student(**with_targets(row, row_weights=weights))["loss"].backward()
+    return torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
 
 
 @pytest.mark.slow
