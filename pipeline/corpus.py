@@ -104,7 +104,7 @@ class Corpus:
                     f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
                 )
         chat = self.holds_messages()
-        split = config.special_tokens == "split"
+        split = config.special_tokens == "split" and self.tokens is None
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
         self.check_targets()
@@ -589,11 +589,13 @@ def read_tokens(corpus: Corpus) -> TokenSequences:
     if not len(text):
         raise ConfigError(
             f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
-            "learn. A document needs two tokens or more, and a target behind the first one"
+            "learn. A document needs two tokens or more, and a target behind the first one, within "
+            f"its first {corpus.max_length:,} tokens"
         )
-    if left_out := len(corpus) - len(np.unique(text.documents)):
+    left_out = len(corpus) - len(np.unique(text.documents))
+    if corpus.masked and left_out:
         say(
-            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have no token "
-            "to learn and are left out"
+            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "
+            f"to learn within their first {corpus.max_length:,} tokens, and are left out"
         )
     return text
