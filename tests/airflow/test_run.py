@@ -89,8 +89,11 @@ def test_a_second_run_dumps_nothing(dags: dict[str, Any], distilled: Any) -> Non
     assert not any("tokens_per_s" in part for part in pulled(run, "dump"))  # no engine ran
 
 
-def test_another_plan_is_refused_without_a_retry(dags: dict[str, Any], distilled: Any) -> None:
-    run = dags["distill"].test(run_conf={**distilled.conf, "k": 5})
+@pytest.mark.parametrize("setting", [{"k": 5}, {"positions": 0.5}])
+def test_another_plan_is_refused_without_a_retry(
+    dags: dict[str, Any], distilled: Any, setting: dict[str, Any]
+) -> None:
+    run = dags["distill"].test(run_conf={**distilled.conf, **setting})
     [plan] = [ti for ti in run.get_task_instances() if ti.task_id == "plan"]
     assert (str(plan.state), plan.try_number) == ("failed", 1)
     assert states(run)["dump"] == ["upstream_failed"]

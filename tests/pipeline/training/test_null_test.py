@@ -124,6 +124,17 @@ def test_bfloat16_against_float32_and_a_coarse_grid_are_the_same(differ: Differ)
     assert answer is Answer.SAME, lines
 
 
+def test_a_dump_of_a_share_of_the_positions_is_at_the_codecs_floor(differ: Differ) -> None:
+    path, config = differ({}, {}, positions=0.3)
+    summary = train.run(config)
+    assert summary["null_test"]["answer"] == Answer.SAME
+    assert 1e-5 < summary["null_test_kl"] < 1.2e-4
+    config.model = str(changed(Path(config.model), path.parent / "differs", **rope(20_000.0)))
+    config.output += "-differs"
+    with pytest.raises(RefusedError, match=f"answer is: {Answer.DIFFERENT}"):
+        train.run(config)
+
+
 def test_a_number_that_is_given_is_the_bound_of_the_same(differ: Differ) -> None:
     path, config = differ(rope(10_000.0), rope(15_000.0))
     config.null_test.bound = 0.4
