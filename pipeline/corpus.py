@@ -104,7 +104,7 @@ class Corpus:
                     f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
                 )
         chat = self.holds_messages()
-        split = config.special_tokens == "split"
+        split = config.special_tokens == "split" and self.tokens is None
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
         self.check_targets()

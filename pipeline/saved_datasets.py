@@ -5,7 +5,10 @@ Their state.json is the truth. Beside its files may lie those of an earlier, lar
 """
 
 import json
+import os
 from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
 
@@ -35,11 +38,17 @@ def saved_files(fs: Any, root: str, split: str) -> list[str] | None:
             f"corpus {root}: split {split!r} is asked for, but the dataset saved there is "
             f"{state.get('_split') or 'no split'}. Leave corpus.split out: it is read as a whole"
         )
-    return [f"{root}/{name_of(file, root)}" for file in listed(files, root)]
+    paths = [f"{root}/{name_of(file, root)}" for file in listed(files, root)]
+    for path in paths if isinstance(fs, LocalFileSystem) else []:
+        if not os.path.isfile(path):
+            raise ConfigError(f"corpus {path}: no such file, but {STATE} names it. Copy it again")
+    return paths
 
 
 def read(fs: Any, path: str) -> dict[str, Any] | None:
     """The JSON object of a file; None where there is no such file, or it holds something else."""
+    if isinstance(fs, LocalFileSystem) and not os.path.isfile(path):
+        return None  # a pipe would never end
     try:
         with fs.open(path, "rb") as file:
             value = json.loads(file.read(JSON_BYTES))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config import CorpusConfig, GenerateConfig
+from pipeline.config import CorpusConfig, DumpConfig, GenerateConfig
 from pipeline.errors import RefusedError
 from pipeline.recorded import recorded, refuse_other_settings
 
@@ -20,6 +20,11 @@ def test_every_difference_is_named() -> None:
 
 def test_records_are_those_of_earlier_releases_where_nothing_is_new() -> None:
     old = recorded(GenerateConfig("m", "o", 5, prompts=CorpusConfig("c")))
-    assert "special_tokens" not in old["prompts"]
+    columns = {"text_column", "messages_column"}
+    assert set(old["prompts"]) == {"path", *columns, "split", "skip", "limit"}
+    assert "replies" not in old
+    assert (
+        recorded(DumpConfig("m", CorpusConfig("c"), "o"))["corpus"].keys() == old["prompts"].keys()
+    )
     new = GenerateConfig("m", "o", 5, prompts=CorpusConfig("c", special_tokens="split"))
     assert recorded(new)["prompts"]["special_tokens"] == "split"

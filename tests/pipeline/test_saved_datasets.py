@@ -1,6 +1,7 @@
 """Folders of save_to_disk: the files of state.json in their order, and none beside them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_remote(tokenizer: PreTrainedTokenizerBase) -> None:
         ({"_data_files": [{"filename": "../../b.arrow"}]}, "found '../../b.arrow'"),
         ({"_data_files": [{"filename": "secret.txt"}]}, "found 'secret.txt'"),
         ({"_data_files": ["a.arrow"]}, "found None"),
+        ({"_data_files": [{"filename": "b.arrow"}]}, "b.arrow: no such file, but state.json"),
+        ({"_data_files": [{"filename": "pipe.arrow"}]}, "pipe.arrow: no such file"),
         ({"_data_files": [{"filename": "away.arrow"}]}, "a link leads out of the directory"),
     ],
 )
@@ -101,9 +104,16 @@ def test_a_forged_state_is_refused(tmp_path: Path, state: Any, words: str) -> No
     saved(tmp_path / "a")
     (tmp_path / "away.arrow").touch()
     (tmp_path / "a" / "away.arrow").symlink_to(tmp_path / "away.arrow")
+    os.mkfifo(tmp_path / "a" / "pipe.arrow")
     (tmp_path / "a" / "state.json").write_text(json.dumps(state))
     with pytest.raises(ConfigError, match=words):
         find_files(str(tmp_path / "a"))
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(ConfigError, match="no JSONL"):
+        find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["[", "[1]", "{}", '{"_data_files": null}'])

@@ -139,6 +139,45 @@ def test_a_dump_with_masks_starts_shards_by_targets_and_counts_what_it_skips(
         dump.run(replace(config, positions=1.0))
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_token_corpus_with_masks_is_dumped_at_its_targets(
+    tmp_path: Path, model_path: Path, labels: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, 512, length) for length in (5, 40, 130, 2, 99)]
+    masks = [rng.random(len(each)) < 0.3 for each in tokens]
+    masks[3][:] = False
+    named = {"id": [str(at) for at in range(5)], "input_ids": tokens}
+    marks = [
+        np.where(mask, each, -100) if labels else mask
+        for each, mask in zip(tokens, masks, strict=True)
+    ]
+    table = pa.table(named | {"labels" if labels else "loss_mask": marks})
+    pq.write_table(table, tmp_path / "tokens.parquet")
+    corpus = CorpusConfig(str(tmp_path / "tokens.parquet"), tokens_column="input_ids")
+    config = replace(settings(tmp_path, model_path, tmp_path), corpus=corpus)
+    whole = replace(config, corpus=replace(corpus, targets="all"), output=str(tmp_path / "all"))
+    dump.run(config)
+    dump.run(whole)
+    assert verify(config.output).ok
+    assert Dump(config.output).plan["targets"] == {"version": 1, "which": "mask"}
+    expected = {(each.doc_id, each.chunk): each for each in LogitDataset(whole.output)}
+    found = list(LogitDataset(config.output))
+    assert {each.doc_id for each in found} == {str(at) for at in range(5) if masks[at][1:].any()}
+    assert sum(len(each.positions) for each in found) == sum(
+        mask[first + 1 : first + 100].sum() for mask in masks for first in (0, 100)
+    )
+    for record in found:
+        mask = masks[int(record.doc_id)][record.chunk * 100 :][: len(record.input_ids)]
+        assert record.targets is not None
+        np.testing.assert_array_equal(record.targets[1:], mask[1:])
+        other = expected[record.doc_id, record.chunk]
+        np.testing.assert_array_equal(record.input_ids, other.input_ids)
+        np.testing.assert_array_equal(
+            np.sort(record.topk.dense()[0]), np.sort(other.topk.dense()[0][record.positions])
+        )
+
+
 def test_chats_store_what_the_assistant_says(tmp_path: Path, model_path: Path) -> None:
     """A share of the positions is one of the assistant's tokens; a chat without any is skipped."""
     texts = some_texts(12)
