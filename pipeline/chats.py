@@ -60,18 +60,14 @@ class ChatTemplate:
         self.tokenizer, self.special = tokenizer, special
         try:
             self.source = str(tokenizer.get_chat_template())
+            self.with_tools = str(tokenizer.get_chat_template(tools=[]))
         except ValueError as error:
             raise BadChat(str(error).splitlines()[0]) from None
 
     def identity(self) -> Json:
         """What decides the text beside the messages: the template, and the date if it asks."""
         found = {"fingerprint": hashlib.sha256(self.source.encode()).hexdigest()}
-        return found | ({"date": f"{TODAY:%Y-%m-%d}"} if self.has_clock else {})
-
-    @property
-    def has_clock(self) -> bool:
-        """Whether the template asks for the time; it gets a clock that stands still."""
-        return "strftime_now" in self.source
+        return found | ({"date": f"{TODAY:%Y-%m-%d}"} if asks_time(self.source) else {})
 
     def render(
         self, messages: Any, tools: Any = None, targets: Targets = "all", prompt: int = 0
@@ -121,7 +117,7 @@ class ChatTemplate:
         if self.special is None:
             return Chat(found, tools)
         with self.named():
-            masked, spelled = self.special.mask([found, tools], self.source)
+            masked, spelled = self.special.mask([found, tools], self.source + self.with_tools)
         return Chat(masked[0], masked[1], spelled)
 
     def learnt(self, chat: Chat, targets: Targets, prompt: int) -> tuple[str, list[Span] | None]:
@@ -131,7 +127,7 @@ class ChatTemplate:
         turns = Turns(chat.messages, partial(self.rendering, chat), self.ends)
         if targets == "completion":
             return turns.after(prompt)
-        if MARKER in self.source:
+        if MARKER in self.template_of(chat)["source"]:
             found = self.rendering(chat, marked=True)
             if found.marks is not None:
                 return found.text, ending(found.text, found.marks, self.ends)
@@ -140,7 +136,8 @@ class ChatTemplate:
     def rendering(
         self, chat: Chat, beginnings: Sequence[Beginning] = (), marked: bool = False
     ) -> Rendering:
-        found = RENDERER.render(self.template, chat.messages, chat.tools, beginnings, marked)
+        template = self.template_of(chat)
+        found = RENDERER.render(template, chat.messages, chat.tools, beginnings, marked)
         if any(f"\\u{ord(mask):04x}" in found.text for mask in chat.spelled):
             raise CannotMask("the template escapes characters, and a message spells special tokens")
         return found
@@ -150,12 +147,23 @@ class ChatTemplate:
         """Matches the special tokens, one of which ends a turn in most templates."""
         return pattern_of(special_ids(self.tokenizer))
 
+    def template_of(self, chat: Chat) -> Json:
+        """What apply_chat_template gives to jinja beside the messages. Some tokenizers have a
+        template of its own for chats with tools."""
+        return self.templates[chat.tools is not None]
+
     @cached_property
-    def template(self) -> Json:
-        """What apply_chat_template gives to jinja beside the messages."""
-        now = TODAY.isoformat() if self.has_clock else None
+    def templates(self) -> tuple[Json, Json]:
         given = dict(self.tokenizer.special_tokens_map)
-        return {"source": self.source, "given": given, "now": now}
+        default, with_tools = (
+            {
+                "source": source,
+                "given": given,
+                "now": TODAY.isoformat() if asks_time(source) else None,
+            }
+            for source in (self.source, self.with_tools)
+        )
+        return default, with_tools
 
     def message(self, message: Any, place: str) -> Json:
         """A message without its null keys, which are as good as absent."""
@@ -196,10 +204,15 @@ class ChatTemplate:
         """Whether the template renders a list of parts, not Python's spelling of the list."""
         message = {"role": "user", "content": [{"type": "text", "text": MARK}]}
         try:
-            text = RENDERER.render(self.template, [message]).text
+            text = RENDERER.render(self.templates[0], [message]).text
         except CannotRender:
             return False
         return MARK in text and "'type'" not in text and '"type"' not in text
+
+
+def asks_time(source: str) -> bool:
+    """Whether a template asks for the time; it gets a clock that stands still."""
+    return "strftime_now" in source
 
 
 def as_message(turn: Json) -> Json:

@@ -109,7 +109,8 @@ class DumpConfig:
 
     common: ClassVar = (
         "k", "samples", "positions", "max_length", "codec", "partitions", "workers", "engine_args",
-        "corpus.text_column", "corpus.messages_column", "corpus.tokens_column", "corpus.limit",
+        "corpus.text_column", "corpus.messages_column", "corpus.tokens_column", "corpus.targets",
+        "corpus.limit",
     )  # fmt: skip
 
     model: str
@@ -303,7 +304,8 @@ class TrainConfig:
 
     common: ClassVar = (
         "dump", "loss.alpha", "loss.direction", "training", "lora", "max_length", "row_tokens",
-        "domain.text_column", "domain.limit", "held_out.domain", "held_out.general",
+        "domain.text_column", "domain.messages_column", "domain.targets", "domain.limit",
+        "held_out.domain", "held_out.general",
     )  # fmt: skip
 
     model: str

@@ -585,11 +585,13 @@ def read_tokens(corpus: Corpus) -> TokenSequences:
     if not len(text):
         raise ConfigError(
             f"corpus {corpus.config.path}: none of its {len(corpus):,} documents has a token to "
-            "learn. A document needs two tokens or more, and a target behind the first one"
+            "learn. A document needs two tokens or more, and a target behind the first one, within "
+            f"its first {corpus.max_length:,} tokens"
         )
-    if left_out := len(corpus) - len(np.unique(text.documents)):
+    left_out = len(corpus) - len(np.unique(text.documents))
+    if corpus.masked and left_out:
         say(
-            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have no token "
-            "to learn and are left out"
+            f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "
+            f"to learn within their first {corpus.max_length:,} tokens, and are left out"
         )
     return text

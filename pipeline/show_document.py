@@ -1,6 +1,6 @@
 """Show one document as the model reads it, with its targets marked, before anything is run.
 
-On a terminal targets are green; elsewhere they stand in «…». Special tokens are shown as the
+On a terminal targets are green; elsewhere they stand in ⟦…⟧. Special tokens are shown as the
 tokenizer spells them.
 """
 
@@ -24,7 +24,7 @@ from pipeline.types import Json
 Corpora = dict[str, Callable[[], Corpus]]
 """What opens each corpus of a script, by its setting."""
 
-MARKS = ("«", "»")
+MARKS = ("⟦", "⟧")  # as `storage inspect` has them
 GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 END_OF_LINE = "↵"  # before a line's end that is learnt: colour does not show it
 

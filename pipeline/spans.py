@@ -45,6 +45,7 @@ class TokenPlaces:
         self.spellings = {
             number: str(token) for number, token in tokenizer.added_tokens_decoder.items()
         }
+        self.added = np.array(list(self.spellings), np.int64)
 
     def of(self, text: str, ids: list[int], offsets: list[Span]) -> Int64s:
         """int64 [T, 2]: the characters [start, stop) of each token, in the order of the tokens.
@@ -57,7 +58,7 @@ class TokenPlaces:
         starts, stops = given[:, 0], np.maximum.accumulate(given[:, 1])
         before = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
         starts = np.where(starts < given[:, 1], np.minimum(starts, before), before)
-        for at in np.flatnonzero(np.isin(ids, list(self.spellings))):
+        for at in np.flatnonzero(np.isin(ids, self.added)):
             start, stop = offsets[at]
             found = text.find(self.spellings[ids[at]], start, stop)
             if found >= 0:

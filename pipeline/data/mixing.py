@@ -14,7 +14,6 @@ from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
 from pipeline.corpus import Tokens, TokenSequences
@@ -100,14 +99,8 @@ class GeneralStream:
         counts = np.empty(BLOCK, np.int64)
         for number, dump in enumerate(self.dumps):
             own = numbers == number
-            counts[own] = target_counts(dump)[indices[own]]
+            counts[own] = dump.target_counts[indices[own]]
         return counts
-
-
-def target_counts(corpus: TokenSequences | LogitDataset) -> npt.NDArray[np.integer]:
-    """[rows]: targets of each sequence; its tokens, where all are learnt."""
-    found: npt.NDArray[np.integer] = getattr(corpus, "target_counts", corpus.lengths)
-    return found
 
 
 def shares_of(dumps: Sequence[LogitDataset], weights: Sequence[float]) -> list[int]:

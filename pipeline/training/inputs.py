@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from pipeline.config import CorpusConfig, TrainConfig, held_out_texts
 from pipeline.corpus import Corpus, TokenSequences, read_tokens
-from pipeline.data.mixing import GeneralStream, shares_of, target_counts
+from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
@@ -92,7 +92,7 @@ class Inputs:
 
 def target_share(corpus: TokenSequences | LogitDataset) -> float:
     """Targets among the tokens of a corpus; 1 where it has no masks."""
-    return float(target_counts(corpus).sum() / corpus.lengths.sum())
+    return float(corpus.target_counts.sum() / corpus.lengths.sum())
 
 
 def open_dumps(config: TrainConfig) -> dict[LogitDataset, float]:

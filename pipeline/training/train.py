@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig
 from pipeline.corpus import TokenSequences
-from pipeline.data.mixing import MixedDataset, target_counts
+from pipeline.data.mixing import MixedDataset
 from pipeline.data.packing import collate
 from pipeline.errors import Interrupted
 from pipeline.json_files import read_object, write_json
@@ -182,7 +182,7 @@ def describe(inputs: Inputs, dataset: MixedDataset, per_step: int) -> str:
 
 def tokens_of(corpus: TokenSequences | LogitDataset) -> str:
     """The number of tokens, and of targets where some tokens are none."""
-    tokens, targets = int(corpus.lengths.sum()), int(target_counts(corpus).sum())
+    tokens, targets = int(corpus.lengths.sum()), int(corpus.target_counts.sum())
     return f"{tokens:,} tokens" + (f", {targets:,} of them targets" if targets < tokens else "")
 
 

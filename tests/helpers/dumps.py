@@ -54,7 +54,7 @@ def with_rows(source: Path, target: Path, change: Any, **more: Any) -> Path:
     return target
 
 
-def dumped(model: Path, corpus: Path, output: Path) -> Path:
+def dumped(model: Path, corpus: Path, output: Path, **changes: object) -> Path:
     """A dump by transformers of what the model says to the corpus."""
-    dump.run(settings(output.parent, model, corpus, output=str(output)))
+    dump.run(settings(output.parent, model, corpus, output=str(output), **changes))
     return output

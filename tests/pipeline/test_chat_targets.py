@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.chats import BadChat, ChatTemplate
@@ -224,6 +226,25 @@ def test_markers_that_do_not_say_where_they_are_are_not_used(around: str) -> Non
     assert marked == (
         f"Hi<|im_end|>{START}«Hello, you.<|im_end|>»And é🙂?<|im_end|>{START}« Well \n\n<|im_end|>»"
     )
+
+
+PIECES = st.text("a \n🙂", max_size=3) | st.sampled_from(["<|im_end|>", "</s>", "<|im_start|>"])
+MESSAGES = st.lists(
+    st.tuples(
+        st.sampled_from(["user", "assistant", "tool"]), st.lists(PIECES, max_size=3).map("".join)
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(MESSAGES)
+def test_every_turn_is_found_whatever_is_said(turns: list[tuple[str, str]]) -> None:
+    messages = [SYSTEM, *({"role": role, "content": content} for role, content in turns)]
+    expected = [f"{content}<|im_end|>" for role, content in turns if role == "assistant"]
+    for template in (CHATML, MARKED):
+        text = ChatTemplate(tokenizer_with(template)).render(messages, targets="assistant")
+        assert [text[start:stop] for start, stop in text.spans or []] == expected
 
 
 def test_a_chat_without_an_answer_has_no_targets() -> None:

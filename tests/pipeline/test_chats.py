@@ -25,7 +25,7 @@ CLOCK = (
 
 @pytest.fixture
 def template(model_path: Path):  # type: ignore[no-untyped-def]
-    def make(source: str) -> ChatTemplate:
+    def make(source: Any) -> ChatTemplate:
         tokenizer = copy.copy(ModelFolder(model_path).tokenizer)
         tokenizer.chat_template = source
         return ChatTemplate(tokenizer)
@@ -105,6 +105,24 @@ def test_the_identity_is_that_of_the_template(template) -> None:  # type: ignore
     one, same, other = template(ASKS), template(ASKS), template(PARTS)
     assert one.identity() == same.identity() != other.identity()
     assert set(one.identity()) == {"fingerprint"}
+
+
+def test_chats_with_tools_get_the_template_for_tools(template) -> None:  # type: ignore[no-untyped-def]
+    """As apply_chat_template does, where a tokenizer has several."""
+    both = template({"default": ASKS, "tool_use": "{{ tools[0].name }} " + ASKS})
+    assert both.render([user("a")]) == both.render([user("a")], []) == "<user>a;"
+    assert both.render([user("a")], [{"name": "t"}]) == "t <user>a;"
+    assert both.render([user("a")], '[{"name": "t"}]') == "t <user>a;"
+    assert both.identity() == template(ASKS).identity()
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [(5, "found int"), ("{", "text that is no JSON"), ({}, "found an object"), ([5], "other val")],
+)
+def test_what_are_no_tools_is_refused(template, tools: Any, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(BadChat, match=f"tools: expected a list of objects, .*{words}"):
+        template(ASKS).render([user("a")], tools)
 
 
 def test_a_tokenizer_without_template(template) -> None:  # type: ignore[no-untyped-def]

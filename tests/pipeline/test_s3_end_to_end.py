@@ -248,6 +248,11 @@ def test_a_row_is_one_request(
         before, order = proxy.requests, list(range(len(dataset)))[::-1]
         assert [dataset[number].doc_id for number in order] == expected[::-1]
         assert proxy.requests - before == len(dataset) + len(dataset.shards)
+        proxy.rate, proxy.stall = 0.3, 1.3
+        monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.02)
+        found = LogitDataset(output).read(order)
+        assert [record.doc_id for record in found] == expected[::-1], "requested together"
+        assert sum(proxy.happened.values()) > 3
 
 
 def test_the_cache_is_bounded(

@@ -40,11 +40,11 @@ def test_targets_are_marked(chats: str) -> None:
     text = "\n".join(rest)
     assert "<|im_start|>user\nHi \\x1b[2J<|im_end|>\n" in text
     assert (
-        "<|im_start|>assistant\n«Well,\n  🙂 é and so on<|im_end|>»\n<|im_start|>user\nBye<|im_e"
+        "<|im_start|>assistant\n⟦Well,\n  🙂 é and so on<|im_end|>⟧\n<|im_start|>user\nBye<|im_e"
         in text
     )
-    assert text.count("«") == text.count("»") == 1
-    assert text.replace("«", "").replace("»", "").replace("\\x1b", "\x1b") == opened(chats).text(1)
+    assert text.count("⟦") == text.count("⟧") == 1
+    assert text.replace("⟦", "").replace("⟧", "").replace("\\x1b", "\x1b") == opened(chats).text(1)
 
 
 def test_a_terminal_has_colours(chats: str) -> None:
@@ -94,10 +94,10 @@ def test_every_corpus_of_every_script_is_shown(
     for config, name in zip(settings(str(model_path), path), second, strict=True):
         found = show_document.run("0", config)
         assert found["targets"] == found["tokens"] - 1
-        assert f"n«e small thing{eos}»" in capsys.readouterr().out
+        assert f"n⟦e small thing{eos}⟧" in capsys.readouterr().out
         if name:
             show_document.run(f"{name}0", config)
-            assert capsys.readouterr().out.endswith(f"t«wo{eos}»\n")
+            assert capsys.readouterr().out.endswith(f"t⟦wo{eos}⟧\n")
         for wrong in ("2", "x", "-1", "x:0", f"{name}9", "²"):
             with pytest.raises(ConfigError, match="--show_document"):
                 show_document.run(wrong, config)
@@ -113,7 +113,7 @@ def test_a_share_of_the_targets_is_shown(
     assert 0 < found["targets"] < found["tokens"] / 2
     (sequence,) = open_corpus(config, ModelFolder(model_path)).sequences()
     assert found["targets"] == len(sequence.positions)
-    assert capsys.readouterr().out.count("«") > 3
+    assert capsys.readouterr().out.count("⟦") > 3
 
 
 @pytest.mark.parametrize("config", [DumpConfig, TrainConfig, EvalConfig])

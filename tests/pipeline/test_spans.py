@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.spans import Text, TokenPlaces, mask_of
@@ -89,6 +98,30 @@ def test_tokens_that_frame_a_text_are_not_learnt() -> None:
         learnt(tokenizer, "in the« end»")
         == tokenizer.tokenize("in the end")[-len(tokenizer.tokenize("end")) :]
     )
+
+
+def with_bytes() -> PreTrainedTokenizerFast:
+    """As Llama 2: a mark before each text, and the bytes of characters that are no words."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=list("▁abci"),
+        show_progress=False,
+    )
+    made.train_from_iterator(["a b c"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def test_bytes_that_stand_for_a_character_are_learnt() -> None:
+    tokenizer = with_bytes()
+    assert learnt(tokenizer, "a «é»b") == ["<0xC3>", "<0xA9>"]
+    assert learnt(tokenizer, "a« é»b")[-2:] == ["<0xC3>", "<0xA9>"]
+    assert learnt(tokenizer, "«a» éb") == tokenizer.tokenize("a éb")[:1]
+    assert learnt(tokenizer, "a é«b»") == tokenizer.tokenize("a éb")[-1:]
 
 
 @pytest.mark.parametrize("strip", ["lstrip", "rstrip"])

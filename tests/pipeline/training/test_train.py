@@ -43,13 +43,13 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
-from pipeline.training import inputs, train
+from pipeline.training import train
 from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers.architectures import saved, sharpened, tiny
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.dumps import dumped, with_rows
-from tests.helpers.masks import MaskedDataset, some_targets
+from tests.helpers.masks import some_targets
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
@@ -226,14 +226,11 @@ def test_a_run_learns_and_leaves_a_plain_model(
 
 
 def test_a_run_learns_and_counts_targets_alone(
-    tmp_path: Path,
-    model_path: Path,
-    dump_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A domain of tokens with a mask, and a dump that stores some positions."""
-    monkeypatch.setattr(inputs, "LogitDataset", MaskedDataset)
+    """A domain of tokens with a mask, and a dump of a share of the positions."""
+    general = write_texts(tmp_path / "general.jsonl", some_texts(12))
+    made = dumped(model_path, general, tmp_path / "dump", positions=0.4)
     lengths = range(5, 45, 5)
     documents = [
         {"input_ids": list(range(3, 3 + n)), "loss_mask": some_targets(n).astype(int).tolist()}
@@ -244,17 +241,15 @@ def test_a_run_learns_and_counts_targets_alone(
     corpus = CorpusConfig(str(file), tokens_column="input_ids")
     held_out = HeldOutConfig(domain=corpus)
     training = {"num_train_epochs": 4, "eval_on_start": True}
-    config = settings(
-        tmp_path, model_path, dump_path, tmp_path, held_out=held_out, training=training
-    )
+    config = settings(tmp_path, model_path, made, tmp_path, held_out=held_out, training=training)
     config.domain = corpus
     summary = train.run(config)
     targets = sum(sum(document["loss_mask"]) for document in documents)
     assert summary["domain_tokens"] == 4 * targets
-    stream = GeneralStream([MaskedDataset(dump_path)], [1], 42)
-    records = stream.records(range(4 * len(documents)))
+    records = GeneralStream([LogitDataset(made)], [1], 42).records(range(4 * len(documents)))
     assert summary["general_tokens"] == sum(len(record.topk) for record in records)
-    assert "1 of 9 documents have no token to learn" in capsys.readouterr().err
+    assert 0.3 < len(records[0].topk) / len(records[0].input_ids) < 0.5
+    assert "1 of 9 documents have nothing to learn" in capsys.readouterr().err
     assert summary["identity"]["domain_targets"] == {"which": "mask"}
     assert 0 <= summary["null_test_kl"] < 1e-3
     first, *_, last = steps(config.output)
