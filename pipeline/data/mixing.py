@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from pipeline.corpus import Tokens, TokenSequences
 from pipeline.errors import ConfigError
+from pipeline.token_sequences import Tokens, TokenSequences
 from pipeline.types import Int64s
 from storage import LogitDataset, Record
 

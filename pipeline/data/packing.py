@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.corpus import Tokens
 from pipeline.data.mixing import Item
+from pipeline.token_sequences import Tokens
 from pipeline.types import Int64s
 from storage import Record
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.corpus import Tokens
 from pipeline.data.packing import pack
 from pipeline.evaluation.measures import Sums, measure
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.models.directory import ModelFolder
+from pipeline.token_sequences import Tokens
 
 
 @torch.no_grad()  # not inference_mode: FSDP later trains with the weights gathered here

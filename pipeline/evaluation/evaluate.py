@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from pipeline.config import KINDS, EvalConfig, held_out_texts
-from pipeline.corpus import Corpus, TokenSequences, read_tokens
+from pipeline.corpus import Corpus
 from pipeline.errors import RefusedError
 from pipeline.evaluation.compare import batches, compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
@@ -23,6 +23,7 @@ from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_between
 from pipeline.places import check_file, inputs_of
 from pipeline.progress import Progress, say, show
+from pipeline.token_sequences import TokenSequences, read_tokens
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each

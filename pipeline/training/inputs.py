@@ -5,12 +5,13 @@ from functools import cached_property
 from transformers import TrainingArguments
 
 from pipeline.config import CorpusConfig, TrainConfig, held_out_texts
-from pipeline.corpus import Corpus, TokenSequences, read_tokens
+from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, shares_of
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
 from pipeline.progress import say
+from pipeline.token_sequences import TokenSequences, read_tokens
 from storage import LogitDataset
 from storage.cache import too_small
 from storage.plan import needed

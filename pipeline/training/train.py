@@ -13,7 +13,6 @@ from torch import distributed
 from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig
-from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import MixedDataset
 from pipeline.data.packing import collate
 from pipeline.errors import Interrupted
@@ -24,6 +23,7 @@ from pipeline.models.directory import WEIGHTS
 from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
+from pipeline.token_sequences import TokenSequences
 from pipeline.training import memory, quantised
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.disk import writing

@@ -28,13 +28,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pipeline.config import LossConfig
-from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import EpochSampler, MixedDataset
 from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets, without_targets
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
 from pipeline.json_files import read_json, read_object, write_json
+from pipeline.token_sequences import TokenSequences
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.disk import reading

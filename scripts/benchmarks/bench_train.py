@@ -29,9 +29,9 @@ from processes import hardware, in_turn, peak, reset_peak
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.corpus import Tokens
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
+from pipeline.token_sequences import Tokens
 from pipeline.training.forward import add_distill_forward
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
 
@@ -39,7 +39,7 @@ CASES = ["cross-entropy", "mol from disk", "live teacher"]
 
 
 class Domain:
-    """Random token sequences of one length, with the interface of `corpus.TokenSequences`."""
+    """Random token sequences of one length, with the interface of `TokenSequences`."""
 
     def __init__(self, number: int, length: int, vocabulary: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)

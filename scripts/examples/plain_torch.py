@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, TokenSequences
+from pipeline.corpus import Corpus
 from pipeline.data.packing import packed_rows
 from pipeline.losses import linear_sparse_divergence
 from pipeline.models.attention import enable_packing
 from pipeline.models.head import hidden_states
+from pipeline.token_sequences import TokenSequences
 from storage import LogitDataset
 
 

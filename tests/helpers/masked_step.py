@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from pipeline.config import CorpusConfig, LossConfig, TrainConfig
-from pipeline.corpus import Tokens
 from pipeline.data.mixing import DOMAIN, MixedDataset, shuffled
 from pipeline.losses import Direction
+from pipeline.token_sequences import Tokens
 from pipeline.training.arguments import training_arguments
 from pipeline.training.forward import add_distill_forward
 from pipeline.training.trainer import DistillTrainer

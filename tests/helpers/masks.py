@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.corpus import Corpus, Sequence, Tokens, TokenSequences, read_tokens
+from pipeline.corpus import Corpus, Sequence
+from pipeline.token_sequences import Tokens, TokenSequences, read_tokens
 from pipeline.training import inputs
 from storage import LogitDataset, Record, Samples
 from storage.targets import Bools, positions_of

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.corpus import Tokens
 from pipeline.data.packing import PackedRow, pack_row, with_targets
+from pipeline.token_sequences import Tokens
 from pipeline.training.forward import add_distill_forward
 from storage import LogitDataset, Record
 from tests.helpers.masks import masked, some_targets

@@ -13,8 +13,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, read_tokens
+from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
+from pipeline.token_sequences import read_tokens
 from tests.helpers.chat_templates import CHATML, GEMMA, OPENED, tokenizer_with
 from tests.helpers.corpora import write_jsonl
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, Tokens, TokenSequences
+from pipeline.corpus import Corpus
 from pipeline.data.mixing import (
     BLOCK,
     GENERAL,
@@ -23,6 +23,7 @@ from pipeline.data.mixing import (
 )
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
+from pipeline.token_sequences import Tokens, TokenSequences
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.linked import Meeting

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import CorpusConfig
-from pipeline.corpus import Corpus, Tokens, TokenSequences
+from pipeline.corpus import Corpus
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import (
     PackedRow,
@@ -22,6 +22,7 @@ from pipeline.data.packing import (
     without_targets,
 )
 from pipeline.models.directory import ModelFolder
+from pipeline.token_sequences import Tokens, TokenSequences
 from storage import LogitDataset, Record
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.masks import masked

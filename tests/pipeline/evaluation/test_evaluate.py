@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, EvalConfig
-from pipeline.corpus import Corpus, read_tokens
+from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
+from pipeline.token_sequences import read_tokens
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.masks import read_masked, some_targets
 from tests.helpers.models import tiny_model

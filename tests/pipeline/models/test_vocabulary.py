@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import CorpusConfig, EvalConfig, HeldOutConfig
-from pipeline.corpus import Corpus, read_tokens
+from pipeline.corpus import Corpus
 from pipeline.data.packing import packed_rows
 from pipeline.dump import dump
 from pipeline.dump import recompute as verify
@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import difference_from_dump, tokenizer_files
+from pipeline.token_sequences import read_tokens
 from pipeline.training import train
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.corpus import Tokens
 from pipeline.data.packing import pack_row, with_targets
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import way_of
+from pipeline.token_sequences import Tokens
 from pipeline.training.forward import add_distill_forward
 from storage import LogitDataset
 from tests.helpers.architectures import tiny

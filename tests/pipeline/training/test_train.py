@@ -35,7 +35,6 @@ from pipeline.config import (
     LossConfig,
     NullTestConfig,
 )
-from pipeline.corpus import TokenSequences
 from pipeline.data.mixing import GeneralStream, MixedDataset
 from pipeline.data.packing import collate
 from pipeline.dump import recompute
@@ -43,6 +42,7 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
+from pipeline.token_sequences import TokenSequences
 from pipeline.training import train
 from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
