@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from datetime import datetime
@@ -24,7 +25,7 @@ Rendered = dict[str, Any]
 
 
 def main() -> None:
-    seconds, memory, longest = map(int, sys.argv[1:])
+    seconds, chat_seconds, memory, longest = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what Ctrl-C means
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed is no answer
@@ -39,7 +40,7 @@ def main() -> None:
                 template = job
                 continue
             render = partial(rendered, render_jinja_template, template, seconds, longest)
-            data = json.dumps(answer(job, render)).encode()
+            data = json.dumps(answer(job, render, chat_seconds, longest)).encode()
         except MemoryError:
             data = json.dumps({"error": f"it takes more than {memory >> 20} MiB"}).encode()
         finally:
@@ -55,17 +56,24 @@ def limit_memory(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + most, now + most))
 
 
-def answer(job: dict[str, Any], render: Callable[..., Rendered]) -> Rendered:
+def answer(
+    job: dict[str, Any], render: Callable[..., Rendered], seconds: int, longest: int
+) -> Rendered:
     """The text of the messages, and what the asked beginnings of them make of it."""
     messages, given = job["messages"], {"tools": job["tools"]}
     found = render(messages, given | {"return_assistant_tokens_mask": job["marked"]})
-    if "error" not in found:
-        parts = [
-            render(messages[:number], given | {"add_generation_prompt": prompt})
-            for number, prompt in job["beginnings"]
-        ]
-        found["beginnings"] = [against(found["text"], part) for part in parts]
-    return found
+    if "error" in found:
+        return found
+    began, others, parts = time.process_time(), 0, []
+    for number, prompt in job["beginnings"]:
+        part = render(messages[:number], given | {"add_generation_prompt": prompt})
+        parts.append(against(found["text"], part))
+        others += len(parts[-1].get("rest", ""))
+        if time.process_time() - began >= seconds:
+            return {"error": f"turn by turn, it takes more than {seconds} s of CPU time"}
+        if others > longest:
+            return {"error": f"turn by turn, it makes more than {longest:,} characters of text"}
+    return found | {"beginnings": parts}
 
 
 def against(whole: str, part: Rendered) -> Rendered:

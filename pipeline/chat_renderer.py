@@ -20,6 +20,7 @@ from pipeline.errors import FailedError
 from pipeline.types import Json
 
 CPU_SECONDS = 10  # of one rendering
+CHAT_SECONDS = 60  # of the beginnings of one chat
 MEMORY = 1 << 30  # bytes, beside what the process takes at its start
 LONGEST = 16 << 20  # characters of a rendered chat
 PROGRAM = Path(__file__).with_name("chat_process.py")
@@ -101,7 +102,7 @@ class Renderer:
 
     def ask(self, template: Json, job: Json) -> Json:
         if self.process is None:
-            limits = map(str, (CPU_SECONDS, MEMORY, LONGEST))
+            limits = map(str, (CPU_SECONDS, CHAT_SECONDS, MEMORY, LONGEST))
             command = [sys.executable, "-P", str(PROGRAM), *limits]
             pipe = subprocess.PIPE
             self.process, self.template = subprocess.Popen(command, stdin=pipe, stdout=pipe), None

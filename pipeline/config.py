@@ -48,7 +48,8 @@ class CorpusConfig:
     mask_column: str | None = None
     """Column that says which tokens of tokens_column are learnt: 0 or 1 for each token, or labels
     with -100 for those that are not, in a column with label in its name. By default loss_mask, or
-    labels, where the corpus has one of them."""
+    labels, where the corpus has one of them. For documents that are padded it can be
+    attention_mask."""
     special_tokens: Literal["parse", "split"] = "parse"
     """Special tokens that a document spells, such as <|endoftext|> in a web page. parse makes them
     tokens, as transformers and vLLM do: text that holds rendered chats needs it. split takes them

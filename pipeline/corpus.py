@@ -411,10 +411,6 @@ class Corpus:
             raise self.wrong(document, f"rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
-    def tokenize(self, texts: list[Text]) -> Iterator[Int32s]:
-        """Yield the token ids of each text."""
-        return (tokens for tokens, _ in self.tokenized(texts))
-
     def tokenized(self, texts: list[Text]) -> Iterator[tuple[Int32s, Bools | None]]:
         """Yield the token ids of each text, int32 [T], and which of them are learnt, bool [T]; None
         for all. A chat template adds its own special tokens."""

@@ -82,8 +82,8 @@ class Source:
         """Bytes of what is kept of a document, roughly."""
         return len(content or "")
 
-    value_bytes: ClassVar[int] = 0
-    """Bytes of each number in a list, where there are lists of numbers."""
+    value_bytes: ClassVar[int] = 4
+    """Least bytes of a value in memory, such as the offset of a text."""
 
     @property
     def limit(self) -> int:
@@ -390,7 +390,7 @@ def check_footer(source: Source, metadata: Any) -> None:
 
 
 def decoded_bytes(source: Source, group: Any) -> int:
-    """Bytes of a row group's columns that are read. A thousand equal numbers take few in a file."""
+    """Bytes of a row group's columns that are read, at least: equal values take few in a file."""
     columns = [group.column(at) for at in range(group.num_columns)]
     read = (*source.names, *source.optional)
     own = [each for each in columns if each.path_in_schema.split(".")[0] in read]

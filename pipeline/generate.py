@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 from pipeline.config import GenerateConfig
@@ -47,6 +49,10 @@ class Generator(Protocol):
     ) -> list[list[int]]: ...
 
 
+Engine = Callable[[], Generator]
+"""Starts the generator, or gives the one that runs."""
+
+
 class Author(Protocol):
     """Writes the documents of each file: JSON objects with id and tokens."""
 
@@ -75,13 +81,21 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     dtype = model.dtype(config.dtype)
     progress = Progress(config.tokens or 0, "token")
-    progress.status = "starting vllm"
+    progress.status = "reading prompts and the model's files"
     try:
-        with stop_on_signals(limit=60.0):
+        with stop_on_signals(limit=60.0), ExitStack() as stack:
             author = author_of(config, model.tokenizer, end_ids(model))
-            store = claimed(config)
-            with VllmGenerator(model, dtype, config.max_length, config.engine_args) as generator:
-                return write_files(config, store, author, generator, progress)
+
+            @cache
+            def engine() -> Generator:
+                progress.status = "starting vllm"
+                started = stack.enter_context(
+                    VllmGenerator(model, dtype, config.max_length, config.engine_args)
+                )
+                progress.begin()
+                return started
+
+            return write_files(config, claimed(config), author, engine, progress)
     finally:
         progress.close()
 
@@ -95,11 +109,11 @@ def write(
 ) -> dict[str, Any]:
     """Do the work of `run` with a given generator. `ends` are the ids that end any text."""
     author = author_of(config, tokenizer, ends)
-    return write_files(config, claimed(config), author, generator, progress)
+    return write_files(config, claimed(config), author, lambda: generator, progress)
 
 
 def write_files(
-    config: GenerateConfig, store: Store, author: Author, generator: Generator, progress: Progress
+    config: GenerateConfig, store: Store, author: Author, engine: Engine, progress: Progress
 ) -> dict[str, Any]:
     seen: set[bytes] = set()
     totals: dict[str, Any] = {"documents": 0, "tokens": 0, "files": 0, "dropped": 0}
@@ -108,7 +122,7 @@ def write_files(
     barren = 0
     while not author.is_done(totals):
         number = totals["files"]
-        kept, reasons = batch(store, author, generator, number, seen)
+        kept, reasons = batch(store, author, engine, number, seen)
         seen.update(map(digest, kept))
         why.update(reasons)
         totals["files"] += 1
@@ -133,13 +147,13 @@ def listed(why: Counter[str]) -> str:
 
 
 def batch(
-    store: Store, author: Author, generator: Generator, number: int, seen: set[bytes]
+    store: Store, author: Author, engine: Engine, number: int, seen: set[bytes]
 ) -> tuple[list[Json], dict[str, int]]:
     """(the documents of a file, why others were dropped), written now where it is not there."""
     name, reasons = f"{number:05d}.jsonl", f"{number:05d}.dropped"
     data = store.read(name)
     if data is None:
-        documents, dropped = author.write(generator, number, seen)
+        documents, dropped = author.write(engine(), number, seen)
         data = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in documents).encode()
         store.create(reasons, json.dumps(dropped).encode())
         if not store.create(name, data):

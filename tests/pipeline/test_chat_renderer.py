@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import chat_renderer
-from pipeline.chat_renderer import CannotRender, Renderer
+from pipeline.chat_renderer import CannotRender, Part, Renderer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -65,6 +65,41 @@ def test_the_limit_is_named(renderer: Renderer) -> None:
         renderer.render(template(BOMBS["doubling"]), HELLO)
     with pytest.raises(CannotRender, match="it makes more than 16,777,216 characters"):
         renderer.render(template(BOMBS["much text"]), HELLO)
+
+
+def test_beginnings_are_compared_with_the_whole(renderer: Renderer) -> None:
+    say = template(
+        "{% for m in messages %}{{ m.content }}{{ raise_exception('two') if loop.length == 2 }}"
+        "{% endfor %}{{ '>' if add_generation_prompt else '.' }}"
+    )
+    messages = [{"role": "user", "content": text} for text in ("a", "b", "c")]
+    found = renderer.render(say, messages, beginnings=[(0, True), (1, False), (2, True), (3, True)])
+    assert found.text == "abc."
+    error = found.parts.pop((2, True))
+    assert isinstance(error, CannotRender)
+    assert str(error) == "two"
+    assert found.parts == {
+        (0, True): Part(0, ">"),
+        (1, False): Part(1, "."),
+        (3, True): Part(3, ">"),
+    }
+
+
+def test_a_chat_of_many_turns_has_limits_too() -> None:
+    """No rendering alone reaches one."""
+    cheap = template("{{ '%d' % (messages | length) }}{{ 'a' * 4000 }}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_renderer, "CHAT_SECONDS", 0)
+        made = Renderer()
+        with pytest.raises(CannotRender, match="turn by turn, it takes more than 0 s of CPU time"):
+            made.render(cheap, HELLO * 3, beginnings=[(1, True), (2, True)])
+        made.stop()
+        patch.setattr(chat_renderer, "CHAT_SECONDS", 60)
+        patch.setattr(chat_renderer, "LONGEST", 6000)
+        with pytest.raises(CannotRender, match="turn by turn, it makes more than 6,000 characters"):
+            made.render(cheap, HELLO * 3, beginnings=[(1, True), (2, True)])
+        assert made.render(cheap, HELLO * 3, beginnings=[(1, True)]).text.startswith("3a")
+        made.stop()
 
 
 def test_what_a_job_answers(renderer: Renderer) -> None:

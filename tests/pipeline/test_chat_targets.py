@@ -228,6 +228,18 @@ def test_markers_that_do_not_say_where_they_are_are_not_used(around: str) -> Non
     )
 
 
+def test_markers_mark_what_transformers_marks(tmp_path: Path) -> None:
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ m.content }}}}<|im_end|>\n"
+        f"{{% else %}}{BODY}\n{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer = tokenizer_with(template)
+    ours = [is_learnt for _, is_learnt in tokens_of(tmp_path, tokenizer, TWO)]
+    own = tokenizer.apply_chat_template(TWO, return_dict=True, return_assistant_tokens_mask=True)
+    assert ours == [bool(mark) for mark in own["assistant_masks"]]
+    assert any(ours)
+
+
 PIECES = st.text("a \n🙂", max_size=3) | st.sampled_from(["<|im_end|>", "</s>", "<|im_start|>"])
 MESSAGES = st.lists(
     st.tuples(

@@ -212,6 +212,18 @@ def test_a_row_group_of_long_rows_is_not_read(
         read(tmp_path / "a.parquet", chat=chat)
 
 
+def test_equal_messages_are_counted_before_they_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_readers, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    messages = [{"role": "user"}] * (1 << 20)
+    pq.write_table(pa.table({"text": [messages]}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 0: document of more than"):
+        read(tmp_path / "a.parquet", chat=True)
+
+
 @pytest.mark.parametrize("dictionary", [True, False])
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_long_value_is_refused_before_it_is_copied(

@@ -98,6 +98,15 @@ def test_resume_writes_the_same_documents(tmp_path: Path, tokenizer: Any) -> Non
     assert len(corpus) == more["documents"]
 
 
+def test_a_finished_corpus_needs_no_engine(
+    tmp_path: Path, tokenizer: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = config(tmp_path, model=str(model_path))
+    totals = write(finished, tokenizer, Fake())
+    monkeypatch.setattr("pipeline.teacher.vllm_generator.VllmGenerator", None)
+    assert generate.run(finished) == totals
+
+
 def test_prompts_start_the_documents(tmp_path: Path, tokenizer: Any) -> None:
     texts = some_texts(6)[1:]
     prompts = CorpusConfig(str(write_texts(tmp_path / "prompts.jsonl", texts)))

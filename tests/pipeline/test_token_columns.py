@@ -157,3 +157,27 @@ def test_a_document_too_long(read: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(read([1] * 10)[0]) == 10
     with pytest.raises(ConfigError, match="document of more than 10 tokens"):
         read([1] * 11)
+
+
+NUMBERS = st.integers(-(2**70), 2**70) | st.integers(-101, 1001) | st.floats() | st.booleans()
+VALUES = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=8,
+)
+
+
+@given(st.lists(NUMBERS, max_size=5) | VALUES, st.lists(NUMBERS, max_size=5) | VALUES)
+@pytest.mark.parametrize("mask", [None, "loss_mask", "labels"])
+def test_any_json_is_a_document_or_an_error(mask: str | None, tokens: Any, marks: Any) -> None:
+    try:
+        ids, targets = from_json(tokens, marks, mask)
+    except ConfigError:
+        return
+    assert ids.tolist() == tokens
+    assert all(type(each) is int and 0 <= each < VOCABULARY for each in tokens)
+    if mask == "labels":
+        kept = [id for id, mark in zip(tokens, targets, strict=True) if mark]
+        assert [mark for mark in marks if mark != IGNORED] == kept
+    elif mask is not None:
+        assert targets.tolist() == marks

@@ -19,7 +19,7 @@ from tests.helpers.records import TARGETS, make_dump, plan
 PIPELINE: dict[str, Any] = {
     **plan(samples=16, sample_seed=-3, codec="v2", min_prob=0.1, top_p=0.9),
     "temperature": 1.0,
-    "targets": {"version": 1},
+    "targets": {"version": 1, "which": "assistant", "positions": 0.2, "positions_seed": 3},
     "max_length": 2048,
     "add_eos": True,
     "bos_token_id": None,

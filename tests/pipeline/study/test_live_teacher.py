@@ -7,12 +7,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import general_part, pack_row
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.attention import enable_packing
+from pipeline.models.directory import ModelFolder
 from pipeline.study import live_teacher
+from pipeline.study.arms import trainer_of
+from pipeline.study.config import ArmConfig
+from pipeline.training import train
+from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.masks import MaskedDataset, give_masks
 from tests.helpers.models import tiny_model
 from tests.helpers.rows import mixed_sequences
+from tests.helpers.runs import settings
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
@@ -52,6 +60,27 @@ def test_live_is_the_full_divergence(
     torch.cat(expected).sum().backward()
     for name, weight in student.named_parameters():
         torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_learns_targets_alone(
+    tmp_path: Path, model_path: Path, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logged KL is the mean over the targets, from logits of each sequence alone."""
+    give_masks(monkeypatch)
+    student = tiny_model(tmp_path / "student", seed=5)
+    domain = write_texts(tmp_path / "domain.jsonl", some_texts(4))
+    config = settings(tmp_path, student, dump_path, domain, training={"max_steps": 1})
+    live = ArmConfig(targets="live")
+    summary = train.run(config, trainer_of(live, ModelFolder(model_path)))
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (model_path, student)]
+    kl = []
+    for record in GeneralStream([MaskedDataset(dump_path)], [1], 42).records(range(2)):
+        ids = torch.from_numpy(record.input_ids[None].astype(np.int64))
+        with torch.no_grad():
+            p, q = (each(ids).logits[0, record.positions].log_softmax(1) for each in models)
+        kl.append((p.exp() * (p - q)).sum(1))
+    assert summary["general_tokens"] == len(torch.cat(kl))
+    assert summary["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
