@@ -10,7 +10,9 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "positions"), [(12, 1.0), (5, 0.3)])
+@pytest.mark.parametrize(
+    ("kills", "positions"), [(12, 1.0), pytest.param(5, 0.3, marks=pytest.mark.long)]
+)
 def test_kills_leave_every_row_as_it_was(kills: int, positions: float) -> None:
     command = [sys.executable, "-m", "tests.helpers.kills", f"--kills={kills}", "--seed=3"]
     command.append(f"--positions={positions}")
