@@ -51,7 +51,7 @@ def test_heads_of_two_widths_are_compared(tmp_path: Path, model_path: Path) -> N
     config = EvalConfig(models, general=CorpusConfig(str(domain)), max_length=64)
     found = evaluate.run(config)["models"]["wide"]["general"]
     text = read_tokens(Corpus(config.general, ModelFolder(wide).tokenizer, 64))
-    parts = [logits_of(wide, ids)[:-1].softmax(1)[:, 512:].sum(1) for ids in text]
+    parts = [logits_of(wide, one.input_ids)[:-1].softmax(1)[:, 512:].sum(1) for one in text]
     e = torch.cat(parts)
     assert found["forward_kl"] == pytest.approx(-(1 - e).log().mean().item(), rel=1e-4)
     reverse = (1 - e) * (1 - e).log() + e * (e.log() + 30)
