@@ -93,6 +93,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                     VllmGenerator(model, dtype, config.max_length, config.engine_args)
                 )
                 progress.begin()
+                progress.status = f"writing the first {config.batch} documents"
                 return started
 
             return write_files(config, claimed(config), author, engine, progress)
