@@ -44,11 +44,6 @@ class GeneralStream:
         self._starts = [0]  # targets before each block that was asked for, and the next
         self._last_block: tuple[int, Int64s, Int64s] | None = None
 
-    def record(self, at: int) -> Record:
-        """Row `at` of the stream."""
-        (record,) = self.records([at])
-        return record
-
     def records(self, rows: Iterable[int]) -> list[Record]:
         """Rows of the stream. Those of a remote dump are requested at the same time."""
         places = [self._place(row) for row in rows]
@@ -186,7 +181,7 @@ class MixedDataset(Dataset[Item]):
         domain = []
         for item in items:
             epoch, at = divmod(item, self.epoch_items)
-            order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
+            order = self._shuffled(epoch)
             domain.append(self.domain[int(order[at % len(order)])])
         if self.general is None:
             return [Item(sequence, []) for sequence in domain]
@@ -216,8 +211,12 @@ class MixedDataset(Dataset[Item]):
 
     def _order(self, epoch: int) -> Int64s:
         """The domain sequence of each of the epoch's items."""
-        order = shuffled(len(self.domain), self.seed, DOMAIN, epoch)
+        order = self._shuffled(epoch)
         return order[np.arange(self.epoch_items) % len(order)]
+
+    def _shuffled(self, epoch: int) -> Int64s:
+        """Each domain sequence once, in the order of the epoch."""
+        return shuffled(len(self.domain), self.seed, DOMAIN, epoch)
 
     def _domain_targets(self, items: int) -> int:
         """Domain targets of the first `items` items."""

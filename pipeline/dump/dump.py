@@ -2,9 +2,9 @@
 
 A shard depends only on the plan, the corpus and its first document: it holds rows in corpus order
 and ends at the first document end after `shard_tokens` (of tokens, or of targets where rows have
-masks). So two writers of one shard write the same
-rows, and the writer that commits second resumes after the first one's shard. One thread reads and
-tokenizes the corpus ahead of the engine; another one writes shards behind it.
+masks). So two writers of one shard write the same rows, and the writer that commits second resumes
+after the first one's shard. One thread reads and tokenizes the corpus ahead of the engine; another
+one writes shards behind it.
 """
 
 import math

@@ -163,8 +163,8 @@ def exact_kl(trainer: DistillTrainer, general: GeneralStream, rows: int, shift: 
     trainer.model.eval()
     kl, positions = [], []
     for at in range(0, rows, size):
-        records = [exact_part(general.record(row)) for row in range(at, min(at + size, rows))]
-        for row in packed_rows([], records, trainer.row_tokens, trainer.vocab_size):
+        records = map(exact_part, general.records(range(at, min(at + size, rows))))
+        for row in packed_rows([], list(records), trainer.row_tokens, trainer.vocab_size):
             kl.append(trainer.losses_of(shifted(row, shift)))
             positions.append(row["position_ids"][0, row["targets"]["rows"]])
     fsdp.reshard(trainer.model)
@@ -187,8 +187,7 @@ def sample_gap(
     """The student's cross-entropy to the samples minus its entropy, with its standard error."""
     model = trainer.model.eval()
     gaps, positions = [], []
-    for row in range(rows):
-        record = general.record(row)
+    for record in general.records(range(rows)):
         (packed,) = packed_rows([], [record], vocab_size=trainer.vocab_size)
         logprobs = packed["targets"]["logprobs"].double()  # of the samples' shares; -inf is padding
         negative_entropy = torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(1)

@@ -334,7 +334,7 @@ class DistillTrainer(Trainer):
         """The first `held_out_rows` rows of a dump, or all, packed a batch at a time."""
         rows, size = min(self.held_out_rows or len(dump), len(dump)), self.args.eval_batch_size
         for at in range(0, rows, size):
-            records = [dump[row] for row in range(at, min(at + size, rows))]
+            records = dump.read(range(at, min(at + size, rows)))
             yield from packed_rows([], records, self.row_tokens, self.vocab_size)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -113,7 +113,7 @@ def test_each_pass_of_the_general_stream_sees_every_row(dump_path: Path) -> None
     endless = stream(general)
     for epoch in range(3):
         rows = range(epoch * len(general), (epoch + 1) * len(general))
-        names = {(r.doc_id, r.chunk) for r in map(endless.record, rows)}
+        names = {(r.doc_id, r.chunk) for r in endless.records(rows)}
         assert len(names) == len(general)
     assert endless.epochs(2 * len(general)) == [2.0]
 

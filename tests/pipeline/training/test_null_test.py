@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,7 +179,8 @@ def test_positions_that_are_not_stored_are_not_measured(tmp_path: Path, k: int, 
         [item.whole for item in given],
         [masked(item.whole, item.targets) for item in given],
     ):
-        general: Any = SimpleNamespace(record=records.__getitem__, dumps=[SimpleNamespace(k=k)])
+        read = partial(map, records.__getitem__)
+        general: Any = SimpleNamespace(records=read, dumps=[SimpleNamespace(k=k)])
         found.append(measure(trainer, general, len(records), shift))
     kept = np.concatenate([item.targets[1:] for item in given])
     assert 0 < kept.sum() < len(kept)
