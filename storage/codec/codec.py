@@ -16,6 +16,7 @@ from storage.errors import CorruptPayload
 from storage.topk import TopK
 
 VERSIONS = (ranked.VERSION, contextual.VERSION)
+STEPS = {"v1": 1 / 16, "v2": 1 / 16, "v3": 1 / 16}  # the spacing of each codec's grid by default
 
 
 def encode(
