@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from storage.codec import v2_tables
-from storage.codec.grid import Grid
+from storage.codec import v2_tables, v3
+from storage.codec.root_grid import RootGrid
 from storage.targets import Bools
 from storage.topk import Int32s
 
@@ -31,11 +31,12 @@ class Tables(v2_tables.Successors):
         return Row(self, np.require(input_ids, np.int32, ["C", "W"]), targets)
 
     @classmethod
-    def learn(
+    def learn(  # type: ignore[override]
         cls,
-        rows: Sequence[tuple[Int32s, Grid]],
+        rows: Sequence[tuple[Int32s, RootGrid]],
         vocab_size: int,
         masks: Sequence[Bools | None] | None = None,
     ) -> "Tables":
         """Learn from the (input_ids, grid) of rows, and their masks."""
-        return super().learn(rows, vocab_size, masks)  # type: ignore[return-value]
+        numbers = [(input_ids, v3.as_grid(grid)) for input_ids, grid in rows]
+        return super().learn(numbers, vocab_size, masks)  # type: ignore[return-value]
