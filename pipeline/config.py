@@ -327,8 +327,8 @@ class TrainConfig:
     mix: Annotated[float, Range(0, MOST)] = 1.0
     """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
-    """What mix counts. With tokens, mix is general targets per domain target: all tokens of a
-    sequence without a mask, and the learnt ones of a sequence with one."""
+    """What mix counts. With tokens, mix is general targets per domain target, on average over the
+    corpora: all tokens of a sequence without a mask, and the learnt ones of a sequence with one."""
     row_tokens: Limit = None
     """Largest number of tokens that go through the model at a time: a larger batch is cut into
     packed rows. By default a row holds the whole batch. Limits memory and does not change what is
