@@ -51,6 +51,13 @@ PARTS = {
         120,
         "70 GB of GPU memory; the packages of stage two",
     ),
+    "head": Part(
+        "bench_head",
+        "--rows 1766 --width 4096 --vocabulary 151936 --k 64",
+        "--rows 8 --width 32 --vocabulary 5000 --k 8 --repeats 1",
+        30,
+        "10 GB of GPU memory; compares with flashinfer if installed",
+    ),
 }
 
 
