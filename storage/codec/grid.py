@@ -46,21 +46,25 @@ class Grid:
             return self
         return replace(self, below=self.below.astype(np.uint16))
 
-    def same(self, other: "Grid") -> bool:
+    def same(self, other: object) -> bool:
         """Whether both hold the same distributions; equally likely ids may be in any order."""
-        if not np.array_equal(self.counts, other.counts):
+        if not isinstance(other, Grid) or not np.array_equal(self.counts, other.counts):
             return False
         numbers = [(self.below, other.below), (self.best, other.best), (self.tails, other.tails)]
         if not all(np.array_equal(left, right) for left, right in numbers):
             return False
-        if np.array_equal(self.ids, other.ids):
-            return True
-        position = np.repeat(np.arange(len(self.counts)), self.counts)
-        # Number each level of each position, so that its ids are compared as a set.
-        changes = (np.diff(self.below, prepend=0) != 0) | (np.diff(position, prepend=0) != 0)
-        level = np.cumsum(changes)
-        mine, others = (np.sort(level * self.vocab_size + grid.ids) for grid in (self, other))
-        return np.array_equal(mine, others)
+        return same_levels(self.counts, self.below, self.ids, other.ids)
+
+
+def same_levels(counts: UInt16s, levels: Integers, ids: Int32s, others: Int32s) -> bool:
+    """Whether each position has the same ids [E] at each of its levels [E], in any order."""
+    if np.array_equal(ids, others):
+        return True
+    position = np.repeat(np.arange(len(counts)), counts)
+    # Number each level of each position, so that its ids are compared as a set.
+    changes = np.diff(levels.astype(np.int64), prepend=0) != 0
+    group = np.cumsum(changes | (np.diff(position, prepend=0) != 0)) << 32
+    return np.array_equal(np.sort(group + ids), np.sort(group + others))
 
 
 def check_best(below_itself: npt.NDArray[np.bool_], filled: npt.NDArray[np.bool_]) -> None:

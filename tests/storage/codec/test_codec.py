@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import CorruptPayload, FormatVersionError, InvalidRecord, Ranks, TopK, decode, encode
+from storage.codec.codec import STEPS, kept, pack, quantised, restored
 from storage.codec.frames import HEADER, Header, Limits, Planes, deflate, join, split_planes
 from storage.topk import codec_kl
 from tests.helpers.records import VOCAB, random_topk
@@ -215,3 +216,14 @@ def test_codec_kl_is_the_divergence_of_k_plus_one_outcomes(seed: int, k: int, st
     assert found.max() < step**2
     with pytest.raises(ValueError, match="different ids"):
         codec_kl(topk, random_topk(5, k, seed=seed + 1))
+
+
+def test_each_codec_rounds_to_its_own_grid() -> None:
+    topk = random_topk(20, VOCAB)
+    for codec, step in STEPS.items():
+        stays = kept(topk, step, codec)
+        found = restored(quantised(topk, VOCAB, step, codec))
+        assert (len(stays.ids) < len(topk.ids)) == (codec == "v3")
+        assert 0 < codec_kl(stays, found).mean() < 4e-4
+    with pytest.raises(InvalidRecord, match="a grid of roots goes with tables of version 3"):
+        pack(quantised(topk, VOCAB, 0.01, "v3"), None)
