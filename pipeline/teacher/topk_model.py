@@ -148,7 +148,7 @@ class TopKPooler(Pooler):
         chosen = list(map(asked_rows, requests, starts.tolist(), scheduled.tolist()))
         before = np.cumsum(scheduled) - scheduled  # rows of other sequences in front
         rows = np.concatenate([at + first for at, first in zip(chosen, before, strict=True)])
-        packed = self.pack(hidden_states[torch.from_numpy(rows).to(hidden_states.device)])
+        packed = self.pack(rows_of(hidden_states, rows))
         parts = packed.split([len(at) for at in chosen])
         finished = cursor.is_finished().tolist()
         results: list[Any] = []
@@ -188,6 +188,19 @@ def asked_rows(params: Any, start: int, tokens: int) -> Int64s:
         return np.arange(tokens)
     bits = np.unpackbits(np.frombuffer(asked, np.uint8), bitorder="little")
     return np.flatnonzero(bits[start : start + tokens])
+
+
+def rows_of(hidden_states: torch.Tensor, rows: Int64s) -> torch.Tensor:
+    """The rows of hidden_states [T, D]; all of them where there are as many.
+
+    Their numbers go to a GPU from pinned memory, so that the copy does not wait for the forward.
+    """
+    if len(rows) == len(hidden_states):
+        return hidden_states
+    at = torch.from_numpy(rows)
+    if hidden_states.is_cuda:
+        at = at.pin_memory()
+    return hidden_states[at.to(hidden_states.device, non_blocking=True)]
 
 
 def pack_topk(
