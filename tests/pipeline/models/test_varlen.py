@@ -14,6 +14,7 @@ from pipeline.models import varlen
 from pipeline.models.attention import PACKED, Way, packing_arguments, take_way
 from pipeline.models.packed_attention import packed_attention
 from tests.helpers.architectures import tiny
+from tests.helpers.fake_cuda import fake_cuda
 
 LENGTHS = [1, 9, 2, 5, 1]
 
@@ -194,3 +195,28 @@ def test_what_the_kernel_would_leave_out(
     module.num_key_value_groups, module.head_dim = 2, 8
     packed_attention(module, *arguments(4, 2, LENGTHS), mask, LENGTHS, scaling=1.0, **options)
     assert kernel.calls == 0
+
+
+@pytest.mark.skipif(varlen.kernel is None, reason="torch has no variable-length attention")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_host_does_not_wait_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """torch's own kernel on fake tensors of a GPU, forward and backward."""
+    monkeypatch.setattr(varlen, "able", lambda _: True)
+    mask = None if window is None else torch.tensor(window)
+    with fake_cuda() as mode:
+        q, k, v = (
+            torch.empty(1, heads, sum(LENGTHS), 16, dtype=torch.bfloat16, device="cuda")
+            for heads in (4, 2, 2)
+        )
+        q.requires_grad_()
+        found, _ = packed_attention(layer(2), q, k, v, mask, LENGTHS)
+        assert found.shape == (1, sum(LENGTHS), 4, 16)
+        assert found.device.type == "cuda"
+        assert "_varlen_attn" in str(found.grad_fn.next_functions)
+        found.sum().backward()
+        assert q.grad is not None
+        assert q.grad.shape == q.shape
+        assert mode.waits == []
+        assert len(mode.pinned) == 1
