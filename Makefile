@@ -10,7 +10,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-models test-kill test-airflow fuzz gpu-bench gpu-check lint types \
+.PHONY: help setup demo test test-fast test-models test-kill test-airflow gpu-check gpu-bench fuzz lint types \
 	types-airflow lock clean airflow airflow-setup
 
 help:  ## list the targets
@@ -51,7 +51,7 @@ fuzz: setup .venv-fuzz  ## forged dumps for FUZZ_SECONDS, then damaged bytes for
 	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
 		-max_total_time=$(FUZZ_SECONDS)
 
-gpu-bench: setup  ## loss, step and head on a GPU, in minutes; LIST=1 lists, PART=loss runs one part
+gpu-bench: setup  ## loss, step, head and attention on a GPU, in minutes; LIST=1 lists, PART=loss runs one part
 	$(PYTHON) scripts/benchmarks/gpu_bench.py $(if $(LIST),--list) $(addprefix --part ,$(PART))
 
 lint: setup  ## check rules and format with ruff

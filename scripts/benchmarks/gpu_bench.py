@@ -58,6 +58,13 @@ PARTS = {
         30,
         "10 GB of GPU memory; compares with flashinfer if installed",
     ),
+    "attention": Part(
+        "bench_attention",
+        "--tokens 8192 --heads 32 --groups 4 --width 128",
+        "--tokens 64 --heads 2 --groups 2 --width 8 --sequences 1 4 --repeats 1 --error_tokens 16",
+        20,
+        "2 GB of GPU memory; transformers",
+    ),
 }
 
 
