@@ -6,6 +6,7 @@ interrupted.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -61,10 +62,13 @@ def run(runner: Runner, checks: list[Check], processes: int, given: argparse.Nam
         given.page.write_text(text, encoding="utf-8")
         return text
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         runner.run(checks, processes, ended, 60 * given.minutes)
     except KeyboardInterrupt:
         code = 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(write(), end="", flush=True)
     return exit_code(checks) if code is None else code
 

@@ -16,7 +16,7 @@ from tests.helpers.models import tiny_tokenizer
 from tests.helpers.runs import settings
 
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 """The shape in a rehearsal, whatever is asked for."""
 
 

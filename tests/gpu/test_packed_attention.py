@@ -16,6 +16,7 @@ from pipeline.models.attention import (
     packing_arguments,
     take_way,
 )
+from pipeline.models.packed_attention import packed_attention
 from tests.gpu.device import DEVICE, REHEARSED
 from tests.gpu.measured import Measured
 from tests.helpers.architectures import logits_alone, tiny
@@ -150,3 +151,37 @@ def test_no_sequence_sees_another(kind: str, measured: Measured) -> None:
     changed = (before != after).any(1)
     measured("positions of others that changed", changed[~inside].sum(), 0)
     measured("of its own", changed[inside].float().mean(), least=0.99, unit="of 1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 512], ids=["causal", "window of 512"])
+def test_no_scores_are_kept(window: int | None, dtype: torch.dtype, measured: Measured) -> None:
+    """Forward and backward of grouped queries take far less memory than T × T scores of each head.
+
+    A mask of a window is T × T once, for all heads, as numbers and as bits."""
+    heads, groups, tokens, width = 16, 4, 256 if REHEARSED else 4096, 64
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = groups  # type: ignore[assignment]
+    query, key, value = (
+        torch.randn(1, many, tokens, width, device=DEVICE, dtype=dtype).requires_grad_()
+        for many in (heads, heads // groups, heads // groups)
+    )
+    mask = None if window is None else torch.tensor(window)
+    before = reset_peak()
+    found, _ = packed_attention(layer, query, key, value, mask, [tokens])
+    found.sum().backward()
+    assert query.grad is not None
+    if DEVICE == "cpu":
+        pytest.skip("the peak is that of CUDA's allocator")
+    scores = heads * tokens**2 * query.element_size()
+    peak = torch.cuda.max_memory_allocated() - before
+    measured("peak", peak / 2**20, unit="MiB")
+    measured("peak / scores", peak / scores, 0.5)
+
+
+def reset_peak() -> int:
+    """Bytes that are there."""
+    if DEVICE == "cpu":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
