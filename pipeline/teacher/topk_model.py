@@ -45,6 +45,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from pipeline.devices import to_device
 from pipeline.signals import die_with_parent
 from pipeline.teacher import stand_in
+from pipeline.teacher.head import CACHE_BYTES, as_integers, rows_at_a_time, top_and_rest
 from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 from pipeline.types import Int64s
 
@@ -56,8 +57,6 @@ POSITIONS = "mol_positions"  # what a request asks for, in PoolingParams.extra_k
 OWNER = "MOL_DUMP_PID"  # id of the process that owns the engine
 # Bytes of float32 logits in memory at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
-CACHE_BYTES = 1 << 23  # bytes of them that a CPU processes at a time, to stay in its caches
-GROUP = 8  # columns per maximum, see `largest`
 
 
 def register() -> None:
@@ -214,10 +213,6 @@ def pack_topk(
     return torch.cat([pack_rows(model, part, k, how) for part in hidden_states.split(rows)])
 
 
-def rows_at_a_time(limit: int, vocab_size: int) -> int:
-    return max(1, limit // (4 * vocab_size))
-
-
 def pack_rows(
     model: Any, hidden_states: torch.Tensor, k: int, how: Sampling = NO_SAMPLES
 ) -> torch.Tensor:
@@ -257,11 +252,11 @@ def pack_rows(
         if how.draws:  # this rank's candidates outside the overall top-k belong to the tail
             logits.scatter_(1, own_ids, lefts[rank])
     total = torch.logaddexp(best.logsumexp(-1), rest)
-    values = torch.cat([(rest - total)[:, None], best - total[:, None]], dim=1)
-    packed = [values.contiguous().view(torch.int32), ids.int()]
-    if how.draws:
-        packed.append(drawn_from(logits, shares, rank, first, places(how, rest, total)))
-    return torch.cat(packed, dim=1)
+    answers = as_integers(best, ids, rest, total)
+    if not how.draws:
+        return answers
+    drawn = drawn_from(logits, shares, rank, first, places(how, rest, total))
+    return torch.cat([answers, drawn], dim=1)
 
 
 def exact(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
@@ -296,58 +291,6 @@ def drawn_from(
         every = tensor_model_parallel_all_gather(ids.view(torch.float32), dim=-1)
         ids = every.view(torch.int32).view(len(ids), -1, at.shape[1]).amax(1)
     return ids
-
-
-def top_and_rest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits [N, V] -> the k best [N, k], their columns [N, k], logsumexp of all others [N].
-
-    A CPU processes a few rows at a time, which stay in its cache.
-    """
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        rows = rows_at_a_time(CACHE_BYTES, logits.shape[1])
-    parts = [top_and_rest_of(part.float(), k) for part in logits.split(rows)]
-    best, ids, rest = (torch.cat(values) for values in zip(*parts, strict=True))
-    return best, ids, rest
-
-
-def top_and_rest_of(
-    logits: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`top_and_rest` of float32 logits, which are overwritten."""
-    if k >= logits.shape[1]:
-        best, ids = logits.sort(dim=-1, descending=True)
-        return best, ids, torch.full_like(best[:, 0], -torch.inf)
-    best, ids = largest(logits, k + 1)
-    following, target = best[:, k], ids[:, k]  # the largest of the others
-    logits.scatter_(1, ids[:, :k], -torch.inf)
-    # Cross-entropy is logsumexp - target in one pass; torch.logsumexp makes three.
-    rest = torch.nn.functional.cross_entropy(logits, target, reduction="none") + following
-    rest = torch.where(following == -torch.inf, following, rest)
-    return best[:, :k], ids[:, :k], rest
-
-
-def largest(
-    values: torch.Tensor, k: int, in_order: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """values.topk(k) over the last dimension of [N, V]; fast if V is far above k.
-
-    Columns form groups. The k largest values are in the k groups with the largest maxima, which a
-    recursive call finds. So one fast pass for the maxima leaves k * GROUP candidates.
-    """
-    size = values.shape[1]
-    groups = size // GROUP
-    if groups < 4 * k:
-        best, ids = values.topk(k, dim=-1, sorted=in_order)
-        return best, ids
-    inside = GROUP * groups  # columns in groups; column c belongs to group c % groups
-    members = values[:, :inside].view(-1, GROUP, groups)
-    _, chosen = largest(members.amax(dim=1), k, in_order=False)
-    candidates = members.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
-    candidates = torch.cat([candidates, values[:, inside:]], dim=1)
-    best, at = candidates.topk(k, dim=-1, sorted=in_order)
-    grouped = chosen.gather(1, at % k) + at.div(k, rounding_mode="floor") * groups
-    return best, torch.where(at < GROUP * k, grouped, at + (inside - GROUP * k))
 
 
 def inner_model(model: Any) -> Any:

@@ -8,14 +8,43 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.teacher import head_triton
 from pipeline.teacher.sampling import NO_SAMPLES, Sampling
-from tests.helpers.fake_cuda import fake_cuda
+from tests.helpers.fake_cuda import FakeCuda, fake_cuda
 
 topk_model = pytest.importorskip("pipeline.teacher.topk_model", reason="needs vllm")
 
 K, V, D = 8, 5000, 16
 TOKENS = 7
 """Of each of two sequences in a step."""
+
+
+class FakeGroups:
+    """In place of `head_triton._groups`: checks what a launch would read and write."""
+
+    def __init__(self, mode: FakeCuda) -> None:
+        self.mode = mode
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        return lambda *given, **constants: self.launch(grid, *given, **constants)
+
+    def launch(
+        self, grid: tuple[int, int], logits: Tensor, top: Tensor, lse: Tensor,
+        groups: int, stride: int, MEMBERS: int, SIZE: int, num_warps: int,
+    ) -> None:  # fmt: skip
+        self.launches += 1
+        # Triton takes the current device.
+        assert {x.device for x in (logits, top, lse)} == {torch.device("cuda", self.mode.device)}
+        assert logits.stride() == (stride, 1)
+        assert groups * MEMBERS <= logits.shape[1]
+        assert grid[0] == len(logits)
+        assert (grid[1] - 1) * SIZE < groups <= grid[1] * SIZE
+        assert MEMBERS.bit_count() == SIZE.bit_count() == num_warps.bit_count() == 1
+        for made in (top, lse):
+            assert made.shape == (len(logits), groups)
+            assert made.is_contiguous()
+            assert made.dtype == torch.float32
 
 
 def step(model: Any, how: Sampling, dtype: torch.dtype, chosen: list[int] | None) -> Tensor:
@@ -53,6 +82,8 @@ def test_pooler_on_a_gpu(
         topk_model, "local_logits", lambda model, hidden: (model.compute_logits(hidden), V)
     )
     with fake_cuda() as mode:
+        kernel = FakeGroups(mode)
+        monkeypatch.setattr(head_triton, "_groups", kernel)
         head = torch.empty(D, V, dtype=dtype, device="cuda")
         model = SimpleNamespace(compute_logits=lambda hidden: hidden @ head)
         packed = step(model, how, dtype, chosen)
@@ -62,3 +93,4 @@ def test_pooler_on_a_gpu(
         assert packed.device.type == "cuda"
         assert mode.waits == []
         assert len(mode.pinned) == (0 if chosen is None else 1)
+        assert kernel.launches == 1
