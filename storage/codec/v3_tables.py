@@ -85,7 +85,16 @@ class Tables:
         hints = np.array([np.searchsorted(row, edges, side="right") - 1 for row in self.sums])
         rank_kinds = np.digitize(self.ranks.rank_of, RANK_KINDS).astype(np.uint8)
         arrays = (
-            self.ranks.order, self.ranks.rank_of, rank_kinds, self.starts, self.listed, self.kinds,
+            *(
+                np.ascontiguousarray(each, np.int32).view(np.uint32)
+                for each in (self.ranks.order, self.ranks.rank_of)
+            ),
+            rank_kinds,
+            *(
+                np.ascontiguousarray(each, np.int32).view(np.uint32)
+                for each in (self.starts, self.listed)
+            ),
+            self.kinds,
             self.scales, self.roots, self.chances, self.sums, hints.astype(np.uint8),
         )  # fmt: skip
         # One array type each, writable too: numba would compile again for any other.
@@ -194,7 +203,7 @@ class Row:
     def _walked(self) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
         """(tokens [P], place and length [P] of their matches)."""
         place, length = compiled().matches(self.input_ids, self.positions)
-        return self.input_ids[self.positions], place, length
+        return self.input_ids[self.positions].view(np.uint32), place, length
 
     def symbols(self, grid: RootGrid) -> tuple[Int32s, Int32s]:
         """(contexts, symbols) [n] that encode the grid."""
@@ -207,7 +216,7 @@ class Row:
         room = int(asked) + 6 * len(grid.ids) + 12 * len(counts)
         contexts, symbols = np.empty((2, room), np.int32)
         written = compiled().list_row(
-            self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.int32),
+            self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.uint32),
             grid.roots.astype(np.uint16), grid.tails.astype(np.int32), largest(grid.step),
             contexts, symbols,
         )  # fmt: skip
@@ -231,8 +240,9 @@ class Row:
         counts, tails = np.zeros(len(tokens), np.uint16), np.zeros(len(tokens), np.int32)
         ids, roots = np.zeros(entries, np.int32), np.zeros(entries, np.uint16)
         failure, found = compiled().read_row(
-            self.tables.known, tokens, place, length, words, one, most, counts, ids, roots, tails
-        )
+            self.tables.known, tokens, place, length, words, one, most, counts,
+            ids.view(np.uint32), roots, tails,
+        )  # fmt: skip
         return failure or (0 if found == entries else 2), counts, ids, roots, tails
 
 
