@@ -70,6 +70,9 @@ class CorpusConfig:
     """Number of documents to skip at the start."""
     limit: Limit = None
     """Use at most this many documents."""
+    reread: bool = False
+    """Read files of 16 MiB and more whole to know their content again. By default it is taken to be
+    the same where place, size, inode, times and a sample of the bytes are."""
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS_OF_COLUMNS if getattr(self, name) is not None]
@@ -327,8 +330,8 @@ class TrainConfig:
     mix: Annotated[float, Range(0, MOST)] = 1.0
     """General sequences per domain sequence. 0 trains on the domain alone."""
     mix_by: Literal["sequences", "tokens"] = "sequences"
-    """What mix counts. With tokens, mix is general targets per domain target: all tokens of a
-    sequence without a mask, and the learnt ones of a sequence with one."""
+    """What mix counts. With tokens, mix is general targets per domain target, on average over the
+    corpora: all tokens of a sequence without a mask, and the learnt ones of a sequence with one."""
     row_tokens: Limit = None
     """Largest number of tokens that go through the model at a time: a larger batch is cut into
     packed rows. By default a row holds the whole batch. Limits memory and does not change what is

@@ -127,20 +127,23 @@ def step(
     """Losses float32 [N] of logits z [N, V], which are overwritten; fills grad [N, V].
 
     grad, of any floating dtype, receives weights · ∂loss/∂z. It may be z itself; None skips the
-    gradient. soft_cap 0 means no cap.
+    gradient. soft_cap 0 means no cap. Raises ValueError where a row of z or grad has gaps.
     """
+    if z.stride(1) != 1 or (grad is not None and grad.stride(1) != 1):
+        raise ValueError("step: the logits of a row must lie side by side; use .contiguous()")
     rows, k = ids.shape
     losses = torch.empty(rows, dtype=torch.float32, device=z.device)
     if not rows:
         return losses
     out = z if grad is None else grad
-    _rows[(rows,)](
-        z, out, ids.contiguous(), logprobs.float().contiguous(), tail.float().contiguous(),
-        weights.float().contiguous(), losses,
-        z.shape[1], k, z.stride(0), out.stride(0),
-        MIN_TAIL=min_tail_logprob, REVERSE=reverse, GRADIENT=grad is not None, CAP=soft_cap,
-        ENTRIES=triton.next_power_of_2(max(k, 1)),
-        SIZE=min(BLOCK, triton.next_power_of_2(z.shape[1])),
-        num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        _rows[(rows,)](
+            z, out, ids.contiguous(), logprobs.float().contiguous(), tail.float().contiguous(),
+            weights.float().contiguous(), losses,
+            z.shape[1], k, z.stride(0), out.stride(0),
+            MIN_TAIL=min_tail_logprob, REVERSE=reverse, GRADIENT=grad is not None, CAP=soft_cap,
+            ENTRIES=triton.next_power_of_2(max(k, 1)),
+            SIZE=min(BLOCK, triton.next_power_of_2(z.shape[1])),
+            num_warps=8,
+        )  # fmt: skip
     return losses

@@ -3,10 +3,11 @@
     SHA256.rows     a sparse file in which each range that was read lies where it lies in the shard
     SHA256.have     lists the ranges: offset, bytes and CRC-32 of each
     SHA256.parquet  a whole shard, which was read in order
+    SHA256.tables   tables of version 3, which many shards share
 
-Files are named by the sha256 of the shard, so they are never stale. A range is listed after it is
-written, and counts as absent where its CRC-32 differs. So any number of processes may share a
-cache, and any of them may die.
+Files are named by the sha256 of the shard or of the tables, so they are never stale. A range is
+listed after it is written, and counts as absent where its CRC-32 differs. So any number of
+processes may share a cache, and any of them may die.
 
 MOL_CACHE_GB limits the cache, in units of 1e9 bytes (default 100). A full cache loses the shards
 that nobody used for an hour; where there are none, it takes no more ranges. Rows are read in random
@@ -27,7 +28,7 @@ from storage.parsing import SHA256
 from storage.store import cache_folder
 
 LIMIT_GB = "MOL_CACHE_GB"
-KEPT_FILE = re.compile(rf"({SHA256.pattern})\.(parquet|rows|have)")
+KEPT_FILE = re.compile(rf"({SHA256.pattern})\.(parquet|rows|have|tables)")
 RANGE = struct.Struct("<QII")  # offset, bytes, CRC-32
 IDLE = 3600.0  # seconds after which a shard may be removed for ranges of others
 TOUCH = 60.0  # seconds between two notes that a shard is in use

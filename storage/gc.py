@@ -3,6 +3,7 @@
 This is safe while writers run. Files are listed before markers are read, so a file without a marker
 had none when its age was measured. The files of a running writer are younger than the limit: it
 writes to an open shard with every row group, and names a closed one in a marker within one commit.
+Tables that shards share may be named at any time until a dump is finished.
 """
 
 import contextlib
@@ -10,9 +11,10 @@ import os
 import re
 from dataclasses import dataclass
 
+from storage.dump_tables import TABLES_FILE, tables_file
 from storage.errors import IncompleteDump
 from storage.index_files import DUMP_INDEX, SHARD_INDEX, dump_index, shard_index
-from storage.manifest import Dump
+from storage.manifest import Dump, Shard
 from storage.parsing import MARKER_BYTES, SHARD_NAME, from_json
 from storage.store import is_own_folder, walk
 
@@ -21,6 +23,7 @@ DEFAULT_HOURS = 24.0
 MARKER = re.compile(rf"({SHARD_NAME.pattern})\.json", re.ASCII)
 DATA_FILE = r"\d{5,9}/\d{5,9}-[0-9a-f]{12}\.parquet"
 OURS = re.compile(rf"{DATA_FILE}|{SHARD_INDEX.pattern}|{DUMP_INDEX.pattern}", re.ASCII)
+FINISHED_OURS = re.compile(rf"{OURS.pattern}|{TABLES_FILE.pattern}", re.ASCII)
 WRITING = r"\.writing-\d{5,9}-\d{5,9}-[0-9a-f]{32}"  # ShardWriter.flush
 CREATING = r"((\d{5,9}|tokenizer)/)?\.creating-[a-z0-9_]{8}"  # create_local
 OPEN_FILE = re.compile(rf"\d{{5,9}}/{WRITING}|{CREATING}", re.ASCII)
@@ -49,24 +52,28 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
     dump = Dump(path)
     store = dump.store
     first, entries = store.entries(), store.entries()
-    named: set[str] = set()
+    shards: list[Shard] = []
+    named, ours = set[str](), OURS
     with contextlib.suppress(IncompleteDump):
         manifest = dump.manifest()
-        named.update(shard.file for shard in manifest.shards)
+        shards += manifest.shards
         named.add(dump_index(manifest.fingerprint))
+        ours = FINISHED_OURS
     for name in entries:  # every marker, also those after a missing one
         match = MARKER.fullmatch(name)
         data = store.read(name, MARKER_BYTES) if match else None
         if match and data is not None:
-            named.add(dump.committed(match[1], from_json(data, name)).file)
-    named.update([shard_index(name) for name in named if name.endswith(".parquet")])
+            shards.append(dump.committed(match[1], from_json(data, name)))
+    for shard in shards:
+        named |= {shard.file, shard_index(shard.file)}
+        named |= {tables_file(shard.tables)} if shard.tables else set()
     found = [
         Leftover(name, entries[name].bytes, entry.age)
         for name, entry in sorted(first.items())
         if entry.age > 3600 * hours
         and name in entries
         and not (entry.link or entries[name].link)
-        and (OPEN_FILE.fullmatch(name) or (OURS.fullmatch(name) and name not in named))
+        and (OPEN_FILE.fullmatch(name) or (ours.fullmatch(name) and name not in named))
     ]
     if not store.local and is_own_folder(store.remote_staging):
         for name, entry in sorted(walk(str(store.remote_staging))):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from storage.dataset import LogitDataset
+from storage.dump_tables import tables_file
 from storage.manifest import Totals
 from storage.parsing import MANIFEST_BYTES, MASS_BINS, Json
 from storage.plan import masked
@@ -36,6 +37,7 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
         yield f"targets    {totals.positions:,}  ({share:.1%} of the tokens)"
         size += f", {totals.bytes_per_target:.1f} per target"
     yield f"bytes      {totals.bytes:,}  ({size})"
+    yield from tables_of(dataset)
     yield f"entries    {totals.entries / totals.positions:.1f} per position"
     if dataset.plan.get("samples"):
         yield (
@@ -51,6 +53,22 @@ def describe(dataset: LogitDataset) -> Iterator[str]:
         share = count / totals.positions
         low, high = number / MASS_BINS, (number + 1) / MASS_BINS
         yield f"  mass {low:.2f}-{high:.2f} {share:7.2%} {'█' * round(BAR * share)}"
+
+
+def tables_of(dataset: LogitDataset) -> Iterator[str]:
+    """A line for all tables that shards share, and one for each with the shards that it serves."""
+    users: dict[str, list[str]] = {}
+    for shard in dataset.shards:
+        if shard.tables:
+            users.setdefault(tables_file(shard.tables), []).append(shard.name)
+    if not users:
+        return
+    there = dataset.dump.store.top()
+    sizes = {name: there[name].bytes if name in there else 0 for name in users}
+    yield f"tables     {sum(sizes.values()):,} bytes more, in {len(users)} files"
+    for name, shards in users.items():
+        size = f"{sizes[name]:,} bytes" if name in there else "missing"
+        yield f"  {name} {size}, {len(shards)} shards, the first is {shards[0]}"
 
 
 def flatten(value: Json, prefix: str = "") -> Iterator[tuple[str, object]]:

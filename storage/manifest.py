@@ -5,6 +5,7 @@ and any process may die at any time. Readers use only data files that a marker n
 
     plan.json             corpus, model and settings; created before any shard
     tokenizer/...         the tokenizer's files
+    tables-9f1c….bin      tables that shards of version 3 share, see dump_tables.py
     00003/00007.json      marker of shard 7 of partition 3: data file, sha256, rows, tokens, cursor
     00003/00007-*.parquet data files; only the one that the marker names is read
     00003/complete.json   all shards of partition 3 are committed
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from storage.dump_tables import DumpTables
 from storage.errors import IncompleteDump, PlanMismatch, StoreError
 from storage.index_files import dump_index, joined
 from storage.parsing import (
@@ -37,7 +39,7 @@ from storage.parsing import (
     objects,
     to_json,
 )
-from storage.plan import check_readable, format_version, masked
+from storage.plan import check_readable, format_version, masked, shares_tables
 from storage.store import Store
 
 
@@ -46,6 +48,7 @@ class Shard:
     """A committed shard: its name ("00003/00007") and its marker, checked.
 
     masked  whether each of its rows says which of its tokens are learnt
+    shared  whether its rows are decoded with tables of the dump, see dump_tables.py
 
     Raises CorruptShard for a marker that no writer can have made.
     """
@@ -53,9 +56,10 @@ class Shard:
     name: str
     marker: Json
     masked: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        check_marker(self.marker, self.name, self.masked)
+        check_marker(self.marker, self.name, self.masked, self.shared)
 
     @property
     def file(self) -> str:
@@ -72,6 +76,11 @@ class Shard:
     @property
     def positions(self) -> int:
         return int(self.marker["positions"])
+
+    @property
+    def tables(self) -> str | None:
+        """The sha256 of the tables of the dump that decode its rows; None if it holds its own."""
+        return self.marker.get("tables") if self.shared else None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -243,10 +252,11 @@ class Dump:
         self.plan = from_json(data, "plan.json")
         check_readable(self.plan, self.store.path)
         self.plan_sha256 = hashlib.sha256(to_json(self.plan)).hexdigest()
+        self.tables = DumpTables(self.store, int(self.plan["vocab_size"]))
 
     def committed(self, name: str, marker: Json) -> Shard:
         """The shard with this marker. Raises CorruptShard, see Shard."""
-        return Shard(name, marker, masked(self.plan))
+        return Shard(name, marker, masked(self.plan), shares_tables(self.plan))
 
     def check_plan(self) -> None:
         """Raise StoreError if plan.json is gone, PlanMismatch if it has changed.

@@ -96,8 +96,9 @@ def objects(values: Json, key: str, name: str) -> list[Json]:
     return found
 
 
-def check_marker(marker: Json, shard: str, masked: bool = False) -> None:
-    """The marker of a shard such as "00003/00007"; `masked` rows may have fewer positions."""
+def check_marker(marker: Json, shard: str, masked: bool = False, shared: bool = False) -> None:
+    """The marker of a shard such as "00003/00007"; `masked` rows may have fewer positions, rows
+    that are decoded with `shared` tables need their sha256."""
     name = f"{shard}.json"
     index = shard.split("/")[1]
     file = matched(marker, "file", name, DATA_FILE, f"{index}-0123456789ab.parquet")
@@ -108,6 +109,8 @@ def check_marker(marker: Json, shard: str, masked: bool = False) -> None:
         whole(marker, "footer_crc32", name, 0, (1 << 32) - 1)
     size = whole(marker, "bytes", name)
     rows = whole(marker, "rows", name, 0, size)  # a row takes more than a byte
+    if shared and rows:
+        matched(marker, "tables", name, SHA256, "64 hexadecimal digits")
     tokens = whole(marker, "tokens", name, 2 * rows if masked else rows)
     positions = whole(marker, "positions", name)
     if masked:

@@ -96,7 +96,7 @@ class Places:
             return self.column(0, "successors", [successors])[0], size_at(successors)
         ranks = (self.metadata.metadata or {}).get(b"ranks")
         if ranks is None:
-            return 0, 0  # version 2 without rows
+            return 0, 0  # version 2 without rows, and version 3, whose tables are the dump's
         found = self.data.rfind(ranks)
         if found < 0:
             raise CorruptShard("the footer's rank table is not in the file")

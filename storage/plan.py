@@ -113,6 +113,11 @@ def masked(plan: Json) -> bool:
     return "targets" in plan
 
 
+def shares_tables(plan: Json) -> bool:
+    """Whether the rows of the dump are decoded with tables that many shards share."""
+    return bool(plan.get("codec") == "v3")
+
+
 def format_version(plan: Json) -> int:
     """That of a dump with this plan: releases that know no masks refuse version 2."""
     return 2 if masked(plan) else 1

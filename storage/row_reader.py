@@ -1,29 +1,29 @@
 """RowReader: any row of a finished dump, by its index.
 
-A row is one range of one file (two with samples): no footer is parsed and no row group is read. The
-tables of a shard are read once, and kept while they fit. Ranges of a remote dump go to the cache of
-this machine, if it has one, once the row that they hold has proved itself.
+A row is one range of one file (two with samples): no footer is parsed and no row group is read.
+Tables, of a shard or of the dump, are read once, and kept while they fit. Ranges of a remote dump
+go to the cache of this machine, if it has one, once the row that they hold has proved itself.
 """
 
 import os
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from storage import row_head
 from storage.cache import RangeCache, Room
-from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Successors, tables_of_row
+from storage.codec.codec import tables_of_row
 from storage.data_file import open_local, read_range
 from storage.errors import CorruptShard, FormatVersionError
 from storage.index import SAMPLES, Index, Place
+from storage.kept import Kept
 from storage.manifest import Dump, Shard
+from storage.own_tables import OWN_TABLES, AnyTables, size_of
 from storage.row_head import RowHead
-from storage.shard import FORMATS, unpack_ranks
+from storage.shard import CODECS, FORMATS
 from storage.shard_reader import RowDecoder, gate
 from storage.store import cache_folder
 from storage.targets import positions_of
@@ -33,30 +33,6 @@ OPEN_FILES = 64
 AT_ONCE = 32  # requests to a remote store
 PACKED_BYTES = 256 << 20  # of the shards' tables as they are stored
 TABLE_BYTES = 256 << 20  # of the tables that rows are decoded with
-
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Value]):
-    """The values used last, up to a total size; `drop` gets each that is given up."""
-
-    def __init__(self, most: int, drop: Callable[[Value], object] = lambda value: None) -> None:
-        self.most, self.drop, self.total = most, drop, 0
-        self.values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int]) -> Value:
-        """The value of a key, made if it is not kept."""
-        if key in self.values:
-            self.values.move_to_end(key)
-            return self.values[key][0]
-        value = make()
-        self.values[key] = value, size(value)
-        self.total += self.values[key][1]
-        while self.total > self.most and len(self.values) > 1:
-            _, (old, length) = self.values.popitem(last=False)
-            self.total -= length
-            self.drop(old)
-        return value
 
 
 class Range(NamedTuple):
@@ -87,7 +63,7 @@ class RowReader:
         self.codec = str(dump.plan.get("codec", "v1"))
         if self.codec not in FORMATS.values():
             raise FormatVersionError(
-                f"the plan's codec is {self.codec!r}, this release reads v1 and v2; update "
+                f"the plan's codec is {self.codec!r}, this release reads {CODECS}; update "
                 "mol-distill"
             )
         if len(index.shards) != len(shards):
@@ -96,7 +72,7 @@ class RowReader:
             raise index.damaged("it lacks the samples that the plan says there are")
         self._files: Kept[int] = Kept(OPEN_FILES, os.close)
         self._packed: Kept[Range] = Kept(PACKED_BYTES)
-        self._tables: Kept[Ranks | Successors] = Kept(TABLE_BYTES)
+        self._tables: Kept[AnyTables] = Kept(TABLE_BYTES)
         self._caches: Kept[RangeCache] = Kept(OPEN_FILES)
         folder = None if dump.store.local else cache_folder()
         self._room = Room(Path(folder)) if folder else None
@@ -161,20 +137,20 @@ class RowReader:
             self.keep(number, part)
         return Record(head.doc_id, head.chunk, head.input_ids, topk, head.targets)
 
-    def tables(self, number: int) -> Ranks | Successors:
+    def tables(self, number: int) -> AnyTables:
         """The tables of a shard, read once while they are kept."""
+        shared = self.shards[number].tables
+        if shared is not None:
+            return self.dump.tables.get(shared)
         offset, size = self.index.tables(number, int(self.shards[number].marker["bytes"]))
         vocab_size = int(self.dump.plan["vocab_size"])
 
         def read() -> Range:
             return self.range(number, offset, size)
 
-        def unpack() -> Ranks | Successors:
+        def unpack() -> AnyTables:
             packed = self._packed.get(number, read, lambda found: len(found.data))
-            if self.codec == "v1":
-                tables: Ranks | Successors = unpack_ranks(packed.data, vocab_size)
-            else:
-                tables = Successors.unpack(packed.data, vocab_size)
+            tables = OWN_TABLES[self.codec].unpack(packed.data, vocab_size)
             self.keep(number, packed)
             return tables
 
@@ -210,12 +186,3 @@ class RowReader:
         cache = self.cache(number) if part and part.is_new else None
         if part and cache:
             cache.put(part.offset, part.data)
-
-
-def size_of(tables: Ranks | Successors) -> int:
-    """Bytes of tables in memory."""
-    ranks = tables if isinstance(tables, Ranks) else tables.ranks
-    if isinstance(tables, Ranks):
-        return int(ranks.order.nbytes)
-    arrays = (tables.starts, tables.listed, tables.kinds, tables.rank_kinds, tables.sums)
-    return sum(int(array.nbytes) for array in (ranks.order, ranks.rank_of, *arrays))

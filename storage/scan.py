@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import row_head
-from storage.data_file import MISSING, cached, check_size
+from storage.data_file import MISSING, check_size
 from storage.errors import CorruptShard, Unindexable
 from storage.index import Index, Part, pack_index
 from storage.index_files import committed_part
@@ -17,6 +17,7 @@ from storage.places import Group, Places, start
 from storage.row_head import RowHead
 from storage.shard_reader import ShardReader, gate, target_counts, targets_of
 from storage.topk import Int32s
+from storage.whole_files import cached
 
 
 def scan(
@@ -32,7 +33,7 @@ def scan(
         for number, first in enumerate(reader.starts[:-1])
     ]
     with gate(shard.file):
-        tables = reader.tables_value() if reader.codec == "v2" and shard.rows else b""
+        tables = reader.own_tables() if "successors" in reader.columns else b""
         places = Places(data, reader.file.metadata)
         return places.part(groups, start(tables) if tables else b"", reader.has_samples)
 

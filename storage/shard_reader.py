@@ -18,10 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.codec import samples as sampled
-from storage.codec.codec import decode
+from storage.codec.codec import Known, decode, tables_of_row
 from storage.codec.frames import Limits
-from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, Successors, tables_of_row
 from storage.data_file import MISSING, open_source
 from storage.errors import (
     CorruptShard,
@@ -31,8 +29,9 @@ from storage.errors import (
     Unindexable,
 )
 from storage.manifest import Dump, Shard
+from storage.own_tables import OWN_TABLES, AnyTables
 from storage.parsing import MOST_K, Json
-from storage.shard import FORMATS, footer_crc32, schema_of, unpack_ranks
+from storage.shard import FORMATS, footer_crc32, schema_of
 from storage.targets import Bools, positions_of, unpack_mask
 from storage.topk import Int32s, Record, TopK, check_samples_belong
 
@@ -52,7 +51,7 @@ class ShardReader:
         self.dump, self.shard, self.name = dump, shard, shard.file
         self.decoder = RowDecoder(shard, dump.plan, samples)
         self.vocab_size, self.has_samples = self.decoder.vocab_size, self.decoder.has_samples
-        self._tables: Ranks | Successors | None = None
+        self._tables: AnyTables | None = None
         with gate(self.name):
             try:
                 source = open_source(dump.store, shard)
@@ -67,8 +66,6 @@ class ShardReader:
             schema = schema_of(dump.plan)
             self.columns = schema.names
             check_footer(self.file, shard, schema)
-            if self.codec == "v1":
-                self._tables = unpack_ranks(metadata.get(b"ranks", b""), self.vocab_size)
             groups = range(self.file.num_row_groups)
             rows = [self.file.metadata.row_group(group).num_rows for group in groups]
             self.starts = np.cumsum([0, *rows])
@@ -111,16 +108,21 @@ class ShardReader:
                     raise CorruptShard(f"the column {name} holds nulls")
         return table
 
-    def tables_value(self) -> bytes:
-        """Version 2's tables, packed; empty without rows."""
-        first = self.file.read_row_group(0, columns=["successors"]).column(0)[0]
-        return first.as_py() or b""
+    def own_tables(self) -> bytes:
+        """The tables that the file holds, packed; empty where it holds none."""
+        return OWN_TABLES[self.codec].packed(self.file) if self.codec in OWN_TABLES else b""
 
-    def ranks(self, input_ids: Int32s, targets: Bools | None = None) -> Ranks | Row:
-        """The tables that decode the payload of the row with these input_ids and targets."""
+    def tables(self) -> AnyTables:
+        """What decodes the rows of the shard: its own tables, or those of the dump."""
+        if self.shard.tables is not None:
+            return self.dump.tables.get(self.shard.tables)
         if self._tables is None:
-            self._tables = Successors.unpack(self.tables_value(), self.vocab_size)
-        return tables_of_row(self._tables, input_ids, targets)
+            self._tables = OWN_TABLES[self.codec].unpack(self.own_tables(), self.vocab_size)
+        return self._tables
+
+    def ranks(self, input_ids: Int32s, targets: Bools | None = None) -> Known:
+        """The tables that decode the payload of the row with these input_ids and targets."""
+        return tables_of_row(self.tables(), input_ids, targets)
 
     def record(self, table: pa.Table, group: int, row: int) -> Record:
         """Decode row `row` of the file from the table of its row group."""
@@ -192,9 +194,7 @@ class RowDecoder:
                 f"{input_ids.max()}"
             )
 
-    def decode(
-        self, payload: bytes, samples: bytes | None, positions: int, tables: Ranks | Row
-    ) -> TopK:
+    def decode(self, payload: bytes, samples: bytes | None, positions: int, tables: Known) -> TopK:
         """The distributions of a row of that many positions; its tables are those of `ranks`."""
         limits = Limits(positions, self.k, self.vocab_size, self.entries)
         topk: TopK = decode(payload, tables, limits)
@@ -250,6 +250,10 @@ def check_metadata(metadata: dict[bytes, bytes], shard: Shard, dump: Dump) -> st
     codec, planned = FORMATS[found], dump.plan.get("codec", "v1")
     if codec != planned:
         raise CorruptShard(f"its codec is {codec}, the plan says {planned}")
+    if shard.tables is not None and metadata.get(b"tables") != shard.tables.encode():
+        raise CorruptShard(
+            f"its tables are {metadata.get(b'tables')!r}, the marker says {shard.tables}"
+        )
     return codec
 
 

@@ -253,6 +253,22 @@ class Store:
             for name, info in self.attempt("list", "", find).items()
         }
 
+    def top(self) -> dict[str, Entry]:
+        """Every file that lies in the root itself. One listing, however many folders there are."""
+        if self.local:
+            with self.explaining("list", ""):
+                return dict(files_of(self.root, os.listdir(self.root)))
+
+        def found() -> list[dict[str, Any]]:
+            listed: list[dict[str, Any]] = self.fs.ls(self.root, detail=True)
+            return [info for info in listed if info["type"] == "file"]
+
+        now = time.time()
+        return {
+            info["name"].rsplit("/", 1)[1]: Entry(int(info["size"]), now - modified(info), False)
+            for info in self.attempt("list", "", found)
+        }
+
     @contextlib.contextmanager
     def explaining(
         self, doing: str, name: str, but: type[Exception] | tuple[()] = ()
@@ -271,15 +287,21 @@ class Store:
 
 def walk(root: str) -> Iterator[tuple[str, Entry]]:
     """(name, Entry) of each regular file below a local folder, and of each link to one."""
-    now = time.time()
     for folder, _, names in os.walk(root, onerror=throw):
-        for name in names:
+        for name, entry in files_of(folder, names):
             path = os.path.join(folder, name)
-            with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
-                link, status = os.path.islink(path), os.stat(path)
-                if stat.S_ISREG(status.st_mode):
-                    entry = Entry(status.st_size, now - status.st_mtime, link)
-                    yield os.path.relpath(path, root).replace(os.sep, "/"), entry
+            yield os.path.relpath(path, root).replace(os.sep, "/"), entry
+
+
+def files_of(folder: str, names: list[str]) -> Iterator[tuple[str, Entry]]:
+    """(name, Entry) of those of a folder's names that are regular files, or links to one."""
+    now = time.time()
+    for name in names:
+        path = os.path.join(folder, name)
+        with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+            link, status = os.path.islink(path), os.stat(path)
+            if stat.S_ISREG(status.st_mode):
+                yield name, Entry(status.st_size, now - status.st_mtime, link)
 
 
 def is_own_folder(folder: Path) -> bool:

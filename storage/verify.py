@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from storage.dump_tables import TABLES_FILE, tables_file
 from storage.errors import (
     IncompleteDump,
     InvalidRecord,
@@ -67,9 +68,13 @@ def verify(
     files = {name: entry.bytes for name, entry in dump.store.entries().items()}
     seen: dict[tuple[str, int], str] = {}
     index = checked_index(dump, len(shards), report) if not partial else None
+    damaged = damaged_tables(dump, shards, report)
     for number, shard in enumerate(shards):
-        fault = check_shard(dump, shard, files, seen, report)
-        fault = fault or check_places(dump, shard, index, number)
+        if shard.tables in damaged:
+            fault = missing(dump.store, shard, files)
+        else:
+            fault = check_shard(dump, shard, files, seen, report)
+            fault = fault or check_places(dump, shard, index, number)
         if fault:
             report.faults.append(fault)
         report.shards += 1
@@ -77,6 +82,7 @@ def verify(
             progress(shard)
     named = {shard.file for shard in shards}
     markers = {f"{shard.name}.json" for shard in shards}
+    tables = {tables_file(shard.tables) for shard in shards if shard.tables}
     indexes = set(map(shard_index, named))
     for name, size in sorted(files.items()):
         if MARKER.fullmatch(name) and name not in markers and not partial:
@@ -89,6 +95,8 @@ def verify(
             report.notes.append(f"{name}: the index of no committed shard; never read")
         elif DUMP_INDEX.fullmatch(name) and (index is None or name != index.name):
             report.notes.append(f"{name}: the index of another manifest.json; never read")
+        elif TABLES_FILE.fullmatch(name) and name not in tables:
+            report.notes.append(f"{name}: no marker names these tables; never read")
         elif "/.writing-" in name or "/.creating-" in name:
             report.notes.append(f"{name}: temporary file of a writer; never read")
     return report
@@ -110,6 +118,22 @@ def check_shard(
         return str(error)
     except FileNotFoundError:
         return f"{shard.file}: removed while it was read"
+
+
+def damaged_tables(dump: Dump, shards: list[Shard], report: Report) -> set[str | None]:
+    """The sha256 of tables that cannot be read; each is one fault, however many shards need it."""
+    needed = Counter(shard.tables for shard in shards if shard.tables)
+    damaged: set[str | None] = set()
+    for sha256, number in needed.items():
+        try:
+            dump.tables.get(sha256)
+        except StoreError:
+            raise
+        except StorageError as error:
+            damaged.add(sha256)
+            first = next(shard.file for shard in shards if shard.tables == sha256)
+            report.faults.append(f"{error} ({number} shards need it, {first} is the first)")
+    return damaged
 
 
 def checked_index(dump: Dump, shards: int, report: Report) -> Index | None:

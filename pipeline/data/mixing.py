@@ -6,30 +6,23 @@ the same number of items per step.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from pipeline.data.orders import SHORT, permutation, place
 from pipeline.errors import ConfigError
 from pipeline.token_sequences import Tokens, TokenSequences
-from pipeline.types import Int64s
 from storage import LogitDataset, Record
 
 MixBy = Literal["sequences", "tokens"]
 DOMAIN, GENERAL, BLOCKS = 0, 1, 2  # kinds of random numbers
+ORDERS = 2  # version of the orders below, which checkpoints record
 BLOCK = 1000  # general sequences in which several dumps stand in their exact proportion
-
-
-@lru_cache(maxsize=16)
-def shuffled(size: int, *seed: int) -> Int64s:
-    """The order of `size` items in one epoch of a stream."""
-    return np.random.default_rng(seed).permutation(size)
 
 
 class GeneralStream:
@@ -41,8 +34,7 @@ class GeneralStream:
     def __init__(self, dumps: Sequence[LogitDataset], weights: Sequence[float], seed: int) -> None:
         self.dumps, self.seed = list(dumps), seed
         self.shares = shares_of(dumps, weights)
-        self._starts = [0]  # targets before each block that was asked for, and the next
-        self._last_block: tuple[int, Int64s, Int64s] | None = None
+        self._numbers = np.repeat(np.arange(len(self.dumps)), self.shares)
 
     def records(self, rows: Iterable[int]) -> list[Record]:
         """Rows of the stream. Those of a remote dump are requested at the same time."""
@@ -56,46 +48,25 @@ class GeneralStream:
     def _place(self, at: int) -> tuple[int, int]:
         """(number of the dump, index of its row) of row `at` of the stream."""
         block, offset = divmod(at, BLOCK)
-        numbers, indices = self._block(block)
-        return int(numbers[offset]), int(indices[offset])
+        number, before = 0, offset
+        if len(self.dumps) > 1:
+            numbers = self._numbers[permutation(BLOCK, self.seed, BLOCKS, block)[: offset + 1]]
+            number = int(numbers[-1])
+            before = int((numbers[:-1] == number).sum())
+        size = len(self.dumps[number])
+        epoch, index = divmod(block * self.shares[number] + before, size)
+        return number, place(size, index, self.seed, GENERAL + 2 * number, epoch)
 
-    def rows_within(self, targets: int) -> int:
-        """Number of rows from the start that hold at most this many targets."""
-        while self._starts[-1] <= targets:
-            counts = self._target_counts(len(self._starts) - 1)
-            self._starts.append(self._starts[-1] + int(counts.sum()))
-        block = bisect_right(self._starts, targets) - 1
-        ends = self._starts[block] + np.cumsum(self._target_counts(block))
-        return block * BLOCK + int(np.searchsorted(ends, targets, side="right"))
+    @property
+    def targets_a_row(self) -> float:
+        """Targets of a row of the stream, on average over whole passes."""
+        means = [float(dump.target_counts.mean()) for dump in self.dumps]
+        return float(np.dot(self.shares, means)) / BLOCK
 
     def epochs(self, rows: int) -> list[float]:
         """Passes over each dump after this many rows of the stream."""
         shares = np.array(self.shares) / BLOCK
         return [rows * share / len(dump) for share, dump in zip(shares, self.dumps, strict=True)]
-
-    def _block(self, block: int) -> tuple[Int64s, Int64s]:
-        """(number of the dump [BLOCK], index of its row [BLOCK])"""
-        if self._last_block is not None and self._last_block[0] == block:
-            return self._last_block[1:]
-        kinds = np.repeat(np.arange(len(self.dumps)), self.shares)
-        numbers = kinds[shuffled(BLOCK, self.seed, BLOCKS, block)]
-        indices = np.empty(BLOCK, np.int64)
-        for number, (dump, share) in enumerate(zip(self.dumps, self.shares, strict=True)):
-            at = np.arange(block * share, (block + 1) * share)
-            indices[numbers == number] = [
-                shuffled(len(dump), self.seed, GENERAL + 2 * number, epoch)[index]
-                for epoch, index in zip(*divmod(at, len(dump)), strict=True)
-            ]
-        self._last_block = block, numbers, indices
-        return numbers, indices
-
-    def _target_counts(self, block: int) -> Int64s:
-        numbers, indices = self._block(block)
-        counts = np.empty(BLOCK, np.int64)
-        for number, dump in enumerate(self.dumps):
-            own = numbers == number
-            counts[own] = dump.target_counts[indices[own]]
-        return counts
 
 
 def shares_of(dumps: Sequence[LogitDataset], weights: Sequence[float]) -> list[int]:
@@ -150,8 +121,9 @@ class MixedDataset(Dataset[Item]):
 
     An epoch is `epoch_items` items: the domain's sequences in a new order, begun again where the
     epoch was rounded up to whole optimizer steps. The general stream continues across epochs. `mix`
-    counts general sequences per domain sequence, or general targets per domain target; where a
-    sequence has no mask, its targets are its tokens.
+    counts general sequences per domain sequence, or general targets per domain target, on average
+    over whole epochs of both; where a sequence has no mask, its targets are its tokens. An item
+    costs the same anywhere in the stream, and nothing grows with the corpora.
     """
 
     def __init__(
@@ -163,11 +135,13 @@ class MixedDataset(Dataset[Item]):
         items_per_step: int,
         mix_by: MixBy = "sequences",
     ) -> None:
-        self.domain, self.general, self.seed, self.mix_by = domain, general, seed, mix_by
-        self.mix = mix if general is not None else 0.0
+        self.domain, self.general, self.seed = domain, general, seed
         self.epoch_items = -(-len(domain) // items_per_step) * items_per_step
-        self._epoch_starts = [0]  # domain targets before each epoch that was asked for
-        self._last_epoch: tuple[int, Int64s] | None = None
+        self.mix = mix if general is not None else 0.0
+        self.rows_an_item = self.mix
+        """General sequences of an item, on average."""
+        if general is not None and mix_by == "tokens":
+            self.rows_an_item *= domain.target_counts.mean() / general.targets_a_row
 
     def __len__(self) -> int:
         return self.epoch_items
@@ -181,8 +155,8 @@ class MixedDataset(Dataset[Item]):
         domain = []
         for item in items:
             epoch, at = divmod(item, self.epoch_items)
-            order = self._shuffled(epoch)
-            domain.append(self.domain[int(order[at % len(order)])])
+            size = len(self.domain)
+            domain.append(self.domain[place(size, at % size, self.seed, DOMAIN, epoch)])
         if self.general is None:
             return [Item(sequence, []) for sequence in domain]
         rows = [range(self.general_rows(item), self.general_rows(item + 1)) for item in items]
@@ -192,13 +166,16 @@ class MixedDataset(Dataset[Item]):
             for sequence, own in zip(domain, rows, strict=True)
         ]
 
+    @property
+    def orders_are_new(self) -> bool:
+        """Whether orders of version 1 were others: those of short corpora mixed by sequences are
+        the same."""
+        sizes = [len(self.domain), *map(len, self.general.dumps if self.general else [])]
+        return self.rows_an_item != self.mix or max(sizes) > SHORT
+
     def general_rows(self, items: int) -> int:
         """Rows of the general stream that the first `items` items hold."""
-        if self.general is None:
-            return 0
-        if self.mix_by == "sequences":
-            return int(items * self.mix)
-        return self.general.rows_within(int(self.mix * self._domain_targets(items)))
+        return int(items * self.rows_an_item)
 
     def epochs(self, items: int) -> dict[str, float]:
         """Passes over each corpus after this many items, by name."""
@@ -208,30 +185,6 @@ class MixedDataset(Dataset[Item]):
             names = ["general_epochs"] if len(passes) == 1 else map(general_name, range(99))
             found |= dict(zip(names, passes, strict=False))
         return found
-
-    def _order(self, epoch: int) -> Int64s:
-        """The domain sequence of each of the epoch's items."""
-        order = self._shuffled(epoch)
-        return order[np.arange(self.epoch_items) % len(order)]
-
-    def _shuffled(self, epoch: int) -> Int64s:
-        """Each domain sequence once, in the order of the epoch."""
-        return shuffled(len(self.domain), self.seed, DOMAIN, epoch)
-
-    def _domain_targets(self, items: int) -> int:
-        """Domain targets of the first `items` items."""
-        epoch, at = divmod(items, self.epoch_items)
-        while len(self._epoch_starts) <= epoch:
-            last = self._target_starts(len(self._epoch_starts) - 1)[-1]
-            self._epoch_starts.append(self._epoch_starts[-1] + int(last))
-        return self._epoch_starts[epoch] + int(self._target_starts(epoch)[at])
-
-    def _target_starts(self, epoch: int) -> Int64s:
-        """Domain targets of the epoch before each of its items, and of all of them."""
-        if self._last_epoch is None or self._last_epoch[0] != epoch:
-            ends = np.cumsum(self.domain.target_counts[self._order(epoch)])
-            self._last_epoch = epoch, np.concatenate([np.zeros(1, np.int64), ends])
-        return self._last_epoch[1]
 
 
 def general_name(number: int) -> str:

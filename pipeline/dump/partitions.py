@@ -196,8 +196,9 @@ class Meter:
 
     def status(self, writer: ShardWriter) -> str:
         per_token = writer.bytes_per_token or self.bytes_per_token
-        mass = writer.mass / max(writer.positions, 1)
+        sums = writer.sums
+        mass = sums.mass / max(sums.positions, 1)
         size = f", {per_token:.0f} bytes/token" if per_token else ""
-        held = f", mass held {mass:.3f}" if writer.entries else ""
+        held = f", mass held {mass:.3f}" if sums.entries else ""
         targets = f", {self.targets:,} targets" if self.masked else ""
         return f"{self.tokens:,} tokens{targets}, {self.rate:,.0f} tokens/s{size}{held}"

@@ -28,6 +28,7 @@ ROUNDINGS = 5
 Kernels differ by 0.2 to 0.7 times that: 2, 16 and 48 layers, float32 and bfloat16."""
 FLOAT32 = torch.finfo(torch.float32).eps
 """Models take some of their sums in float32 even in float64."""
+HALF = (torch.bfloat16, torch.float16)
 MOST = 0.2
 """Ways that differ by more never agree, however rough the dtype makes a deep model."""
 
@@ -74,7 +75,7 @@ def take_exact_attention(model: PreTrainedModel) -> None:
     """
     if way_of(model).attention != "sdpa" or not switches(model) or on_meta(model):
         return
-    with unchanged(model):
+    with unchanged(model), fine(model):
         notes = notes_of(model)
         probes = probes_of(model, notes)[:1]
         found = alone(model, probes)
@@ -99,7 +100,7 @@ def enable_packing(model: PreTrainedModel) -> None:
         return
     if not hasattr(model, "attention_notes"):  # not loaded by ModelFolder
         take_exact_attention(model)
-    with unchanged(model) as own:
+    with unchanged(model) as own, fine(model):
         notes = notes_of(model)
         probes = probes_of(model, notes)
         if switches(model):
@@ -160,6 +161,27 @@ def unchanged(model: PreTrainedModel) -> Iterator[Way]:
     finally:
         take_way(model, own)
         model.train(was_training)
+
+
+@contextmanager
+def fine(model: PreTrainedModel) -> Iterator[None]:
+    """Holds the weights in float32 where their own dtype is too rough to tell ways apart.
+
+    A deep model in bfloat16 can make any rounding as large as its logits. The weights come back
+    as they were: bfloat16 and float16 are within float32.
+    """
+    probes = probes_of(model, None)[:1]
+    rough = roundings(model) > FLOAT32
+    rough = rough and ROUNDINGS * noise(model, probes, alone(model, probes)) > MOST
+    tensors = [*model.parameters(), *model.buffers()] if rough else []
+    dtypes = {tensor: tensor.dtype for tensor in tensors if tensor.dtype in HALF}
+    for tensor in dtypes:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in dtypes.items():
+            tensor.data = tensor.data.to(dtype)
 
 
 def notes_of(model: PreTrainedModel) -> Notes | None:
@@ -225,13 +247,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) -> float:
-    """Largest `difference` between two orders of the same sums.
+    """Largest `difference` between two orders of the same sums."""
+    measured = ROUNDINGS * noise(model, probes, expected)
+    return min(MOST, max(4 * roundings(model), measured))
 
-    Measured: by how much one rounding of the embeddings changes the logits of the first probe.
-    Quantised layers may round in a dtype of their own.
-    """
+
+def roundings(model: PreTrainedModel) -> float:
+    """Size of a rounding in the model. Quantised layers may round in a dtype of their own."""
     layers = {getattr(module, "compute_dtype", None) for module in model.modules()} - {None}
-    eps = max(FLOAT32, *(torch.finfo(dtype).eps for dtype in {model.dtype, *layers}))
+    return max(FLOAT32, *(torch.finfo(dtype).eps for dtype in {model.dtype, *layers}))
+
+
+def noise(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) -> float:
+    """By how much one rounding of the embeddings changes the logits of the first probe."""
+    eps = roundings(model)
 
     def rounded(_: Any, __: Any, output: Tensor) -> Tensor:
         signs = torch.arange(output.numel(), device=output.device).reshape(output.shape) % 3 - 1
@@ -242,5 +271,4 @@ def tolerance(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) ->
         found = alone(model, probes[:1])
     finally:
         hook.remove()
-    noise = difference(found, expected[: len(found)])
-    return min(MOST, max(4 * eps, ROUNDINGS * noise))
+    return difference(found, expected[: len(found)])

@@ -72,17 +72,18 @@ class Inputs:
             for kind, corpus in held_out_texts(self.config.held_out)
         }
 
-    def row_tokens(self, args: TrainingArguments) -> int:
-        """Tokens of the longest packed row; its expectation where row_tokens is not set."""
+    def row_tokens(self, args: TrainingArguments, rows_an_item: float) -> int:
+        """Tokens of the longest packed row; its expectation where row_tokens is not set.
+
+        `rows_an_item`: general sequences beside a domain sequence, see MixedDataset.
+        """
         lengths = [dump.lengths for dump in self.dumps]
         longest = int(max(self.domain.lengths.max(), *(each.max() for each in lengths), 0))
         if self.config.row_tokens is not None:
             return max(self.config.row_tokens, longest)
         item: float = longest
-        if lengths and self.config.mix_by == "tokens":
-            item += self.config.mix * longest / min(map(target_share, self.dumps))
-        elif lengths:
-            item += self.config.mix * sum(float(each.mean()) for each in lengths) / len(lengths)
+        if lengths:
+            item += rows_an_item * sum(float(each.mean()) for each in lengths) / len(lengths)
         return int(args.train_batch_size * item)
 
     @property

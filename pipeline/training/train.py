@@ -88,7 +88,7 @@ def train(
     texts = inputs.held_out()
     say(describe(inputs, dataset, items_per_step(args)))
     rows = first_rows(dataset, args, config.row_tokens)
-    tokens, share = inputs.row_tokens(args), inputs.target_share
+    tokens, share = inputs.row_tokens(args, dataset.rows_an_item), inputs.target_share
     memory.check(config, args, inputs.model, tokens, rows, share)
     trainer: DistillTrainer | None = None
 

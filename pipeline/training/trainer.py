@@ -28,9 +28,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pipeline.config import LossConfig
-from pipeline.data.mixing import EpochSampler, MixedDataset
+from pipeline.data.mixing import ORDERS, EpochSampler, MixedDataset
 from pipeline.data.packing import PackedRow, collate, packed_rows, with_targets, without_targets
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.measures import Sums
 from pipeline.json_files import read_json, read_object, write_json
@@ -347,7 +347,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the last marker follows the files of all ranks
         if self.args.should_save:
             marker = {"identity": self.identity, "step": self.state.global_step, **self.totals}
-            marker["null_test"] = self.null_test
+            marker |= {"null_test": self.null_test, "orders": ORDERS}
             write_json(self.output.folder / name / COMPLETE, marker)
             self.rotate()
 
@@ -374,7 +374,7 @@ class DistillTrainer(Trainer):
 
         Removes the run's own incomplete checkpoints. Restores the token totals and what the null
         test found.
-        Raises RefusedError for a checkpoint that another run made.
+        Raises RefusedError for a checkpoint of another run, or of a release with other orders.
         """
         whole = []
         for folder in self.output.checkpoints():
@@ -387,10 +387,21 @@ class DistillTrainer(Trainer):
         if not whole:
             return None
         last, marker = whole[-1]
+        check_orders(last, marker.get("orders", 1), self.train_dataset)
         read_json(last / TRAINER_STATE_NAME)
         self.totals = {name: marker[name] for name in self.totals}
         self.null_test = marker.get("null_test")  # markers of earlier releases have none
         return last
+
+
+def check_orders(checkpoint: Path, orders: int, dataset: MixedDataset) -> None:
+    """RefusedError if the run saw the sequences so far in orders that this release cannot go on."""
+    if orders > ORDERS or (orders < ORDERS and dataset.orders_are_new):
+        raise RefusedError(
+            f"{checkpoint}: its run reads sequences in orders of version {orders}, this release in "
+            f"those of version {ORDERS}; from here on some sequences would come twice, and others "
+            "never. Go on with the release that began the run, or start again with another output"
+        )
 
 
 def diverged(step: int, loss: str) -> ConfigError:

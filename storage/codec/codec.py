@@ -15,14 +15,16 @@ from storage.codec.frames import Header, Limits
 from storage.codec.grid import Grid
 from storage.codec.root_grid import RootGrid
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, fits
+from storage.codec.v2_tables import Row, Successors, fits
 from storage.errors import CorruptPayload, InvalidRecord
-from storage.topk import TopK
+from storage.targets import Bools
+from storage.topk import Int32s, TopK
 
 VERSIONS = (ranked.VERSION, contextual.VERSION, v3.VERSION)
 # The spacing of each codec's grid by default: nats, and for version 3 units of √p.
 STEPS = {"v1": 1 / 16, "v2": 1 / 16, "v3": 1 / 416}
 AnyGrid = Grid | RootGrid
+AnyTables = Ranks | Successors | v3_tables.Tables
 Known = Ranks | Row | v3_tables.Row
 
 
@@ -52,6 +54,11 @@ def decode(data: bytes, ranks: Known | None = None, limits: Limits | None = None
     the bytes, raises only CorruptPayload or FormatVersionError.
     """
     return restored(unpack(data, ranks, limits))
+
+
+def tables_of_row(tables: AnyTables, input_ids: Int32s, targets: Bools | None) -> Known:
+    """What codes one row with these tables, see encode."""
+    return tables if isinstance(tables, Ranks) else tables.row(input_ids, targets)
 
 
 def kept(topk: TopK, step: float, codec: str) -> TopK:

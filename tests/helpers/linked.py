@@ -85,6 +85,10 @@ class Counted(AbstractFileSystem):
         found: dict[str, Any] = self.files.info(path)
         return found
 
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        Counted.requests["LIST"] += 1
+        return self.files.ls(path, detail, **options)
+
     def find(self, path: str, **options: Any) -> Any:
         Counted.requests["LIST"] += 1
         return self.files.find(path, **options)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from pipeline.config import CorpusConfig, LossConfig, TrainConfig
-from pipeline.data.mixing import DOMAIN, MixedDataset, shuffled
+from pipeline.data.mixing import DOMAIN, MixedDataset
+from pipeline.data.orders import permutation
 from pipeline.losses import Direction
 from pipeline.token_sequences import Tokens
 from pipeline.training.arguments import training_arguments
@@ -136,7 +137,7 @@ def trainer_of(folder: Path, given: list[Item], direction: Direction, how: Layou
     unread = CorpusConfig("unread")
     config = TrainConfig("unread", unread, str(folder / "run"), "unread", training=training)
     args = training_arguments(config)
-    order = shuffled(len(given), SEED, DOMAIN, 0)
+    order = permutation(len(given), SEED, DOMAIN, 0)
     domain = [given[at].domain for at in np.argsort(order)]
     general: Any = InOrder([masked(item.whole, item.targets) for item in given])
     dataset = MixedDataset(sequences_of(domain), general, 1.0, SEED, len(given))

@@ -17,8 +17,10 @@ from tests.helpers.records import (
     random_record,
 )
 
-CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
-SHAPES = pytest.mark.parametrize(("codec", "k"), [("v1", 8), ("v2", 8), ("v1", 0), ("v2", 0)])
+CODECS = pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
+SHAPES = pytest.mark.parametrize(
+    ("codec", "k"), [("v1", 8), ("v2", 8), ("v3", 8), ("v1", 0), ("v2", 0), ("v3", 0)]
+)
 DRAWS = 12
 
 

@@ -37,7 +37,9 @@ from tests.helpers.records import (
 )
 
 SAMPLED = ("counts", "ids", "times")
-SHAPES = pytest.mark.parametrize(("codec", "draws"), [("v1", 0), ("v2", 0), ("v1", 12)])
+SHAPES = pytest.mark.parametrize(
+    ("codec", "draws"), [("v1", 0), ("v2", 0), ("v3", 0), ("v1", 12), ("v3", 12)]
+)
 
 
 @pytest.fixture(autouse=True)

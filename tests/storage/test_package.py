@@ -54,7 +54,7 @@ def test_reader_in_the_specification_works(tmp_path: Path) -> None:
         assert abs(logprobs - wanted).max() < 1e-5
 
 
-@pytest.mark.parametrize("codec", ["v1", "v2"])
+@pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
 def test_position_reader_in_the_specification_works(tmp_path: Path, codec: str) -> None:
     dump = make_dump(tmp_path, shards=1, codec=codec, targets=TARGETS)
     scope, file = readers_in_the_specification(), tmp_path / dump.shards()[0].file

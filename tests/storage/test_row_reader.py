@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import CorruptShard, LogitDataset, ShardWriter, create_dump, shard_writer, verify
+from storage import CorruptShard, LogitDataset, ShardWriter, create_dump, data_file_writer, verify
 from storage.row_head import RowHead
-from storage.row_reader import Kept
 from storage.shard_reader import ShardReader
 from tests.helpers.forged import data_file
 from tests.helpers.linked import Counted, counted, link_shards, names_ignored
@@ -25,7 +24,9 @@ from tests.helpers.records import (
 )
 
 DRAWS = 12
-SHAPES = pytest.mark.parametrize(("codec", "draws"), [("v1", 0), ("v2", 0), ("v1", DRAWS)])
+SHAPES = pytest.mark.parametrize(
+    ("codec", "draws"), [("v1", 0), ("v2", 0), ("v3", 0), ("v1", DRAWS), ("v3", DRAWS)]
+)
 MASKED = {"targets": TARGETS}
 ROWS = 4
 
@@ -53,14 +54,16 @@ def no_readers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("codec", "draws", "more"),
     [
-        ("v1", 0, {}), ("v2", 0, {}), ("v1", DRAWS, {}), ("v1", 0, MASKED), ("v2", DRAWS, MASKED),
+        ("v1", 0, {}), ("v2", 0, {}), ("v3", 0, {}), ("v1", DRAWS, {}), ("v3", DRAWS, {}),
+        ("v1", 0, MASKED), ("v2", DRAWS, MASKED), ("v3", DRAWS, MASKED),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["local", "remote"])
 def test_any_row_is_read_alone(
     tmp_path: Path, codec: str, draws: int, more: dict, place: str, no_readers: None
 ) -> None:
-    """The same rows as in order, from one range each; two with samples; tables once a shard."""
+    """The same rows as in order, from one range each; two with samples; tables once a shard, those
+    that shards share once."""
     make_dump(tmp_path, shards=3, rows=ROWS, partitions=2, codec=codec, samples=draws, **more)
     written = masked_record if more else random_record
     dataset = LogitDataset(tmp_path if place == "local" else counted(tmp_path))
@@ -72,7 +75,8 @@ def test_any_row_is_read_alone(
         assert_same(record, written(index, samples=draws))
         assert (record.topk.samples is not None) == (draws > 0)
     rows = 24 * (2 if draws else 1)
-    assert Counted.requests["GET"] == (rows + 6 if place == "remote" else 0)
+    tables = 1 if codec == "v3" else 6
+    assert Counted.requests["GET"] == (rows + tables if place == "remote" else 0)
     assert set(Counted.requests) <= {"GET"}
     np.testing.assert_array_equal(dataset.lengths, np.full(24, 20))
 
@@ -87,7 +91,7 @@ def test_without_samples_their_range_is_not_read(tmp_path: Path) -> None:
 
 @SHAPES
 def test_bytes_are_those_of_the_rows(tmp_path: Path, codec: str, draws: int) -> None:
-    """Over 300 shards, shuffled: no byte of another row; per-shard tables once."""
+    """Over 300 shards, shuffled: no byte of another row; tables once."""
     linked(tmp_path, 300, codec, draws)
     with names_ignored():
         dataset = LogitDataset(counted(tmp_path))
@@ -96,11 +100,12 @@ def test_bytes_are_those_of_the_rows(tmp_path: Path, codec: str, draws: int) -> 
         names = [name for name in index.entries.dtype.names or () if name.endswith("size")]
         rows = sum(int(index.entries[name].sum()) for name in names)
         tables = int(index.shards["tables_size"].sum())
+        tables += sum(file.stat().st_size for file in (tmp_path).glob("tables-*.bin"))
         Counted.reset()
         for at in np.random.default_rng(0).permutation(len(dataset)).tolist():
             dataset[at]
     assert Counted.bytes == rows + tables
-    assert Counted.requests["GET"] == 300 + 300 * ROWS * len(names)
+    assert Counted.requests["GET"] == (1 if codec == "v3" else 300) + 300 * ROWS * len(names)
     ((_, whole),) = {(s.marker["file"][:5], s.marker["bytes"]) for s in dataset.shards[:1]}
     assert Counted.bytes <= 300 * whole, "less than the files: input ids are not read twice"
 
@@ -142,21 +147,6 @@ def test_local_files_are_opened_within_a_bound(
         del dataset
         gc.collect()
         assert open_files() == 0
-
-
-def test_kept_values_have_a_bound() -> None:
-    dropped: list[str] = []
-    kept: Kept[str] = Kept(10, dropped.append)
-    made = []
-
-    def get(key: str) -> str:
-        return kept.get(key, lambda: made.append(key) or key, len)  # type: ignore[func-returns-value]
-
-    for key in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa", "bbbb", "x" * 40, "x" * 40):
-        assert get(key) == key
-    assert made == ["aaaa", "bbbb", "cccc", "bbbb", "x" * 40]
-    assert dropped == ["bbbb", "cccc", "aaaa", "bbbb"]
-    assert kept.total == 40
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
@@ -218,12 +208,12 @@ def test_a_row_has_a_mask_if_and_only_if_the_plan_has_targets(
 ) -> None:
     """As a hostile writer makes it: the head says other than the plan, checksums right."""
     more, other = (MASKED, None) if masked else ({}, random_mask(20))
-    head = shard_writer.RowHead
+    head = data_file_writer.RowHead
 
     def forged(*fields: object) -> RowHead:
         return head(*fields[:7], other)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shard_writer, "RowHead", forged)
+    monkeypatch.setattr(data_file_writer, "RowHead", forged)
     dump = make_dump(tmp_path, shards=1, rows=1, **more)
     message = "no mask, but the plan has" if masked else "a mask, but the plan has no"
     with pytest.raises(CorruptShard, match=rf"{dump.shards()[0].file}, row 0 .*has {message} targ"):

@@ -31,7 +31,7 @@ from tests.helpers.records import (
     random_record,
 )
 
-CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
+CODECS = pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
 DRAWS = 12
 
 
@@ -43,8 +43,8 @@ def test_a_shard_without_rows(tmp_path: Path, codec: str) -> None:
 
 
 def test_a_codec_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatVersionError, match="codec is 'v3'"):
-        make_dump(tmp_path, codec="v3")
+    with pytest.raises(FormatVersionError, match="codec is 'v4'"):
+        make_dump(tmp_path, codec="v4")
 
 
 def test_nothing_is_visible_before_the_marker(tmp_path: Path) -> None:
@@ -116,7 +116,9 @@ masks = st.lists(st.booleans(), min_size=2, max_size=40).filter(lambda mask: any
 
 
 @given(
-    st.lists(masks, min_size=1, max_size=4), st.sampled_from(["v1", "v2"]), st.sampled_from([0, 3])
+    st.lists(masks, min_size=1, max_size=4),
+    st.sampled_from(["v1", "v2", "v3"]),
+    st.sampled_from([0, 3]),
 )
 @settings(deadline=None, max_examples=40)
 def test_any_mask_comes_back(given: list[list[bool]], codec: str, samples: int) -> None:
@@ -179,7 +181,7 @@ def test_masks_that_cannot_be_stored_name_the_document(
     topk = random_record(1, tokens=positions + 1).topk
     with pytest.raises(InvalidRecord, match=f"document 'doc-5', chunk 0: {message}"):
         writer.write(replace(record, topk=topk, targets=targets))
-    assert (writer.rows, writer.tokens, writer.pending) == (0, 0, [])
+    assert (writer.sums.rows, writer.sums.tokens, writer.pending) == (0, 0, [])
 
 
 def test_rows_without_a_target_or_a_token_are_refused(tmp_path: Path) -> None:
@@ -207,16 +209,16 @@ def test_learnt_tokens_fill_shards_and_row_groups(
     monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", 20)
     plain = ShardWriter(create_dump(tmp_path / "a", plan()).partition(0))
     plain.write(random_record(0))
-    assert (plain.learnt, plain.flushed_rows) == (20, 1)
+    assert (plain.learnt, plain.file.rows) == (20, 1)
     writer = ShardWriter(create_dump(tmp_path / "b", plan(targets=TARGETS)).partition(0))
     sparse = np.arange(20) == 7
     for number in range(1, 20):
         writer.write(random_record(number, targets=sparse))
-        assert (writer.learnt, writer.flushed_rows) == (number, 0)
+        assert (writer.learnt, writer.file) == (number, None)
     writer.write(random_record(20, targets=sparse))
-    assert (writer.learnt, writer.flushed_rows) == (20, 20)
+    assert (writer.learnt, writer.file.rows) == (20, 20)
     writer.write(random_record(21, tokens=64 * 50, targets=np.arange(64 * 50) == 7))
-    assert (writer.learnt, writer.flushed_rows) == ((20 * 20 + 64 * 50) // 64, 21)
+    assert (writer.learnt, writer.file.rows) == ((20 * 20 + 64 * 50) // 64, 21)
 
 
 def test_the_plan_says_whether_there_are_samples(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from storage import LogitDataset, ShardWriter, StoreError, create_dump, verify
 from storage.store import Store, rename_new
+from tests.helpers.linked import Counted, counted
 from tests.helpers.records import assert_same, plan, random_record
 
 
@@ -153,3 +154,17 @@ def test_staging_is_a_folder_of_ones_own(
         store.staging_folder("00000")
     store.remote_staging.unlink()
     assert store.staging_folder("00000").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_the_top_has_the_files_of_the_root_alone(tmp_path: Path, place: str) -> None:
+    """In one listing, whatever lies in the folders."""
+    (tmp_path / "00000").mkdir()
+    for name in ("plan.json", "tables-0.bin", "00000/00000.json"):
+        (tmp_path / name).write_bytes(b"abc")
+    os.utime(tmp_path / "plan.json", (1e9, 1e9))
+    found = Store(tmp_path if place == "local" else counted(tmp_path)).top()
+    assert set(found) == {"plan.json", "tables-0.bin"}
+    assert found["plan.json"].bytes == 3
+    assert found["plan.json"].age > 3600 > found["tables-0.bin"].age
+    assert place == "local" or Counted.requests == {"LIST": 1}

@@ -9,7 +9,7 @@ from storage import ShardWriter, create_dump, verify
 from storage.manifest import Dump
 from tests.helpers.records import cut_short, flip_byte, make_dump, plan, random_record
 
-CODECS = pytest.mark.parametrize("codec", ["v1", "v2"])
+CODECS = pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
 
 
 def damage_flip(dump: Dump, path: Path) -> str:

@@ -18,9 +18,9 @@ from pipeline.data.mixing import (
     Item,
     MixedDataset,
     apportion,
-    shuffled,
     smallest_weight,
 )
+from pipeline.data.orders import SHORT, permutation
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.token_sequences import Tokens, TokenSequences
@@ -121,52 +121,75 @@ def test_each_pass_of_the_general_stream_sees_every_row(dump_path: Path) -> None
 def test_weights_set_the_shares_of_several_dumps(dump_path: Path) -> None:
     one, other = LogitDataset(dump_path), LogitDataset(dump_path)
     endless = stream(one, other, weights=(3, 1))
-    blocks = [endless._block(block) for block in range(3)]
-    numbers = np.concatenate([numbers for numbers, _ in blocks])
-    indices = np.concatenate([indices for _, indices in blocks])
+    places = [endless._place(at) for at in range(3 * BLOCK)]
     for number, share in ((0, 750), (1, 250)):
-        assert [(part == number).sum() for part, _ in blocks] == [share] * 3
+        mine = [which == number for which, _ in places]
+        assert [sum(mine[block * BLOCK :][:BLOCK]) for block in range(3)] == [share] * 3
         # Each dump has epochs of its own, independent of the other dump.
-        epochs = [shuffled(len(one), 1, GENERAL + 2 * number, epoch) for epoch in range(99)]
+        epochs = [permutation(len(one), 1, GENERAL + 2 * number, epoch) for epoch in range(99)]
         expected = np.concatenate(epochs)[: 3 * share]
-        assert indices[numbers == number].tolist() == expected.tolist()
-    assert endless._block(1)[1].tolist() == blocks[1][1].tolist()
+        assert [index for which, index in places if which == number] == expected.tolist()
     assert endless.epochs(4 * BLOCK) == [3 * BLOCK / len(one), BLOCK / len(one)]
 
 
-def test_mix_by_tokens_keeps_the_ratio_of_tokens(domain: TokenSequences, dump_path: Path) -> None:
-    general, mix, per_step = LogitDataset(dump_path), 1.5, 4
-    data = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
-    domain_tokens = general_tokens = 0
-    expected = []
-    for at in range(3 * len(data)):
-        item = data[at]
-        domain_tokens += len(item.domain)
-        general_tokens += sum(len(record.input_ids) for record in item.general)
-        assert general_tokens <= mix * domain_tokens
-        assert general_tokens > mix * domain_tokens - general.lengths.max()
-        expected.append(item)
-    fresh = MixedDataset(domain, stream(general), mix, 1, per_step, mix_by="tokens")
-    for at in (2 * len(data) + 3, 5, len(data)):
-        assert same_items(fresh[at], expected[at])
-
-
-def test_mix_by_tokens_counts_targets(domain: TokenSequences, dump_path: Path) -> None:
-    """Of both sides; sequences without a mask count with all of their tokens."""
-    general, mix = MaskedDataset(dump_path), 1.5
+def test_mix_by_tokens_keeps_the_ratio_of_targets(domain: TokenSequences, dump_path: Path) -> None:
+    """Of both sides, over whole epochs; sequences without a mask count with all their tokens."""
     half = [
         Tokens(one.input_ids, some_targets(len(one)) if at % 2 else None)
         for at, one in enumerate(domain)
     ]
-    data = MixedDataset(sequences_of(half), stream(general), mix, 1, 4, mix_by="tokens")
-    domain_targets = general_targets = 0
-    for at in range(2 * len(data)):
-        item = data[at]
-        assert item.domain.targets is not None
-        domain_targets += len(item.domain.positions)
-        general_targets += sum(len(record.topk) for record in item.general)
-        assert general_targets <= mix * domain_targets
-        assert general_targets > mix * domain_targets - general.target_counts.max()
+    for text, general in (
+        (domain, LogitDataset(dump_path)),
+        (sequences_of(half), MaskedDataset(dump_path)),
+    ):
+        mix, per_step = 1.5, 1
+        data = MixedDataset(text, stream(general), mix, 1, per_step, mix_by="tokens")
+        epochs = 7 * len(general)  # until both end together, but for one row
+        items = epochs * len(text)
+        passes = data.epochs(items)["general_epochs"]
+        expected = mix * epochs * text.target_counts.sum() / general.target_counts.sum()
+        assert 0 <= expected - passes < 1.01 / len(general)
+        counts = np.diff([data.general_rows(at) for at in range(300)])
+        assert counts.max() - counts.min() <= 1  # evenly, wherever the run starts
+        assert [len(data[at].general) for at in (items, 3)] == [
+            data.general_rows(at + 1) - data.general_rows(at) for at in (items, 3)
+        ]
+
+
+class Sized:
+    """A corpus of so many sequences, as far as the orders ask."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.asked = size, list[int]()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tokens:
+        self.asked.append(index)
+        return Tokens(np.zeros(2, np.int32))
+
+
+@pytest.mark.parametrize("size", [70_000, 50_000_000, 10**12])
+def test_a_large_corpus_costs_what_it_gives(size: int, dump_path: Path) -> None:
+    """An item asks for its own sequence, whatever the number of sequences, and again the same."""
+    text = Sized(size)
+    data = MixedDataset(text, stream(LogitDataset(dump_path)), 1.0, 1, 4)  # type: ignore[arg-type]
+    items = [0, 5, size - 1, 3 * size + 7]
+    data.__getitems__(items)
+    assert len(set(text.asked)) == len(items)
+    first, text.asked = text.asked, []
+    again = MixedDataset(text, stream(LogitDataset(dump_path)), 1.0, 1, 4)  # type: ignore[arg-type]
+    again.__getitems__(items[::-1])
+    assert text.asked == first[::-1]
+
+
+def test_orders_are_new_where_they_changed(domain: TokenSequences, dump_path: Path) -> None:
+    general = stream(LogitDataset(dump_path))
+    assert not MixedDataset(domain, general, 1.0, 1, 4).orders_are_new
+    assert MixedDataset(domain, general, 1.0, 1, 4, "tokens").orders_are_new
+    long = Sized(SHORT + 1)
+    assert MixedDataset(long, general, 1.0, 1, 4).orders_are_new  # type: ignore[arg-type]
 
 
 def test_masks_do_not_change_the_order(domain: TokenSequences, dump_path: Path) -> None:

@@ -124,5 +124,8 @@ def test_masks_are_told_and_counted(
     assert 0.2 < masked.target_share < 0.7
     expected = f"({tokens:,} tokens, {targets:,} of them targets)"
     assert expected in describe(masked, mixed_dataset(masked, args), 2)
-    longest = plain.row_tokens(args) / 4  # of two items, each with as many general tokens
-    assert masked.row_tokens(args) == pytest.approx(2 * longest * (1 + 1 / shares[1]), rel=0.01)
+    for inputs, beside in ((plain, 1), (masked, shares[0] / shares[1])):
+        # Two items: the longest domain sequence, and as many general targets as it has on average.
+        longest, mean = inputs.domain.lengths.max(), inputs.domain.lengths.mean()
+        found = inputs.row_tokens(args, mixed_dataset(inputs, args).rows_an_item)
+        assert found == int(2 * (longest + beside * mean))

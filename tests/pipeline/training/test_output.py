@@ -1,5 +1,6 @@
 """What a run may delete or replace in its output directory."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import TrainConfig
+from pipeline.data import mixing
 from pipeline.errors import RefusedError
 from pipeline.training import train
 from pipeline.training.output import COMPLETE, MARKER, Output, made_by
@@ -100,6 +102,30 @@ def test_checkpoints_of_earlier_releases_are_resumed_from(
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoint-4")
     (run / "summary.json").unlink()
+    train.run(config)
+    assert "resuming from checkpoint-2" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_its_own_orders_or_not_at_all(
+    config: TrainConfig, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of earlier releases do not name theirs; those of a short corpus are the same."""
+    config.training["save_total_limit"] = 2
+    train.run(config)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "summary.json").unlink()
+    marker = json.loads((run / "checkpoint-2" / COMPLETE).read_text())
+    assert marker.pop("orders") == mixing.ORDERS
+    monkeypatch.setattr(mixing, "SHORT", 0)
+    for orders in ({}, {"orders": mixing.ORDERS + 1}):
+        (run / "checkpoint-2" / COMPLETE).write_text(json.dumps(marker | orders))
+        before = files(run)
+        with pytest.raises(RefusedError, match="checkpoint-2: its run reads sequences in orders"):
+            train.run(config)
+        assert {name: files(run).get(name) for name in before} == before
+    monkeypatch.undo()
+    (run / "checkpoint-2" / COMPLETE).write_text(json.dumps(marker))
     train.run(config)
     assert "resuming from checkpoint-2" in capsys.readouterr().err
 

@@ -1,0 +1,135 @@
+"""Which tables the rows of a version 3 shard are encoded with: those of the dump, or new ones.
+
+The first rows of a shard are encoded with the tables that the dump has. The first ones that take
+little more than they take for the text that they were learnt from serve the whole shard. If none
+do, the shard waits for more rows and learns tables of its own, which serve other shards in turn. So
+one set serves text of one kind on any number of machines, and another kind of text gets its own.
+
+Writers do not wait for each other. Two that learn at the same time may both publish: then there are
+two sets that do as well. A short shard takes the tables that cost the fewest bytes in all, those of
+new tables included.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from storage.codec.codec import pack
+from storage.codec.v3_tables import LEARN_POSITIONS, Tables
+from storage.errors import IncompleteDump
+from storage.manifest import Partition
+from storage.own_tables import Chosen
+from storage.pending_row import PendingRow, learning
+
+TRIED = 8  # tables of the dump, the newest ones
+SLACK = 1.1  # bits of an entry ÷ those that the tables expect, up to which they are taken
+FEW = LEARN_POSITIONS // 4  # tables learnt from fewer positions are for short shards
+SHOWN = LEARN_POSITIONS // 8  # positions that show whether tables fit
+LEAST = LEARN_POSITIONS // 64  # positions; learning from fewer costs more than it saves
+
+
+class SharedTables:
+    """Chooses the tables of shard `index` of a partition."""
+
+    def __init__(self, partition: Partition, index: int) -> None:
+        self.partition, self.index = partition, index
+        self.tables, self.vocab_size = partition.dump.tables, partition.dump.tables.vocab_size
+        self.tried: set[str] = set()
+        self.looked = False
+
+    def choose(self, rows: Sequence[PendingRow], size: int, last: bool) -> Chosen | None:
+        """See Chooser. Raises CorruptShard where the tables of the shard before are damaged."""
+        if not rows:
+            return Chosen(None, {}, None, {})
+        found = None
+        if last:
+            found = self.fitting(rows, self.candidates(positions_in(rows))) or self.cheapest(rows)
+        elif not self.looked:
+            self.looked = True
+            found = self.fitting(rows, self.candidates())
+        elif size >= LEARN_POSITIONS:
+            found = self.new(rows)
+        if found is None:
+            return None
+        return Chosen(self.tables.get(found), {"tables": found.encode()}, None, {"tables": found})
+
+    def candidates(self, positions: int | None = None) -> Iterator[str]:
+        """The sha256 of tables to try: those of the shard before, then the newest of the dump.
+
+        Tables learnt from few positions are for a whole shard of `positions` that is not much
+        larger.
+        """
+        seen: set[str] = set()
+        for part in (self.of_shard_before, lambda: self.tables.recent[:1], self.newest):
+            for sha256 in part():
+                learnt = self.tables.get(sha256).learnt
+                few = learnt < FEW and (positions is None or positions >= 2 * learnt)
+                if sha256 not in seen and not few:
+                    yield sha256
+                seen.add(sha256)
+
+    def of_shard_before(self) -> list[str]:
+        with contextlib.suppress(IncompleteDump):  # it may still be in the committing thread
+            if self.index:
+                before = self.partition.shard(self.index - 1).tables
+                return [before] if before else []
+        return []
+
+    def newest(self) -> list[str]:
+        return self.tables.newest(TRIED)
+
+    def fitting(self, rows: Sequence[PendingRow], candidates: Iterable[str]) -> str | None:
+        """The first of these tables that fits the rows."""
+        entries = max(1, sum(len(row.grid.ids) for row in rows))
+        for sha256 in candidates:
+            tables = self.tables.get(sha256)
+            if 8 * size_with(tables, rows) / entries <= SLACK * tables.cost:
+                return sha256
+            self.tried.add(sha256)
+        return None
+
+    def new(self, rows: Sequence[PendingRow]) -> str:
+        """Tables learnt from these rows, unless another writer has published some that fit."""
+        own = self.learnt(rows)
+        others = (sha256 for sha256 in self.candidates() if sha256 not in self.tried)
+        return self.fitting(first_of(rows), others) or self.published(own)
+
+    def cheapest(self, rows: Sequence[PendingRow]) -> str:
+        """The tables that cost the fewest bytes for a whole shard, new ones with their own."""
+        positions = positions_in(rows)
+        sizes = {
+            sha256: size_with(self.tables.get(sha256), rows)
+            for sha256 in self.candidates(positions)
+        }
+        best = min(sizes, key=lambda sha256: sizes[sha256], default=None)
+        if best is not None and positions < LEAST:
+            return best
+        own = self.learnt(rows)
+        if best is not None and sizes[best] <= size_with(own, rows) + len(own.pack()):
+            return best
+        return self.published(own)
+
+    def learnt(self, rows: Sequence[PendingRow]) -> Tables:
+        given, masks = learning(rows)
+        return Tables.learn(given, self.vocab_size, masks)
+
+    def published(self, tables: Tables) -> str:
+        self.partition.dump.check_plan()
+        return self.tables.publish(tables)
+
+
+def positions_in(rows: Iterable[PendingRow]) -> int:
+    """The distributions of these rows."""
+    return sum(len(row.grid.counts) for row in rows)
+
+
+def first_of(rows: Sequence[PendingRow]) -> Sequence[PendingRow]:
+    """As many of the rows as show whether tables fit."""
+    ends = np.cumsum([len(row.grid.counts) for row in rows])
+    return rows[: int(np.searchsorted(ends, SHOWN)) + 1]
+
+
+def size_with(tables: Tables, rows: Sequence[PendingRow]) -> int:
+    """Bytes of the payloads of these rows, without heads."""
+    return sum(len(pack(row.grid, tables.row(row.input_ids, row.targets))) for row in rows)
