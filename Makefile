@@ -10,8 +10,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-models test-kill test-airflow fuzz lint types types-airflow lock clean \
-	airflow airflow-setup
+.PHONY: help setup demo test test-fast test-models test-kill test-airflow gpu-check gpu-bench fuzz lint types \
+	types-airflow lock clean airflow airflow-setup
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,10 @@ test-kill: setup  ## kill a dump 450 times, also with a second live writer, and 
 test-models: setup  ## every family of models through the whole pipeline; writes pipeline/models/SUPPORTED.md
 	$(PYTHON) -m tests.helpers.matrix --table
 
+GPU_CHECK := $(if $(LIST),--list) $(if $(ONLY),--only "$(ONLY)") $(if $(REHEARSE),--rehearse)
+gpu-check: setup  ## check this machine's GPU in minutes; LIST=1 lists, ONLY=name, REHEARSE=1 runs on the CPU
+	$(PYTHON) -m tests.gpu $(GPU_CHECK)
+
 test-fast: setup  ## only the fast tests, which do not start vLLM
 	$(PYTHON) -m pytest -n $(PROCESSES) -m "not slow and not vllm and not long"
 
@@ -47,6 +51,9 @@ fuzz: setup .venv-fuzz  ## forged dumps for FUZZ_SECONDS, then damaged bytes for
 	PYTHONPATH=. $(PYTHON) tests/fuzz/fuzz_dump.py --seconds $(FUZZ_SECONDS)
 	PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/fuzz_decode.py runs/fuzz tests/fuzz/corpus \
 		-max_total_time=$(FUZZ_SECONDS)
+
+gpu-bench: setup  ## loss, step, head and attention on a GPU, in minutes; LIST=1 lists, PART=loss runs one part
+	$(PYTHON) scripts/benchmarks/gpu_bench.py $(if $(LIST),--list) $(addprefix --part ,$(PART))
 
 lint: setup  ## check rules and format with ruff
 	$(PYTHON) -m ruff check .

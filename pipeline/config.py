@@ -70,6 +70,9 @@ class CorpusConfig:
     """Number of documents to skip at the start."""
     limit: Limit = None
     """Use at most this many documents."""
+    reread: bool = False
+    """Read files of 16 MiB and more whole to know their content again. By default it is taken to be
+    the same where place, size, inode, times and a sample of the bytes are."""
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS_OF_COLUMNS if getattr(self, name) is not None]

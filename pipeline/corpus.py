@@ -82,7 +82,7 @@ class Corpus:
         """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
         if self.files:
-            documents, self.digests = cached_documents(self.sources())
+            documents, self.digests = cached_documents(self.sources(), config.reread)
         else:
             documents = hub_documents(config)
             if config.tokens_column is not None:

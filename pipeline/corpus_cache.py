@@ -1,8 +1,7 @@
 """The documents of a corpus's files in one Arrow file, which is found by the files' content.
 
-A file is known by the sha256 of its bytes, never by its name, time or size, so the cache cannot be
-out of date. Several processes may write the same one at once: each writes its own file, and renames
-it when it is complete.
+A file is known by the sha256 of its bytes (file_digests.py), not by its name. Several processes may
+write the same one at once: each writes its own file, and renames it when it is complete.
 """
 
 import hashlib
@@ -21,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.corpus_files import compression_of, format_of
 from pipeline.corpus_readers import MIB, Document, Source
 from pipeline.errors import FailedError
+from pipeline.file_digests import digest_of
 from pipeline.outside import failure
 
 READERS = 1  # raise it where a reader gives other documents for the same bytes
@@ -28,19 +28,23 @@ BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
 STRONG_TAGS = ("ETag", "etag", "md5Hash", "content_md5")  # what stores call a checksum of content
 
 
-def cached_documents(sources: list[Source]) -> tuple[datasets.Dataset, list[str]]:
+def cached_documents(
+    sources: list[Source], reread: bool = False
+) -> tuple[datasets.Dataset, list[str]]:
     """(all documents, memory-mapped, with the sources' fields and `id`; sha256 of each file).
 
+    `reread` reads the files whole, also large ones that are known from before.
     Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
     cache cannot be written.
     """
-    digests = [digest_of(source) for source in sources]
+    memory = None if reread else cache_folder("digests")
+    digests = [digest_of_source(source, memory) for source in sources]
     kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
     found = [READERS, *sources[0].key, kinds, digests]
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     path = cache_folder("corpora") / f"{key}.arrow"
     if not path.exists():
-        build(path, sources, digests)
+        build(path, sources, digests, memory)
     return datasets.Dataset.from_file(str(path)), digests
 
 
@@ -53,15 +57,16 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
-def digest_of(source: Source) -> str:
+def digest_of_source(source: Source, memory: Path | None) -> str:
     try:
-        with open(source.path, "rb") as raw:
-            return hashlib.file_digest(raw, "sha256").hexdigest()
+        return digest_of(source.path, memory)
     except OSError as error:
+        if error.filename != source.path:  # the memory's own
+            raise FailedError(f"corpus cache {memory}: {error}. Set HF_DATASETS_CACHE") from error
         raise source.wrong(f"cannot be read: {error}") from None
 
 
-def build(path: Path, sources: list[Source], digests: list[str]) -> None:
+def build(path: Path, sources: list[Source], digests: list[str], memory: Path | None) -> None:
     """Write the Arrow file: complete, or not at all."""
     kind = sources[0]
     schema = pa.schema({"id": pa.string()} | kind.fields)  # a column `id` may be the text itself
@@ -78,7 +83,7 @@ def build(path: Path, sources: list[Source], digests: list[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         for source, digest in zip(sources, digests, strict=True):
-            if digest_of(source) != digest:
+            if digest_of_source(source, memory) != digest:
                 raise source.wrong("changed while it was read; wait until it is complete")
         os.replace(own / path.name, path)
     except OSError as error:  # the readers' own are ConfigErrors by now

@@ -18,6 +18,8 @@ LATER = {
     "replies": None,
 }
 """Settings that earlier releases lacked, with what these did."""
+FREE = {"reread"}
+"""Settings that change nothing in the result."""
 
 
 def recorded(settings: Any) -> Json:
@@ -28,7 +30,11 @@ def recorded(settings: Any) -> Json:
 def without_later(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    kept = {name: part for name, part in value.items() if LATER.get(name, ...) != part}
+    kept = {
+        name: part
+        for name, part in value.items()
+        if name not in FREE and LATER.get(name, ...) != part
+    }
     return {name: without_later(part) for name, part in kept.items()}
 
 

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import row_head
-from storage.codec.codec import pack, unpack
+from storage.codec.codec import pack, tables_of_row, unpack
 from storage.codec.frames import Limits
-from storage.codec.v2_tables import tables_of_row
 from storage.errors import CorruptPayload, CorruptShard
 from storage.index import pack_index
 from storage.manifest import Partition

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from storage import row_head
 from storage.cache import RangeCache, Room
-from storage.codec.v2_tables import tables_of_row
+from storage.codec.codec import tables_of_row
 from storage.data_file import open_local, read_range
 from storage.errors import CorruptShard, FormatVersionError
 from storage.index import SAMPLES, Index, Place

@@ -18,10 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.codec import samples as sampled
-from storage.codec.codec import decode
+from storage.codec.codec import Known, decode, tables_of_row
 from storage.codec.frames import Limits
-from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, tables_of_row
 from storage.data_file import MISSING, open_source
 from storage.errors import (
     CorruptShard,
@@ -122,7 +120,7 @@ class ShardReader:
             self._tables = OWN_TABLES[self.codec].unpack(self.own_tables(), self.vocab_size)
         return self._tables
 
-    def ranks(self, input_ids: Int32s, targets: Bools | None = None) -> Ranks | Row:
+    def ranks(self, input_ids: Int32s, targets: Bools | None = None) -> Known:
         """The tables that decode the payload of the row with these input_ids and targets."""
         return tables_of_row(self.tables(), input_ids, targets)
 
@@ -196,9 +194,7 @@ class RowDecoder:
                 f"{input_ids.max()}"
             )
 
-    def decode(
-        self, payload: bytes, samples: bytes | None, positions: int, tables: Ranks | Row
-    ) -> TopK:
+    def decode(self, payload: bytes, samples: bytes | None, positions: int, tables: Known) -> TopK:
         """The distributions of a row of that many positions; its tables are those of `ranks`."""
         limits = Limits(positions, self.k, self.vocab_size, self.entries)
         topk: TopK = decode(payload, tables, limits)

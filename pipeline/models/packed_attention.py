@@ -2,8 +2,9 @@
 
 transformers separates packed sequences with a T × T mask, so a row costs as much attention as one
 sequence of its length. Here each sequence is attended separately, so a row costs the sum of its
-sequences. sdpa attends where attention is plain. What a model hands its attention beyond that (a
-soft cap, sinks) sdpa ignores, so there the eager function of the model's own code attends.
+sequences. Where attention is plain, one kernel attends all sequences of a row (varlen.py), or sdpa
+each. What a model hands its attention beyond that (a soft cap, sinks) both ignore, so there the
+eager function of the model's own code attends.
 """
 
 import sys
@@ -18,6 +19,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from pipeline.models import varlen
 
 PACKED = "packed_sequences"
 PACKED_EAGER = "packed_sequences_eager"
@@ -89,12 +92,35 @@ def packed_attention(
     if sequence_lengths is None:
         mask = mask_of(module, query, key, attention_mask, 0, own, options)
         return attend(module, query, key, value, mask, **options)[0], None
+    if not own and in_one_kernel(module, query, key, value, attention_mask, options):
+        window = None if attention_mask is None else int(attention_mask)
+        scale = options.get("scaling")
+        return varlen.attend(query, key, value, sequence_lengths, window, scale), None
     parts, start = [], 0
     for q, k, v in zip(*(x.split(sequence_lengths, 2) for x in (query, key, value)), strict=True):
         mask = mask_of(module, q, k, attention_mask, start, own, options)
         parts.append(attend(module, q, k, v, mask, **options)[0])
         start += q.shape[2]
     return torch.cat(parts, dim=1), None
+
+
+def in_one_kernel(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether one kernel may attend all sequences: causal or a causal window, without dropout."""
+    if (mask is not None and mask.ndim) or options.get("dropout"):
+        return False
+    return is_causal(module, options) and varlen.fits(query, key, value)
+
+
+def is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:
+    found = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if found is None else found)
 
 
 def own_packed_attention(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
@@ -135,9 +161,8 @@ def mask_of(
     elif mask is not None and length > int(mask):
         mask = band(length, int(mask), query.device)
     else:
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        mask = band(length, length, query.device) if own and causal else None
+        causal = own and is_causal(module, options)
+        mask = band(length, length, query.device) if causal else None
     if own and mask is not None and mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
             ~mask, torch.finfo(query.dtype).min

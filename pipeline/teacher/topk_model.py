@@ -44,6 +44,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from pipeline.signals import die_with_parent
 from pipeline.teacher import stand_in
+from pipeline.teacher.head import CACHE_BYTES, as_integers, rows_at_a_time, top_and_rest
 from pipeline.teacher.sampling import NO_SAMPLES, NONE, Sampling, draw, places
 from pipeline.types import Int64s
 
@@ -55,8 +56,6 @@ POSITIONS = "mol_positions"  # what a request asks for, in PoolingParams.extra_k
 OWNER = "MOL_DUMP_PID"  # id of the process that owns the engine
 # Bytes of float32 logits in memory at a time: enough rows for a fast matrix product.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 1 << 30, 1 << 28
-CACHE_BYTES = 1 << 23  # bytes of them that a CPU processes at a time, to stay in its caches
-GROUP = 8  # columns per maximum, see `largest`
 
 
 def register() -> None:
@@ -149,7 +148,7 @@ class TopKPooler(Pooler):
         chosen = list(map(asked_rows, requests, starts.tolist(), scheduled.tolist()))
         before = np.cumsum(scheduled) - scheduled  # rows of other sequences in front
         rows = np.concatenate([at + first for at, first in zip(chosen, before, strict=True)])
-        packed = self.pack(hidden_states[torch.from_numpy(rows).to(hidden_states.device)])
+        packed = self.pack(rows_of(hidden_states, rows))
         parts = packed.split([len(at) for at in chosen])
         finished = cursor.is_finished().tolist()
         results: list[Any] = []
@@ -191,6 +190,19 @@ def asked_rows(params: Any, start: int, tokens: int) -> Int64s:
     return np.flatnonzero(bits[start : start + tokens])
 
 
+def rows_of(hidden_states: torch.Tensor, rows: Int64s) -> torch.Tensor:
+    """The rows of hidden_states [T, D]; all of them where there are as many.
+
+    Their numbers go to a GPU from pinned memory, so that the copy does not wait for the forward.
+    """
+    if len(rows) == len(hidden_states):
+        return hidden_states
+    at = torch.from_numpy(rows)
+    if hidden_states.is_cuda:
+        at = at.pin_memory()
+    return hidden_states[at.to(hidden_states.device, non_blocking=True)]
+
+
 def pack_topk(
     model: Any, hidden_states: torch.Tensor, k: int, how: Sampling, vocab_size: int
 ) -> torch.Tensor:
@@ -204,10 +216,6 @@ def pack_topk(
     on_cpu = hidden_states.device.type == "cpu"
     rows = rows_at_a_time(LOGITS_BYTES_CPU if on_cpu else LOGITS_BYTES, vocab_size)
     return torch.cat([pack_rows(model, part, k, how) for part in hidden_states.split(rows)])
-
-
-def rows_at_a_time(limit: int, vocab_size: int) -> int:
-    return max(1, limit // (4 * vocab_size))
 
 
 def pack_rows(
@@ -249,11 +257,11 @@ def pack_rows(
         if how.draws:  # this rank's candidates outside the overall top-k belong to the tail
             logits.scatter_(1, own_ids, lefts[rank])
     total = torch.logaddexp(best.logsumexp(-1), rest)
-    values = torch.cat([(rest - total)[:, None], best - total[:, None]], dim=1)
-    packed = [values.contiguous().view(torch.int32), ids.int()]
-    if how.draws:
-        packed.append(drawn_from(logits, shares, rank, first, places(how, rest, total)))
-    return torch.cat(packed, dim=1)
+    answers = as_integers(best, ids, rest, total)
+    if not how.draws:
+        return answers
+    drawn = drawn_from(logits, shares, rank, first, places(how, rest, total))
+    return torch.cat([answers, drawn], dim=1)
 
 
 def exact(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
@@ -288,58 +296,6 @@ def drawn_from(
         every = tensor_model_parallel_all_gather(ids.view(torch.float32), dim=-1)
         ids = every.view(torch.int32).view(len(ids), -1, at.shape[1]).amax(1)
     return ids
-
-
-def top_and_rest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits [N, V] -> the k best [N, k], their columns [N, k], logsumexp of all others [N].
-
-    A CPU processes a few rows at a time, which stay in its cache.
-    """
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        rows = rows_at_a_time(CACHE_BYTES, logits.shape[1])
-    parts = [top_and_rest_of(part.float(), k) for part in logits.split(rows)]
-    best, ids, rest = (torch.cat(values) for values in zip(*parts, strict=True))
-    return best, ids, rest
-
-
-def top_and_rest_of(
-    logits: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`top_and_rest` of float32 logits, which are overwritten."""
-    if k >= logits.shape[1]:
-        best, ids = logits.sort(dim=-1, descending=True)
-        return best, ids, torch.full_like(best[:, 0], -torch.inf)
-    best, ids = largest(logits, k + 1)
-    following, target = best[:, k], ids[:, k]  # the largest of the others
-    logits.scatter_(1, ids[:, :k], -torch.inf)
-    # Cross-entropy is logsumexp - target in one pass; torch.logsumexp makes three.
-    rest = torch.nn.functional.cross_entropy(logits, target, reduction="none") + following
-    rest = torch.where(following == -torch.inf, following, rest)
-    return best[:, :k], ids[:, :k], rest
-
-
-def largest(
-    values: torch.Tensor, k: int, in_order: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """values.topk(k) over the last dimension of [N, V]; fast if V is far above k.
-
-    Columns form groups. The k largest values are in the k groups with the largest maxima, which a
-    recursive call finds. So one fast pass for the maxima leaves k * GROUP candidates.
-    """
-    size = values.shape[1]
-    groups = size // GROUP
-    if groups < 4 * k:
-        best, ids = values.topk(k, dim=-1, sorted=in_order)
-        return best, ids
-    inside = GROUP * groups  # columns in groups; column c belongs to group c % groups
-    members = values[:, :inside].view(-1, GROUP, groups)
-    _, chosen = largest(members.amax(dim=1), k, in_order=False)
-    candidates = members.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
-    candidates = torch.cat([candidates, values[:, inside:]], dim=1)
-    best, at = candidates.topk(k, dim=-1, sorted=in_order)
-    grouped = chosen.gather(1, at % k) + at.div(k, rounding_mode="floor") * groups
-    return best, torch.where(at < GROUP * k, grouped, at + (inside - GROUP * k))
 
 
 def inner_model(model: Any) -> Any:

@@ -1,26 +1,29 @@
 """Time, peak memory and gradient error of the losses, forward and backward, on equal shapes.
 
     python scripts/benchmarks/bench_loss.py
-    python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 \\
+    python scripts/benchmarks/bench_loss.py --rows 8192 --width 4096 --vocabulary 151936 128256 \\
         --dtype bfloat16
 
-Each case computes a scalar from hidden states and a head's weight, and the gradients of both. It
-runs in a process of its own; several rounds run all cases in turn. The table shows the fastest
-round, as a ratio to plain cross-entropy (`F.cross_entropy` on full logits). Memory is the peak
-above the inputs: of the resident set on a CPU, of the allocator on a GPU. The gradient error is
-relative to the same loss in float64, on `--error_rows` rows; 0 turns it off.
+Each case computes a scalar from hidden states and a head's weight, and the gradients of both; the
+last one is no loss, but the three matrix products that a loss cannot do without. All cases run in
+turn, on a CPU in several rounds of a process each. The time is the median of the steps on a GPU, by
+CUDA events, and the fastest on a CPU; beside it stands the ratio to plain cross-entropy
+(`F.cross_entropy` on full logits). Memory is the peak above the inputs: of the resident set on a
+CPU, of the allocator on a GPU. The gradient error is relative to the same loss in float64, on
+`--error_rows` rows; 0 turns it off. Kernels of other projects run where their packages are
+installed: liger-kernel (its CuTe kernels with nvidia-cutlass-dsl, its cuTile ones with cuda-tile),
+quack-kernels, cut-cross-entropy.
 """
 
 import argparse
-import json
 import math
-import time
+import sys
 from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from processes import hardware, in_turn, peak, reset_peak
+from processes import Result, failure, hardware, in_turn, measured, on_gpu
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,10 +92,53 @@ def fused(direction: str | None) -> Loss:
     return loss
 
 
-def liger_ce(x: Inputs) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def compiled(loss: Loss) -> Loss:
+    """The loss through torch.compile."""
+    made = cache(lambda: torch.compile(loss, dynamic=False))
+    return lambda x: made()(x)
 
-    loss: Tensor = LigerFusedLinearCrossEntropyLoss()(x["weight"], x["hidden"], x["labels"])
+
+def products(x: Inputs) -> Tensor:
+    """The three matrix products of a head: no loss computes both gradients with less."""
+    logits = x["hidden"] @ x["weight"].T
+    logits.backward(logits.detach())
+    return logits
+
+
+def liger_ce(x: Inputs) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(x["hidden"], x["weight"], x["labels"])
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+def liger_cute_ce(x: Inputs) -> Tensor:
+    """The kernels for Hopper; Blackwell has others, which `LIGER_KERNEL_IMPL=cutedsl` chooses."""
+    if torch.cuda.get_device_capability()[0] == 9:
+        from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+            liger_fused_linear_cross_entropy_sm90 as function,
+        )
+    else:
+        from liger_kernel.ops.cutedsl.ops import LigerFusedLinearCrossEntropyFunction
+
+        function = LigerFusedLinearCrossEntropyFunction.apply
+    loss = function(x["hidden"], x["weight"], x["labels"])
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+def liger_tile_ce(x: Inputs) -> Tensor:
+    from liger_kernel.ops.cutile.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction,
+    )
+
+    loss = LigerFusedLinearCrossEntropyFunction.apply(x["hidden"], x["weight"], x["labels"])
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+def quack_ce(x: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    loss: Tensor = chunked_linear_cross_entropy(x["hidden"], x["weight"], x["labels"], tuned=False)
     return loss
 
 
@@ -103,38 +149,60 @@ def cut_ce(x: Inputs) -> Tensor:
     return loss
 
 
+BASE = "cross-entropy, F.cross_entropy"
+PRODUCTS = "matrix products alone"
 CASES: dict[str, Loss] = {
-    "cross-entropy, F.cross_entropy": dense_ce,
+    BASE: dense_ce,
     "cross-entropy, fused": fused(None),
     "cross-entropy, liger-kernel": liger_ce,
+    "cross-entropy, liger-kernel, CuTe": liger_cute_ce,
+    "cross-entropy, liger-kernel, cuTile": liger_tile_ce,
+    "cross-entropy, quack": quack_ce,
     "cross-entropy, cut-cross-entropy": cut_ce,
+    "cross-entropy, compiled": compiled(dense_ce),
     "top-k forward KL, fused": fused("forward"),
     "top-k reverse KL, fused": fused("reverse"),
     "top-k forward KL, full logits": dense_topk,
     "top-k forward KL, chunked, recomputed": chunked_topk,
+    "top-k forward KL, compiled": compiled(dense_topk),
     "full KL, teacher's logits at hand": dense_kl,
+    PRODUCTS: products,
 }
 
 
-# Kernels of other projects, if their packages are installed. They need CUDA.
+# Kernels of other projects, if these modules are installed. They need CUDA.
 PACKAGES = {
-    "cross-entropy, liger-kernel": "liger_kernel",
-    "cross-entropy, cut-cross-entropy": "cut_cross_entropy",
+    "cross-entropy, liger-kernel": ["liger_kernel"],
+    "cross-entropy, liger-kernel, CuTe": ["liger_kernel", "cutlass"],
+    "cross-entropy, liger-kernel, cuTile": ["liger_kernel", "cuda.tile"],
+    "cross-entropy, quack": ["quack"],
+    "cross-entropy, cut-cross-entropy": ["cut_cross_entropy"],
 }
 
 
 def missing(case: str, dtype: str) -> str | None:
     """Why a case cannot run here; None if it can."""
-    if case not in PACKAGES:
+    if case not in PACKAGES and "compiled" not in case:
         return None
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return "not on CPU"
-    if PACKAGES[case] == "cut_cross_entropy" and dtype == "float32":
+    if dtype == "float32" and case in PACKAGES and case != "cross-entropy, liger-kernel":
         return "bfloat16 only"
-    return None if find_spec(PACKAGES[case]) else "not installed"
+    there = (installed(module) for module in PACKAGES.get(case, []))
+    return None if all(there) else "not installed"
 
 
-def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
+def installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it is in
+        return False
+
+
+@lru_cache(2)
+def make_inputs(
+    rows: int, width: int, vocabulary: int, k: int, dtype_name: str, device: str
+) -> Inputs:
     """Hidden states and a head whose logits have a standard deviation of about 2, and a teacher
     close to them."""
     generator = torch.Generator(device).manual_seed(0)
@@ -142,17 +210,17 @@ def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    dtype = getattr(torch, given.dtype)
-    hidden = normal(rows, given.width)
-    weight = (2 / math.sqrt(given.width) * normal(given.vocabulary, given.width)).to(dtype)
-    teacher = (hidden + 0.3 * normal(rows, given.width)).to(dtype)
-    ids = torch.empty(rows, given.k, dtype=torch.int64, device=device)
-    logprobs = torch.empty(rows, given.k, device=device)
+    dtype = getattr(torch, dtype_name)
+    hidden = normal(rows, width)
+    weight = (2 / math.sqrt(width) * normal(vocabulary, width)).to(dtype)
+    teacher = (hidden + 0.3 * normal(rows, width)).to(dtype)
+    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, k, device=device)
     tail = torch.empty(rows, device=device)
     for at in range(0, rows, 256):  # the teacher's full logits may not fit in memory
         part = slice(at, at + 256)
         full = (teacher[part] @ weight.T).float().log_softmax(-1)
-        logprobs[part], ids[part] = full.topk(given.k)
+        logprobs[part], ids[part] = full.topk(k)
         tail[part] = full.scatter(1, ids[part], -torch.inf).logsumexp(-1)
     labels = ids[:, 0].clone()
     return {
@@ -166,33 +234,42 @@ def make_inputs(given: argparse.Namespace, rows: int, device: str) -> Inputs:
     }
 
 
-def run_case(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds (fastest) and peak bytes of one case, in this process."""
+def run_job(given: argparse.Namespace, job: str, errors: bool) -> Result:
+    """Seconds and peak bytes of "vocabulary case" in this process, and its gradients' errors."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, loss = make_inputs(given, given.rows, device), CASES[given.case]
-    times, before = [], reset_peak(device)
-    for _ in range(given.repeats):
-        x["hidden"].grad = x["weight"].grad = None
-        began = time.perf_counter()
-        loss(x).backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    found: dict[str, Any] = {"seconds": min(times), "bytes": peak(device) - before}
-    if given.error_rows:
-        x = make_inputs(given, given.error_rows, device)
-        loss(x).backward()
-        exact = {name: value.detach().double() for name, value in x.items()}
-        exact["ids"], exact["labels"] = x["ids"], x["labels"]
-        for name in ("hidden", "weight"):
-            exact[name].requires_grad_()
-        REFERENCES[given.case](exact).backward()
-        for name in ("hidden", "weight"):
-            one, other = x[name].grad, exact[name].grad
-            assert one is not None
-            assert other is not None
-            found[f"{name}_error"] = ((one.double() - other).norm() / other.norm()).item()
+    vocabulary, case = job.split(" ", 1)
+    shape = (given.width, int(vocabulary), given.k, given.dtype, device)
+    x = make_inputs(given.rows, *shape)
+    found = measured(lambda: step(CASES[case], x), given.repeats, device)
+    x["hidden"].grad = x["weight"].grad = None
+    if errors and given.error_rows and case != PRODUCTS:
+        found |= gradient_errors(case, make_inputs(given.error_rows, *shape))
     return found
+
+
+def step(loss: Loss, x: Inputs) -> None:
+    x["hidden"].grad = x["weight"].grad = None
+    value = loss(x)
+    if value.ndim == 0:
+        value.backward()
+
+
+def gradient_errors(case: str, x: Inputs) -> Result:
+    """Size of each gradient's difference from that of float64, as a share of its size."""
+    step(CASES[case], x)
+    exact = {name: value.detach().double() for name, value in x.items()}
+    exact["ids"], exact["labels"] = x["ids"], x["labels"]
+    for name in ("hidden", "weight"):
+        exact[name].requires_grad_()
+    REFERENCES[case](exact).backward()
+    errors = {}
+    for name in ("hidden", "weight"):
+        one, other = x[name].grad, exact[name].grad
+        assert one is not None
+        assert other is not None
+        errors[f"{name}_error"] = ((one.double() - other).norm() / other.norm()).item()
+        x[name].grad = None
+    return errors
 
 
 def reference(direction: str | None) -> Loss:
@@ -225,50 +302,73 @@ REFERENCES = {
 }
 
 
-def main() -> None:
+def show(given: argparse.Namespace, vocabulary: int, runs: dict[str, list[Result]]) -> None:
+    print(
+        f"N {given.rows:,}  D {given.width:,}  V {vocabulary:,}  k {given.k}  {given.dtype}  "
+        f"{hardware()}"
+    )
+    print(f"{'':<40}{'seconds':>9}{'time':>8}{'MiB':>8}{'memory':>8}{'∂hidden':>10}{'∂weight':>10}")
+    base = runs[f"{vocabulary} {BASE}"]
+    for case in CASES:
+        found = runs.get(f"{vocabulary} {case}", [])
+        why = missing(case, given.dtype) or failure(found)
+        if why:
+            print(f"{case:<40}  {why}")
+            continue
+        seconds = min(one["seconds"] for one in found)
+        errors = "".join(
+            f"{found[0][key]:>10.1e}" for key in ("hidden_error", "weight_error") if key in found[0]
+        )
+        ratios = ["", ""]
+        if not failure(base):
+            ratios[0] = f"{seconds / min(one['seconds'] for one in base):.2f}×"
+            ratios[1] = f"{found[0]['bytes'] / base[0]['bytes']:.2f}×"
+        print(
+            f"{case:<40}{seconds:>9.{4 if seconds < 0.1 else 3}f}{ratios[0]:>8}"
+            f"{found[0]['bytes'] / 2**20:>8.0f}{ratios[1]:>8}{errors}"
+        )
+
+
+def main(words: list[str] | None = None) -> bool:
+    """Returns whether a case of the project's own failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=2048, help="positions N")
     parser.add_argument("--width", type=int, default=512, help="hidden size D")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="V")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32768], help="V, several")
     parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=3, help="processes per case")
-    parser.add_argument("--repeats", type=int, default=3, help="steps per process")
+    parser.add_argument("--rounds", type=int, help="default: 3 on a CPU, 1 on a GPU")
+    parser.add_argument("--repeats", type=int, help="steps of a case; default: 3, on a GPU 10")
     parser.add_argument(
         "--error_rows", type=int, default=128, help="rows for the gradient error; 0 turns it off"
     )
-    parser.add_argument("--case", choices=CASES, help="run one case and print JSON")
-    given = parser.parse_args()
-    if given.case:
-        print(json.dumps(run_case(given)))
-        return
-    able = [case for case in CASES if missing(case, given.dtype) is None]
-    runs = in_turn(able, given.rounds, {"--error_rows": "0"})
-    best = {
-        name: found[0] | {"seconds": min(one["seconds"] for one in found)}
-        for name, found in runs.items()
-    }
-    print(
-        f"N {given.rows:,}  D {given.width:,}  V {given.vocabulary:,}  k {given.k}  {given.dtype}  "
-        f"{hardware()}"
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="what is not done by then is left out"
     )
-    print(f"{'':<40}{'seconds':>9}{'time':>8}{'MiB':>8}{'memory':>8}{'∂hidden':>10}{'∂weight':>10}")
-    base = best["cross-entropy, F.cross_entropy"]
-    for name in CASES:
-        if name not in best:
-            print(f"{name:<40}  {missing(name, given.dtype)}")
-            continue
-        found = best[name]
-        errors = "".join(
-            f"{found[key]:>10.1e}" for key in ("hidden_error", "weight_error") if key in found
-        )
-        print(
-            f"{name:<40}{found['seconds']:>9.3f}{found['seconds'] / base['seconds']:>7.2f}×"
-            f"{found['bytes'] / 2**20:>8.0f}{found['bytes'] / base['bytes']:>7.2f}×{errors}"
-        )
+    parser.add_argument("--case", choices=CASES, action="append", help="run this case only")
+    given = parser.parse_args(words)
+    given.rounds = given.rounds or (1 if on_gpu() else 3)
+    given.repeats = given.repeats or (10 if on_gpu() else 3)
+    chosen = [BASE, *given.case] if given.case else CASES
+    able = [case for case in CASES if case in chosen and missing(case, given.dtype) is None]
+    # What compiles or tunes its kernels first is last, and is left out if time runs out.
+    jobs = [
+        f"{vocabulary} {case}"
+        for late in (False, True)
+        for vocabulary in given.vocabulary
+        for case in able
+        if late == ("compiled" in case or case in PACKAGES)
+    ]
+    runs = in_turn(
+        jobs, given.rounds, lambda job, number: run_job(given, job, not number), given.seconds
+    )
+    for vocabulary in given.vocabulary:
+        show(given, vocabulary, runs)
+    ours = [job for job in jobs if job.split(" ", 1)[1] not in PACKAGES]
+    return any(failure(runs[job]) for job in ours)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,12 +10,13 @@ Every case has the same sequences, half domain and half general, packed in one r
     mol from disk   cross-entropy on one half; on the other, KL to a dump that workers read
     live teacher    the same, with the base model in memory and the KL over the full vocabulary
 
-A step is forward, backward and AdamW update of a random model, under autocast to --dtype. Each case
-runs in a process of its own, all in turn. The table shows the median step of the fastest round.
+A step is forward, backward and AdamW update of a random model, under autocast to --dtype. All cases
+run in turn, on a CPU in several rounds of a process each. The table shows the median step of the
+fastest round.
 """
 
 import argparse
-import json
+import math
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from processes import hardware, in_turn, peak, reset_peak
+from processes import Result, failure, hardware, in_turn, on_gpu, peak, reset_peak
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -73,7 +74,8 @@ def make_dump(folder: Path, given: argparse.Namespace) -> None:
     dump.finish()
 
 
-def make_model(given: argparse.Namespace) -> PreTrainedModel:
+def make_model(given: argparse.Namespace, device: str) -> PreTrainedModel:
+    """A random model, made on its device: a CPU would take longer than the benchmark."""
     torch.manual_seed(0)
     heads = max(1, given.hidden // 64)
     config = Qwen3Config(
@@ -87,7 +89,8 @@ def make_model(given: argparse.Namespace) -> PreTrainedModel:
         max_position_embeddings=given.length,
         tie_word_embeddings=True,
     )
-    return Qwen3ForCausalLM(config)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config)
 
 
 def to_device(value: Any, device: str) -> Any:
@@ -119,11 +122,11 @@ def loss_of(case: str, model: PreTrainedModel, teacher: Any, row: dict[str, Any]
     return loss
 
 
-def run_case(given: argparse.Namespace) -> dict[str, Any]:
+def run_case(given: argparse.Namespace, dump: Path, case: str) -> Result:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, given.dtype)
     domain = Domain(given.rows, given.length, given.vocabulary)
-    stream = GeneralStream([LogitDataset(given.dump)], [1], 0)
+    stream = GeneralStream([LogitDataset(dump)], [1], 0)
     data = MixedDataset(domain, stream, 1.0, 0, given.batch)  # type: ignore[arg-type]
     loader = DataLoader(
         data,
@@ -133,11 +136,11 @@ def run_case(given: argparse.Namespace) -> dict[str, Any]:
         num_workers=given.workers,
         pin_memory=device == "cuda",
     )
-    model = make_model(given).to(device).train()
+    model = make_model(given, device).train()
     add_distill_forward(model, "forward")
     teacher = None
-    if given.case == "live teacher":
-        teacher = make_model(given).to(device, dtype).eval()
+    if case == "live teacher":
+        teacher = make_model(given, device).to(dtype).eval()
         add_distill_forward(teacher, "forward")  # for its packed attention
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     before = reset_peak(device)
@@ -149,7 +152,7 @@ def run_case(given: argparse.Namespace) -> dict[str, Any]:
         waited = time.perf_counter() - began
         row = to_device(row, device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(given.case, model, teacher, row)
+            loss = loss_of(case, model, teacher, row)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -162,10 +165,12 @@ def run_case(given: argparse.Namespace) -> dict[str, Any]:
         "seconds": statistics.median(times),
         "wait_share": sum(waits) / sum(times),
         "bytes": peak(device) - before,
+        "parameters": model.num_parameters(),
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> bool:
+    """Returns whether a case failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -181,22 +186,40 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--workers", type=int, default=1, help="processes that read and decode")
     parser.add_argument("--steps", type=int, default=8, help="steps per process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per case")
-    parser.add_argument("--case", choices=CASES, help="run one case only")
-    parser.add_argument("--dump", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case and given.dump:
-        print(json.dumps(run_case(given)))
-        return
+    parser.add_argument("--rounds", type=int, help="default: 3 on a CPU, 1 on a GPU")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="what is not done by then is left out"
+    )
+    parser.add_argument("--case", choices=CASES, action="append", help="run this case only")
+    given = parser.parse_args(words)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        make_dump(Path(folder) / "dump", given)
-        sys.argv += ["--dump", str(Path(folder) / "dump")]
-        runs = in_turn([given.case] if given.case else CASES, given.rounds, {})
+        dump = Path(folder) / "dump"
+        make_dump(dump, given)
+        runs = in_turn(
+            given.case or CASES,
+            given.rounds or (1 if on_gpu() else 3),
+            lambda case, _: run_case(given, dump, case),
+            given.seconds - (time.monotonic() - began),
+        )
+    show(given, runs)
+    return any(map(failure, runs.values()))
+
+
+def show(given: argparse.Namespace, runs: dict[str, list[Result]]) -> None:
     tokens = 2 * given.batch * given.length
-    print(f"{given}\n{tokens:,} tokens in a step, {hardware()}")
+    sizes = {one["parameters"] for found in runs.values() for one in found if "parameters" in one}
+    print(
+        f"{given.layers} layers of width {given.hidden}, {' '.join(f'{n:,}' for n in sizes)} "
+        f"parameters, {given.vocabulary:,} ids, k {given.k}, {given.dtype}; {tokens:,} tokens in a "
+        f"step, in sequences of {given.length:,}; {hardware()}"
+    )
     print(f"{'':<16}{'seconds':>9}{'time':>8}{'tokens/s':>10}{'MiB':>8}{'memory':>8}{'wait':>8}")
-    base = None
+    base: Result | None = None
     for name, found in runs.items():
+        if why := failure(found):
+            print(f"{name:<16}  {why}")
+            continue
         best = min(found, key=lambda one: one["seconds"])
         base = base or best
         print(
@@ -207,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

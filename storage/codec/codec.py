@@ -15,14 +15,16 @@ from storage.codec.frames import Header, Limits
 from storage.codec.grid import Grid
 from storage.codec.root_grid import RootGrid
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import Row, fits
+from storage.codec.v2_tables import Row, Successors, fits
 from storage.errors import CorruptPayload, InvalidRecord
-from storage.topk import TopK
+from storage.targets import Bools
+from storage.topk import Int32s, TopK
 
-VERSIONS = (ranked.VERSION, contextual.VERSION)
+VERSIONS = (ranked.VERSION, contextual.VERSION, v3.VERSION)
 # The spacing of each codec's grid by default: nats, and for version 3 units of √p.
 STEPS = {"v1": 1 / 16, "v2": 1 / 16, "v3": 1 / 416}
 AnyGrid = Grid | RootGrid
+AnyTables = Ranks | Successors | v3_tables.Tables
 Known = Ranks | Row | v3_tables.Row
 
 
@@ -54,6 +56,11 @@ def decode(data: bytes, ranks: Known | None = None, limits: Limits | None = None
     return restored(unpack(data, ranks, limits))
 
 
+def tables_of_row(tables: AnyTables, input_ids: Int32s, targets: Bools | None) -> Known:
+    """What codes one row with these tables, see encode."""
+    return tables if isinstance(tables, Ranks) else tables.row(input_ids, targets)
+
+
 def kept(topk: TopK, step: float, codec: str) -> TopK:
     """What the codec's grid holds of a record, see root_grid.kept; version 1 and 2 hold all."""
     return root_grid.kept(topk, step) if codec == "v3" else topk
@@ -75,14 +82,13 @@ def restored(grid: AnyGrid) -> TopK:
 
 def pack(grid: AnyGrid, ranks: Known | None = None) -> bytes:
     """Encode a grid, see encode. Raises InvalidRecord for a grid of another version."""
-    if isinstance(grid, RootGrid) != isinstance(ranks, v3_tables.Row):
+    if isinstance(grid, RootGrid) and isinstance(ranks, v3_tables.Row):
+        return v3.pack(grid, ranks)
+    if isinstance(grid, RootGrid) or isinstance(ranks, v3_tables.Row):
         raise InvalidRecord(
             "a grid of roots goes with tables of version 3, one of logarithms with the others; "
             f"found {type(grid).__name__} and {type(ranks).__name__}"
         )
-    if isinstance(grid, RootGrid):
-        assert isinstance(ranks, v3_tables.Row)
-        return v3.pack(grid, ranks)
     if isinstance(ranks, Row):
         if fits(grid):
             return contextual.pack(grid, ranks)
@@ -94,14 +100,14 @@ def unpack(data: bytes, ranks: Known | None = None, limits: Limits | None = None
     """Decode a payload to its grid, see decode."""
     header = Header.unpack(data, VERSIONS, limits)
     grid: AnyGrid
-    if isinstance(ranks, v3_tables.Row):
-        grid = v3.unpack(header, data, ranks)
+    if header.version == v3.VERSION:
+        grid = v3.unpack(header, data, ranks if isinstance(ranks, v3_tables.Row) else None)
     elif header.version == contextual.VERSION:
         grid = contextual.unpack(header, data, ranks if isinstance(ranks, Row) else None)
     else:
-        grid = ranked.unpack(
-            header, data, ranks.successors.ranks if isinstance(ranks, Row) else ranks
-        )
+        if isinstance(ranks, Row):
+            ranks = ranks.successors.ranks
+        grid = ranked.unpack(header, data, ranks if isinstance(ranks, Ranks) else None)
     check_grid(grid, limits)
     return grid
 

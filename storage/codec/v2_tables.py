@@ -290,13 +290,6 @@ class Row:
         )  # fmt: skip
 
 
-def tables_of_row(
-    tables: Ranks | Successors, input_ids: Int32s, targets: Bools | None
-) -> Ranks | Row:
-    """What codes one row of a shard with these tables, see encode."""
-    return tables if isinstance(tables, Ranks) else tables.row(input_ids, targets)
-
-
 def fits(grid: Grid) -> bool:
     """Whether version 2 can hold the grid; version 1 holds any."""
     return int(grid.below.max(initial=0)) < MAX_LEVEL

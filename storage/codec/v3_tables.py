@@ -1,46 +1,107 @@
-"""The tables of version 3, which are learnt once and serve many shards."""
+"""The tables of version 3, which are learnt once and serve many shards: ids kept after each token,
+and how likely each symbol is in its context.
+
+The tables are integers. Only learning them uses floats.
+"""
 
 import struct
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zstandard
 
-from storage.codec import v2_tables, v3
-from storage.codec.root_grid import RootGrid
-from storage.errors import CorruptPayload
-from storage.targets import Bools
-from storage.topk import Int32s
+from storage.codec.frames import inflate, split_planes
+from storage.codec.root_grid import RootGrid, largest
+from storage.codec.v1 import Ranks
+from storage.codec.v2_tables import from_planes
+from storage.errors import CorruptPayload, FormatVersionError, StorageError
+from storage.targets import Bools, Int64s, pack_mask, positions_of
+from storage.topk import Int32s, UInt16s
 
+MAGIC, VERSION = b"MoLt", 1
+# magic, version, V, frequent ids, listed, positions learnt from, bits an entry, edges of classes of
+# positions and of roots, bytes of each compressed part
+HEAD = struct.Struct("<4sIIIIQd7Q4Q5I")
 LEARN_POSITIONS = 1 << 17  # positions that tables are learnt from
-END = struct.Struct("<Qd")  # learnt, cost
+SEEN = 3  # times; listing a successor seen less often costs more than it saves
+MOST_LISTED_PER_BYTE, FREE_LISTED = 64, 1 << 20  # a table's claim; real ones: less than one a byte
+KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
+KIND_LEVELS = (0.15, 0.3, 0.42, 0.55, 0.68, 0.8, 0.9)  # quantiles
+RANK_KINDS = (32, 128, 512, 2048, 8192)
+PER_OCTAVE = 64  # of the ratio of a root to the smallest one, in learning
+Integers = npt.NDArray[np.integer]
+
+
+@cache
+def compiled() -> ModuleType:
+    """The module storage.codec.v3_kernels. Raises StorageError without numba."""
+    try:
+        from storage.codec import v3_kernels as kernels
+    except ImportError as error:
+        raise StorageError(
+            f"payloads of version 3 need numba ({error}): pip install numba, or dump with codec: v1"
+        ) from None
+    return kernels
 
 
 @dataclass(frozen=True, eq=False)
-class Row(v2_tables.Row):
-    """The tables with one sequence, see v2_tables.Row."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tables(v2_tables.Successors):
+class Tables:
     """What `learn` found in the first rows of a dump, or of a part of it.
 
-    learnt  positions that they were learnt from
-    cost    bits that an entry of the same kind of text takes
+    ranks    ids by overall frequency
+    starts   int32 [V + 1]  where each token's successors begin in `listed`
+    listed   int32 [n]  ids; within a token by descending kind, then ascending rank
+    kinds    uint8 [n]  how likely they are kept (upper 3 bits) and how large (lower 3)
+    scales   int64 [7]  edges of the classes of positions, 65536 · count + smallest root
+    roots    int64 [4]  edges of the classes of roots
+    chances  uint16 [FLAGS]  probability of "kept" in each context, in 1/32768
+    sums     uint16 [NUMBERS, SYMBOLS + 1]  cumulative probabilities of the other symbols
+    learnt   positions that they were learnt from
+    cost     bits an entry of these positions takes
     """
 
-    learnt: int = 0
-    cost: float = 0.0
+    ranks: Ranks
+    starts: Int32s
+    listed: Int32s
+    kinds: npt.NDArray[np.uint8]
+    scales: Int64s
+    roots: Int64s
+    chances: UInt16s
+    sums: UInt16s
+    learnt: int
+    cost: float
+    known: Any = field(init=False)
+    checksum: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        kernels = compiled()
+        edges = np.arange(1 << kernels.HINT_BITS) << (kernels.BITS - kernels.HINT_BITS)
+        hints = np.array([np.searchsorted(row, edges, side="right") - 1 for row in self.sums])
+        rank_kinds = np.digitize(self.ranks.rank_of, RANK_KINDS).astype(np.uint8)
+        arrays = (
+            self.ranks.order, self.ranks.rank_of, rank_kinds, self.starts, self.listed, self.kinds,
+            self.scales, self.roots, self.chances, self.sums, hints.astype(np.uint8),
+        )  # fmt: skip
+        # One array type each, writable too: numba would compile again for any other.
+        known = kernels.Known(*(np.require(each, requirements=["C", "W"]) for each in arrays))
+        checksum = self.ranks.checksum
+        for part in (self.starts, self.listed, self.kinds, self.scales, self.roots, self.chances):
+            checksum = zlib.crc32(np.ascontiguousarray(part).tobytes(), checksum)
+        object.__setattr__(self, "known", known)
+        object.__setattr__(self, "checksum", zlib.crc32(self.sums.tobytes(), checksum))
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        arrays = (self.starts, self.listed, self.kinds, self.rank_kinds, self.sums, self.hints)
-        ranks = (self.ranks.order, self.ranks.rank_of)
-        return sum(int(array.nbytes) for array in (*ranks, *arrays))
+        return sum(each.nbytes for each in self.known)
 
-    def row(self, input_ids: npt.ArrayLike, targets: Bools | None = None) -> Row:
+    def row(self, input_ids: npt.ArrayLike, targets: Bools | None = None) -> "Row":
         """The tables for one sequence, to encode and decode its distributions.
 
         `targets` bool [T] marks the tokens whose distributions are stored, None all of them.
@@ -48,33 +109,329 @@ class Tables(v2_tables.Successors):
         return Row(self, np.require(input_ids, np.int32, ["C", "W"]), targets)
 
     @classmethod
-    def learn(  # type: ignore[override]
+    def learn(
         cls,
         rows: Sequence[tuple[Int32s, RootGrid]],
         vocab_size: int,
         masks: Sequence[Bools | None] | None = None,
     ) -> "Tables":
         """Learn from the (input_ids, grid) of rows, and their masks."""
-        numbers = [(input_ids, v3.as_grid(grid)) for input_ids, grid in rows]
-        found: Tables = super().learn(numbers, vocab_size, masks)  # type: ignore[assignment]
         masks = [None] * len(rows) if masks is None else masks
-        size = sum(
-            len(v3.pack(grid, found.row(input_ids, targets)))
-            for (input_ids, grid), targets in zip(rows, masks, strict=True)
-        )
-        entries = sum(len(grid.ids) for _, grid in rows)
-        positions = sum(len(grid.counts) for _, grid in rows)
-        return replace(found, learnt=positions, cost=8 * size / max(entries, 1))
+        tokens = [
+            input_ids[positions_of(targets, len(input_ids))]
+            for (input_ids, _), targets in zip(rows, masks, strict=True)
+        ]
+        ranks = learn_ranks([grid for _, grid in rows], vocab_size)
+        lists = list_successors(tokens, [grid for _, grid in rows], ranks)
+        edges = learn_edges([grid for _, grid in rows])
+        return fit(ranks, lists, edges, rows, masks)
 
     def pack(self) -> bytes:
-        """The tables as bytes."""
-        return super().pack() + END.pack(self.learnt, self.cost)
+        """The tables as bytes, see FORMAT.md."""
+        rank_of, size = self.ranks.rank_of, np.diff(self.starts)
+        token = np.repeat(np.arange(len(size)), size)
+        by_rank = np.lexsort((rank_of[self.listed], token))
+        gaps = np.diff(rank_of[self.listed[by_rank]].astype(np.int64), prepend=0)
+        first = self.starts[:-1][size > 0]
+        gaps[first] = rank_of[self.listed[by_rank][first]]
+        widths = np.diff(self.sums.astype(np.int64), axis=1)
+        parts = [
+            self.ranks.frequent.astype("<i4").tobytes(),
+            b"".join(split_planes(size, 2)),
+            b"".join(split_planes(gaps, 3)),
+            self.kinds[by_rank].tobytes(),
+            b"".join([*split_planes(self.chances, 2), *split_planes(widths, 2)]),
+        ]
+        compressor = zstandard.ZstdCompressor(level=19)
+        packed = [compressor.compress(part) for part in parts]
+        counts = (self.ranks.vocab_size, len(self.ranks.frequent), len(self.listed))
+        edges = [*self.scales.tolist(), *self.roots.tolist()]
+        head = HEAD.pack(MAGIC, VERSION, *counts, self.learnt, self.cost, *edges, *map(len, packed))
+        body = head + b"".join(packed)
+        return body + struct.pack("<I", zlib.crc32(body))
 
     @classmethod
     def unpack(cls, data: bytes, vocab_size: int | None = None) -> "Tables":
-        """The inverse of pack. Raises CorruptPayload."""
-        if len(data) < END.size:
-            raise CorruptPayload(f"tables of {len(data)} bytes")
-        found: Tables = super().unpack(data[: -END.size], vocab_size)  # type: ignore[assignment]
-        learnt, cost = END.unpack(data[-END.size :])
-        return replace(found, learnt=learnt, cost=cost)
+        """The inverse of pack; `vocab_size` is the one they must have.
+
+        Raises CorruptPayload, and FormatVersionError for tables of a later release.
+        """
+        return unpack_tables(data, vocab_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tables with one sequence: int32 [T], and which of its tokens are learnt.
+
+    positions  int64 [P]  where its distributions stand
+
+    Raises CorruptPayload for tokens outside the vocabulary, and for a mask of another length.
+    """
+
+    tables: Tables
+    input_ids: Int32s
+    targets: Bools | None = None
+    positions: Int64s = field(init=False)
+
+    def __post_init__(self) -> None:
+        vocab, read = self.tables.ranks.vocab_size, self.input_ids[:-1]
+        if len(read) and not 0 <= read.min() <= read.max() < vocab:
+            raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
+        if self.targets is not None and len(self.targets) != len(self.input_ids):
+            raise CorruptPayload(
+                f"a mask of {len(self.targets)} tokens for {len(self.input_ids)} input ids"
+            )
+        object.__setattr__(self, "positions", positions_of(self.targets, len(self.input_ids)))
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the tables, the ids that were read and the mask; never 0."""
+        checksum = zlib.crc32(self.input_ids[:-1].astype("<i4").tobytes(), self.tables.checksum)
+        if self.targets is not None:
+            checksum = zlib.crc32(pack_mask(self.targets), checksum)
+        return checksum or 1
+
+    def _walked(self) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
+        """(tokens [P], place and length [P] of their matches)."""
+        place, length = compiled().matches(self.input_ids, self.positions)
+        return self.input_ids[self.positions], place, length
+
+    def symbols(self, grid: RootGrid) -> tuple[Int32s, Int32s]:
+        """(contexts, symbols) [n] that encode the grid."""
+        tokens, place, length = self._walked()
+        offsets = np.concatenate([[0], np.cumsum(grid.counts, dtype=np.int64)])
+        counts, starts = np.diff(offsets), self.tables.starts
+        asked = (starts[tokens + 1] - starts[tokens]).sum(dtype=np.int64)
+        asked += counts[:-1].sum() + counts[place[place >= 0]].sum()
+        # one for each candidate asked; at most 3 for each number
+        room = int(asked) + 6 * len(grid.ids) + 12 * len(counts)
+        contexts, symbols = np.empty((2, room), np.int32)
+        written = compiled().list_row(
+            self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.int32),
+            grid.roots.astype(np.uint16), grid.tails.astype(np.int32), largest(grid.step),
+            contexts, symbols,
+        )  # fmt: skip
+        return contexts[:written], symbols[:written]
+
+    def write(self, grid: RootGrid) -> UInt16s:
+        """The words of the entropy coder."""
+        words: UInt16s = compiled().compress(
+            *self.symbols(grid), self.tables.chances, self.tables.sums
+        )
+        return words
+
+    def read(
+        self, words: UInt16s, entries: int, most: int, one: int
+    ) -> tuple[int, UInt16s, Int32s, UInt16s, Int32s]:
+        """(0 or the index in v3.FAILURES, counts [P], ids [E], roots [E], tails [P]).
+
+        most: entries of a position at most; one: the root of 1.
+        """
+        tokens, place, length = self._walked()
+        counts, tails = np.zeros(len(tokens), np.uint16), np.zeros(len(tokens), np.int32)
+        ids, roots = np.zeros(entries, np.int32), np.zeros(entries, np.uint16)
+        failure, found = compiled().read_row(
+            self.tables.known, tokens, place, length, words, one, most, counts, ids, roots, tails
+        )
+        return failure or (0 if found == entries else 2), counts, ids, roots, tails
+
+
+def learn_ranks(grids: Sequence[RootGrid], vocab_size: int) -> Ranks:
+    return Ranks.learn(grids, vocab_size)  # type: ignore[arg-type]
+
+
+def floors(grid: RootGrid) -> Integers:
+    """[P] the smallest root of each position, 0 without entries."""
+    found = np.zeros(len(grid.counts), np.int64)
+    filled = grid.counts > 0
+    found[filled] = grid.roots[np.cumsum(grid.counts, dtype=np.int64)[filled] - 1]
+    return found
+
+
+def octaves(grid: RootGrid) -> Integers:
+    """[E] the logarithm of each root over the smallest one of its position."""
+    least = np.maximum(np.repeat(floors(grid), grid.counts), 1)
+    ratio = np.log2(np.maximum(grid.roots, 1) / least) * PER_OCTAVE
+    return np.asarray(np.maximum(ratio, 0).astype(np.uint16))
+
+
+def learn_edges(grids: Sequence[RootGrid]) -> tuple[Int64s, Int64s]:
+    """(scales, roots) of Tables: eight and five classes of equal size."""
+    none = np.zeros(0, np.int64)
+    keys = np.concatenate([none, *((g.counts.astype(np.int64) << 16) + floors(g) for g in grids)])
+    roots = np.concatenate([none, *(grid.roots for grid in grids)])
+    scales = np.quantile(keys, np.arange(1, 8) / 8, method="lower") if len(keys) else np.zeros(7)
+    edges = np.quantile(roots, (0.25, 0.5, 0.75, 0.9)) if len(roots) else np.zeros(4)
+    return scales.astype(np.int64) + 1, np.maximum(edges, 1).astype(np.int64)
+
+
+def list_successors(
+    of_rows: Sequence[Int32s], grids: Sequence[RootGrid], ranks: Ranks
+) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
+    """(starts, listed, kinds) of Tables, from the tokens [P] and the grid of each row."""
+    none = np.zeros(0, np.int32)
+    tokens = np.concatenate([none, *of_rows])
+    counts = np.concatenate([none, *(grid.counts for grid in grids)])
+    ids = np.concatenate([none, *(grid.ids for grid in grids)])
+    levels = np.concatenate([np.zeros(0, np.uint16), *(octaves(grid) for grid in grids)])
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    edges = np.quantile(levels, KIND_LEVELS) if len(levels) else np.zeros(7)
+    kernels = compiled()
+    sizes, listed, times, means, of = kernels.tally(
+        np.argsort(tokens, kind="stable"), tokens, offsets, ids, levels, ranks.rank_of,
+        SEEN, kernels.MOST_LISTED,
+    )  # fmt: skip
+    kinds = np.digitize(times / np.maximum(of, 1), KIND_CHANCES) * 8 + np.digitize(means, edges)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    order = list_order(starts, listed, kinds, ranks)
+    return starts, listed[order], kinds[order].astype(np.uint8)
+
+
+def list_order(starts: Int32s, listed: Int32s, kinds: Integers, ranks: Ranks) -> Int64s:
+    """[n] the order in which a token's successors are asked: by descending kind, then by rank."""
+    token = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    return np.asarray(np.lexsort((ranks.rank_of[listed], -kinds.astype(np.int64), token)))
+
+
+def fit(
+    ranks: Ranks,
+    lists: tuple[Int32s, Int32s, npt.NDArray[np.uint8]],
+    edges: tuple[Int64s, Int64s],
+    rows: Sequence[tuple[Int32s, RootGrid]],
+    masks: Sequence[Bools | None],
+) -> Tables:
+    """Tables with these lists, and the probabilities of the symbols that encode the rows."""
+    kernels = compiled()
+    flags = np.zeros((kernels.FLAGS, 2), np.int64)
+    numbers = np.zeros((kernels.NUMBERS, kernels.SYMBOLS), np.int64)
+    plain = Tables(ranks, *lists, *edges, to_chances(flags), to_sums(numbers), 0, 0.0)
+    positions = entries = raw = 0
+    for (input_ids, grid), targets in zip(rows, masks, strict=True):
+        contexts, symbols = plain.row(input_ids, targets).symbols(grid)
+        raw += int((contexts[contexts >= kernels.RAW] - kernels.RAW).sum())
+        kernels.count(contexts, symbols, flags, numbers)
+        positions, entries = positions + len(grid.counts), entries + len(grid.ids)
+    chances, sums = to_chances(flags), to_sums(numbers)
+    yes = chances.astype(np.float64) / kernels.ONE
+    widths = np.diff(sums.astype(np.float64), axis=1) / kernels.ONE
+    bits = raw - (flags * np.log2(np.stack([yes, 1 - yes], 1))).sum()
+    bits -= (numbers * np.log2(widths)).sum()
+    return Tables(ranks, *lists, *edges, chances, sums, positions, float(bits) / max(entries, 1))
+
+
+def to_chances(flags: Integers) -> UInt16s:
+    """Counts of yes and no [FLAGS, 2] -> probability of yes [FLAGS], in 1/32768, never 0 or 1.
+
+    The fewer counts a context has, the closer it is to the mean over candidates of its kind.
+    """
+    kernels = compiled()
+    kinds = flags.reshape(kernels.KINDS, -1, 2)
+    alike = (kinds.sum(axis=1) + 0.5) / (kinds.sum(axis=(1, 2)) + 1)[:, None]
+    chances = (kinds[..., 0] + alike[:, :1]) / (kinds.sum(axis=2) + 1)
+    one = kernels.ONE
+    return np.asarray(np.clip(chances.reshape(-1) * one, 1, one - 1), np.uint16)
+
+
+def to_sums(numbers: Integers) -> UInt16s:
+    """Counts [NUMBERS, SYMBOLS] -> cumulative probabilities, each step at least 1.
+
+    The fewer counts a context has, the closer it is to the mean over contexts of its group.
+    """
+    kernels = compiled()
+    one, symbols = kernels.ONE, kernels.SYMBOLS
+    share = np.empty(numbers.shape)
+    for begin, end in zip(kernels.GROUPS, kernels.GROUPS[1:], strict=False):
+        group = numbers[begin - kernels.FLAGS : end - kernels.FLAGS]
+        alike = (group.sum(axis=0) + 1 / symbols) / (group.sum() + 1)
+        weight = 4.0
+        share[begin - kernels.FLAGS : end - kernels.FLAGS] = (group + weight * alike) / (
+            group.sum(axis=1, keepdims=True) + weight
+        )
+    widths = 1 + np.floor(share * (one - symbols)).astype(np.int64)
+    widths[np.arange(len(widths)), widths.argmax(axis=1)] += one - widths.sum(axis=1)
+    sums = np.zeros((len(numbers), symbols + 1), np.uint16)
+    sums[:, 1:] = np.cumsum(widths, axis=1)
+    return sums
+
+
+def unpack_tables(data: bytes, vocab_size: int | None) -> Tables:
+    """See Tables.unpack."""
+    kernels = compiled()
+    if len(data) < HEAD.size + 4 or data[:4] != MAGIC:
+        raise CorruptPayload(
+            f"tables: {len(data)} bytes that start with {data[:4]!r}, expected {MAGIC!r}"
+        )
+    _, version, vocab, frequent, total, learnt, cost, *rest = HEAD.unpack_from(data)
+    if version != VERSION:
+        raise FormatVersionError(
+            f"tables of version {version}, this release reads version {VERSION}; update mol-distill"
+        )
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise CorruptPayload("tables: checksum does not match")
+    scales, roots = np.array(rest[:7], np.uint64), np.array(rest[7:11], np.uint64)
+    sizes = rest[11:]
+    if not 0 < vocab <= 1 << 22 or frequent > vocab or total > vocab * kernels.MOST_LISTED:
+        raise CorruptPayload(f"tables: impossible header {(vocab, frequent, total)}")
+    if vocab_size not in (None, vocab):
+        raise CorruptPayload(f"tables: a vocabulary of {vocab} ids, the plan says {vocab_size}")
+    if total > max(FREE_LISTED, MOST_LISTED_PER_BYTE * len(data)):
+        raise CorruptPayload(f"tables: {total} listed ids in {len(data)} bytes")
+    if HEAD.size + sum(sizes) + 4 != len(data):
+        raise CorruptPayload("tables: cut short")
+    if int(scales.max()) >= 1 << 33 or int(roots.max()) >= 1 << 17 or not 0 <= cost < 1 << 16:
+        raise CorruptPayload("tables: impossible edges or cost")
+    raw_sizes = (
+        4 * frequent, 2 * vocab, 3 * total, total,
+        2 * kernels.FLAGS + 2 * kernels.NUMBERS * kernels.SYMBOLS,
+    )  # fmt: skip
+    parts, at = [], HEAD.size
+    for size, raw_size in zip(sizes, raw_sizes, strict=True):
+        parts.append(np.frombuffer(inflate(data[at : at + size], raw_size), np.uint8))
+        at += size
+    leading, length_planes, gap_planes, kinds, probabilities = parts
+    ranks = Ranks(leading.view("<i4"), vocab)
+    starts, listed = unpack_lists(
+        from_planes(length_planes, 2), from_planes(gap_planes, 3), ranks, total
+    )
+    if int(kinds.max(initial=0)) >= 64:
+        raise CorruptPayload("tables: impossible kinds")
+    order = list_order(starts, listed, kinds, ranks)
+    chances, sums = unpack_probabilities(probabilities)
+    return Tables(
+        ranks, starts, listed[order], kinds[order], scales.astype(np.int64),
+        roots.astype(np.int64), chances, sums, learnt, cost,
+    )  # fmt: skip
+
+
+def unpack_lists(lengths: Int64s, gaps: Int64s, ranks: Ranks, total: int) -> tuple[Int32s, Int32s]:
+    """(starts, listed) by ascending rank. Raises CorruptPayload."""
+    if int(lengths.max()) > compiled().MOST_LISTED or int(lengths.sum()) != total:
+        raise CorruptPayload(
+            f"tables: {lengths.max()} listed after one token and {lengths.sum()} in all, header "
+            f"says {total}"
+        )
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    sums = np.cumsum(gaps)
+    before = np.concatenate([[0], sums])[starts[:-1]]
+    listed = sums - np.repeat(before, lengths)
+    inside = np.ones(total, bool)
+    inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
+    if total and (int(listed.max()) >= ranks.vocab_size or int(gaps[inside].min(initial=1)) < 1):
+        raise CorruptPayload("tables: an id outside the vocabulary, or an id twice")
+    return starts, ranks.order[listed]
+
+
+def unpack_probabilities(raw: npt.NDArray[np.uint8]) -> tuple[UInt16s, UInt16s]:
+    """(chances, sums) of Tables. Raises CorruptPayload."""
+    kernels = compiled()
+    chances = from_planes(raw[: 2 * kernels.FLAGS], 2)
+    widths = from_planes(raw[2 * kernels.FLAGS :], 2).reshape(kernels.NUMBERS, kernels.SYMBOLS)
+    if (
+        not 0 < int(chances.min()) <= int(chances.max()) < kernels.ONE
+        or int(widths.min()) < 1
+        or (widths.sum(axis=1) != kernels.ONE).any()
+    ):
+        raise CorruptPayload("tables: impossible probabilities")
+    sums = np.zeros((kernels.NUMBERS, kernels.SYMBOLS + 1), np.uint16)
+    sums[:, 1:] = np.cumsum(widths, axis=1)
+    return chances.astype(np.uint16), sums

@@ -38,6 +38,7 @@ class FakeCuda(TorchDispatchMode):
         """The current device."""
         self.waits: list[str] = []
         """Copies between CPU and GPU for which the host waits, and the same of indices."""
+        self.pinned: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -59,6 +60,11 @@ class FakeCuda(TorchDispatchMode):
         if len(places) > 1 and not non_blocking:
             self.waits.append(str(func))
         return found
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """`Tensor.pin_memory`, which wants a driver."""
+        self.pinned.append(tensor)
+        return tensor
 
     def exchange(self, index: int) -> int:
         """Make another device the current one, as `torch.cuda.device` does; returns the last."""
@@ -105,6 +111,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
                 "torch.cuda._maybe_exchange_device": mode.exchange,
             }.items():
                 stack.enter_context(patch(name, instead))
+            stack.enter_context(patch.object(Tensor, "pin_memory", lambda x: mode.pin(x)))
         stack.enter_context(patch.object(Tensor, "backward", backward))
         yield stack.enter_context(mode)
 

@@ -28,3 +28,5 @@ def test_records_are_those_of_earlier_releases_where_nothing_is_new() -> None:
     )
     new = GenerateConfig("m", "o", 5, prompts=CorpusConfig("c", special_tokens="split"))
     assert recorded(new)["prompts"]["special_tokens"] == "split"
+    again = GenerateConfig("m", "o", 5, prompts=CorpusConfig("c", reread=True))
+    assert recorded(again) == old

@@ -45,40 +45,6 @@ def test_a_class_is_made_of_vllms_own_under_its_name(monkeypatch: pytest.MonkeyP
         _ = topk_model.TopKNobodyKnowsForCausalLM
 
 
-@pytest.mark.parametrize("size", [5, 64, 1000, 4099, 33_000])
-@pytest.mark.parametrize("k", [1, 4, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_and_rest_of_any_shape(size: int, k: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(size + k)
-    logits = (torch.randn(7, size) * 4).to(dtype)
-    logits[0, : size // 2] = 80  # a row of ties, and a tail far below the head
-    logits[1, 0] = 200
-    exact = logits.double()
-    best, ids, rest = topk_model.top_and_rest(logits.clone(), k)
-    wanted = exact.topk(min(k, size)).values
-    torch.testing.assert_close(best.double(), wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(exact.gather(1, ids), wanted)
-    assert all(len(set(row.tolist())) == min(k, size) for row in ids)
-    others = exact.scatter(1, ids, -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(rest.double(), others, rtol=1e-6, atol=1e-5)
-
-
-def test_columns_of_minus_infinity_have_no_mass() -> None:
-    logits = torch.full((2, 3000), -torch.inf)
-    logits[:, 7], logits[:, 2999] = 1.0, 2.0
-    best, ids, rest = topk_model.top_and_rest(logits, 2)
-    assert ids.tolist() == [[2999, 7]] * 2
-    assert best.tolist() == [[2.0, 1.0]] * 2
-    assert torch.isneginf(rest).all()
-
-
-def test_nan_stays_nan() -> None:
-    logits = torch.randn(3, 3000)
-    logits[1, 1234] = torch.nan
-    best, _, rest = topk_model.top_and_rest(logits, 4)
-    assert torch.isnan(best[1]).any() or torch.isnan(rest[1])
-
-
 def test_the_full_logits_never_exist_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,552 @@
+"""The compiled part of version 3: it writes and reads the entries of a row.
+
+At each position the number of entries and the smallest root come first. Then *candidates* are
+asked whether they are kept: the usual successors of the current token, the ids kept at the longest
+earlier match, the ids kept at the position before. Other entries are written as gaps between
+frequency ranks. Then come the levels, roots above the smallest one, and the tail, which the roots
+nearly say. Writer and reader share `ask` and `settle`, so both see the same contexts.
+
+The writer lists contexts and symbols. The reader takes them from STREAMS interleaved rANS states
+(Giesen, arXiv 1402.3392) with 16-bit words and probabilities in 1/32768: symbol i is of state
+i mod STREAMS, so that their long operations overlap. All arithmetic is on integers, or is exact.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from storage.codec.root_grid import FINE
+from storage.codec.v2_kernels import matches, tally
+
+__all__ = ["matches", "tally"]
+
+BITS = 15  # bits of a probability
+ONE = 1 << BITS
+LOW = 1 << 16  # a state's lower bound
+STREAMS = 4
+DIRECT = 32  # numbers with a symbol of their own; larger ones have four symbols for each doubling
+SYMBOLS = 104
+HINT_BITS = 7
+MOST_LISTED = 256  # successors of one token
+
+# Contexts of flags ("is the candidate kept?")
+KINDS = 32 + 6  # how likely a listed id is kept (8) and at which level (4); or the class of a rank
+EARLIER = 6  # at the match: not there, or the class of its root
+MATCHED = EARLIER * 3 + 1  # the same with the length of the match; the last one: no match
+SINCE = 6  # when the id was last kept in this row, and whether its root was large
+SCALES = 8  # class of the number of entries and the smallest root
+FLAGS = KINDS * MATCHED * SINCE * SCALES
+# Contexts of numbers
+COUNT = FLAGS  # entries of a position
+FLOOR = COUNT + 1  # its smallest root, by the bit length of the count
+TAIL = FLOOR + 8  # none, small or large, by the bit length of the root that it should have
+ROOT = TAIL + 8  # a large tail
+LOG = ROOT + 8  # a small tail
+GAP = LOG + 8  # between ranks, by the number of entries still to come
+LEVEL = GAP + 8  # by usual level (8, or not listed, or no candidate), the match and the scale
+USUAL = 10
+RAW = LEVEL + USUAL * EARLIER * SCALES  # RAW + n: n plain bits
+NUMBERS = RAW - FLAGS
+GROUPS = (COUNT, FLOOR, TAIL, ROOT, LOG, GAP, LEVEL, RAW)
+
+NONE, SMALL, LARGE = 0, 1, 2  # kinds of tails
+OVERRUN, TOO_MANY, BAD_ID, BAD_ROOT, LEFT_OVER = 1, 2, 3, 4, 5  # of reading, see v3.FAILURES
+
+
+class Known(NamedTuple):
+    """The tables, see v3_tables.Tables, and what follows from them."""
+
+    order: npt.NDArray[np.int32]  # id of each rank [V]
+    rank_of: npt.NDArray[np.int32]  # [V]
+    rank_kinds: npt.NDArray[np.uint8]  # class of each id's rank [V]
+    starts: npt.NDArray[np.int32]
+    listed: npt.NDArray[np.int32]
+    kinds: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.int64]  # edges of SCALES classes
+    roots: npt.NDArray[np.int64]  # edges of EARLIER - 1 classes
+    chances: npt.NDArray[np.uint16]
+    sums: npt.NDArray[np.uint16]
+    hints: npt.NDArray[np.uint8]
+
+
+class Asked(NamedTuple):
+    """The candidates of one position, and what is known of ids in this row."""
+
+    ids: npt.NDArray[np.int32]
+    flags: npt.NDArray[np.int32]  # context of "kept?"
+    levels: npt.NDArray[np.int32]  # context of the level
+    last: npt.NDArray[np.int32]  # of each id: 2 (position + 1) + whether its root was large
+    tags: npt.NDArray[np.int32]  # of each id: 16 (position + 1) + 2 EARLIER + whether asked
+
+
+@njit(cache=True, nogil=True)
+def bit_length(value):
+    bits = 0
+    while value >> bits:
+        bits += 1
+    return bits
+
+
+@njit(cache=True, nogil=True)
+def work(most):
+    """Numbers of one position's entries or candidates."""
+    return np.zeros(MOST_LISTED + 2 * most + 1, np.int32)
+
+
+@njit(cache=True, nogil=True)
+def new_asked(vocab, most):
+    return Asked(
+        work(most), work(most), work(most), np.zeros(vocab, np.int32), np.zeros(vocab, np.int32)
+    )
+
+
+@njit(cache=True, nogil=True)
+def scale_of(known, count, floor):
+    """Class of a position: few entries first, then those with many and small roots."""
+    key, scale = (count << 16) + floor, 0
+    for edge in known.scales:
+        scale += key >= edge
+    return scale
+
+
+@njit(cache=True, nogil=True)
+def since(last, t):
+    """Class of when an id was last kept, from Asked.last."""
+    if last == 0:
+        return 0
+    gap = t + 1 - (last >> 1)
+    if gap <= 1:
+        return 1 + (last & 1)
+    return 3 + (gap > 4) + (gap > 29)
+
+
+@njit(cache=True, nogil=True)
+def ask(known, asked, t, token, scale, ids, classes, match, length, before):
+    """List the candidates of position t, each id once; returns how many.
+
+    match, before: (begin, end) of the entries of the match and of the position before.
+    """
+    stamp, n = np.int32((t + 1) << 4), 0
+    for e in range(match[0], match[1]):
+        asked.tags[ids[e]] = stamp | ((1 + classes[e]) << 1)
+    longer = (length > 1) + (length > 3)
+    nowhere = match[1] == match[0]
+    for e in range(known.starts[token], known.starts[token + 1]):
+        token_id, kind = known.listed[e], np.int64(known.kinds[e])
+        tag = asked.tags[token_id]
+        tag = tag if tag >= stamp else stamp
+        asked.tags[token_id] = tag | 1
+        earlier = (tag >> 1) & 7
+        matched = MATCHED - 1 if nowhere else earlier * 3 + longer
+        context = ((kind >> 1) * MATCHED + matched) * SINCE + since(asked.last[token_id], t)
+        asked.ids[n], asked.flags[n] = token_id, context * SCALES + scale
+        asked.levels[n] = LEVEL + ((kind & 7) * EARLIER + earlier) * SCALES + scale
+        n += 1
+    for begin, end in (match, before):
+        for e in range(begin, end):
+            token_id = ids[e]
+            tag = asked.tags[token_id]
+            tag = tag if tag >= stamp else stamp
+            if tag & 1:
+                continue
+            asked.tags[token_id] = tag | 1
+            kind, earlier = 32 + np.int64(known.rank_kinds[token_id]), (tag >> 1) & 7
+            matched = MATCHED - 1 if nowhere else earlier * 3 + longer
+            context = (kind * MATCHED + matched) * SINCE + since(asked.last[token_id], t)
+            asked.ids[n], asked.flags[n] = token_id, context * SCALES + scale
+            asked.levels[n] = LEVEL + (8 * EARLIER + earlier) * SCALES + scale
+            n += 1
+    return n
+
+
+@njit(cache=True, nogil=True)
+def settle(
+    known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads, following
+):
+    """Put the entries of a position in order: by descending root, equal ones as they came.
+
+    Returns the sum of squares of the roots.
+    """
+    large = len(heads)
+    rest, total = 0, np.int64(0)
+    for i in range(count - 1, -1, -1):  # a list for each low level; the others are few
+        level = levels[i]
+        if level < large:
+            following[i], heads[level] = heads[level], i
+        else:
+            rest += 1
+    e = begin
+    if rest:
+        for i in range(count):
+            level = levels[i]
+            if level >= large:
+                at = e
+                while at > begin and roots[at - 1] < floor + level:
+                    roots[at], ids[at] = roots[at - 1], ids[at - 1]
+                    at -= 1
+                roots[at], ids[at] = floor + level, found[i]
+                e += 1
+    for level in range(large - 1, -1, -1):
+        i = heads[level]
+        heads[level] = -1
+        while i >= 0:
+            roots[e], ids[e] = floor + level, found[i]
+            e, i = e + 1, following[i]
+    edges = known.roots
+    for e in range(begin, begin + count):
+        root = np.int64(roots[e])
+        total += root * root
+        kind = (root >= edges[0]) + (root >= edges[1]) + (root >= edges[2]) + (root >= edges[3])
+        classes[e] = kind
+        asked.last[ids[e]] = ((t + 1) << 1) | (kind >= 3)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def expected_tail(total, one):
+    """The root that a tail should have: what the roots leave of `one`, the root of 1."""
+    left = one * one - total
+    return np.int64(np.sqrt(np.float64(left))) if left > 0 else np.int64(0)  # exact: under 2^52
+
+
+# Writing
+
+
+@njit(cache=True, nogil=True)
+def put(contexts, symbols, n, context, value):
+    """List a number."""
+    if value < DIRECT:
+        contexts[n], symbols[n] = context, value
+        return n + 1
+    bits = bit_length(value) - 3
+    contexts[n], symbols[n] = context, DIRECT + 4 * (bits - 3) + ((value >> bits) & 3)
+    high = max(bits - BITS, 0)
+    if high:
+        n += 1
+        contexts[n], symbols[n] = RAW + high, (value >> BITS) & ((1 << high) - 1)
+        bits = BITS
+    contexts[n + 1], symbols[n + 1] = RAW + bits, value & ((1 << bits) - 1)
+    return n + 2
+
+
+@njit(cache=True, nogil=True)
+def put_tail(contexts, symbols, n, tail, expected):
+    context = min(bit_length(expected), 7)
+    if tail == 0:
+        return put(contexts, symbols, n, TAIL + context, NONE)
+    if tail < 0:
+        n = put(contexts, symbols, n, TAIL + context, SMALL)
+        return put(contexts, symbols, n, LOG + context, -1 - tail)
+    n = put(contexts, symbols, n, TAIL + context, LARGE)
+    more = tail - expected
+    return put(contexts, symbols, n, ROOT + context, 2 * more if more >= 0 else -2 * more - 1)
+
+
+@njit(cache=True, nogil=True)
+def put_ids(known, asked, n, candidates, wanted, count, found, levels, kinds, contexts, symbols):
+    """List which candidates are kept -> (symbols listed, ids kept).
+
+    wanted [V]: 1 + level of each id of the position; 0 once it is listed. Fills found, levels and
+    kinds (the contexts of levels) as the reader sees them.
+    """
+    kept = 0
+    for i in range(candidates):
+        if kept == count:
+            break
+        token_id = asked.ids[i]
+        hit = wanted[token_id]
+        contexts[n], symbols[n] = asked.flags[i], hit == 0
+        n += 1
+        if hit:
+            found[kept], levels[kept], kinds[kept] = token_id, hit - 1, asked.levels[i]
+            wanted[token_id] = 0
+            kept += 1
+    return n, kept
+
+
+@njit(cache=True, nogil=True)
+def put_gaps(
+    known, n, kept, count, missing, wanted, scale, found, levels, kinds, contexts, symbols
+):
+    """List the ids that were no candidates, by ascending rank -> symbols listed."""
+    rank = np.int64(-1)
+    missing.sort()
+    for i in range(len(missing)):
+        n = put(contexts, symbols, n, GAP + min((count - kept) >> 1, 7), missing[i] - rank - 1)
+        rank = missing[i]
+        token_id = known.order[rank]
+        found[kept], levels[kept] = token_id, wanted[token_id] - 1
+        kinds[kept] = LEVEL + 9 * EARLIER * SCALES + scale
+        wanted[token_id] = 0
+        kept += 1
+    return n
+
+
+@njit(cache=True, nogil=True)
+def list_row(known, tokens, place, length, offsets, ids, roots, tails, one, contexts, symbols):
+    """List contexts and symbols of a row -> how many.
+
+    tokens, place, length [P]: its tokens and matches; offsets [P + 1]; ids, roots [E] are put in
+    the reader's order; tails [P]; one: the root of 1.
+    """
+    most = np.int64(0)
+    for t in range(len(tokens)):
+        most = max(most, offsets[t + 1] - offsets[t])
+    asked = new_asked(len(known.order), most)
+    wanted = np.zeros(len(known.order), np.int32)
+    classes = np.zeros(len(ids), np.uint8)
+    heads = np.full(64, -1, np.int32)
+    found, levels, kinds, following = work(most), work(most), work(most), work(most)
+    missing = np.zeros(most, np.int64)
+    n = 0
+    for t in range(len(tokens)):
+        begin, end = offsets[t], offsets[t + 1]
+        count = end - begin
+        n = put(contexts, symbols, n, COUNT, count)
+        total = np.int64(0)
+        if count:
+            floor = np.int64(roots[end - 1])
+            n = put(contexts, symbols, n, FLOOR + min(bit_length(count), 7), floor)
+            scale = scale_of(known, count, floor)
+            match = (offsets[place[t]], offsets[place[t] + 1]) if place[t] >= 0 else (begin, begin)
+            before = (offsets[t - 1], begin) if t else (begin, begin)
+            candidates = ask(
+                known, asked, t, tokens[t], scale, ids, classes, match, length[t], before
+            )
+            for e in range(begin, end):
+                wanted[ids[e]] = 1 + roots[e] - floor
+            n, kept = put_ids(
+                known, asked, n, candidates, wanted, count, found, levels, kinds,
+                contexts, symbols,
+            )  # fmt: skip
+            left = 0
+            for e in range(begin, end):
+                if wanted[ids[e]]:
+                    missing[left] = known.rank_of[ids[e]]
+                    left += 1
+            n = put_gaps(
+                known, n, kept, count, missing[:left], wanted, scale, found, levels, kinds,
+                contexts, symbols,
+            )  # fmt: skip
+            for i in range(count):
+                n = put(contexts, symbols, n, kinds[i], levels[i])
+            total = settle(
+                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads,
+                following,
+            )  # fmt: skip
+        n = put_tail(contexts, symbols, n, tails[t], expected_tail(total, one))
+    return n
+
+
+@njit(cache=True, nogil=True)
+def count(contexts, symbols, flags, tables):
+    """Count each symbol in its context: flags [FLAGS, 2], tables [NUMBERS, SYMBOLS]."""
+    for i in range(len(contexts)):
+        if contexts[i] < FLAGS:
+            flags[contexts[i], symbols[i]] += 1
+        elif contexts[i] < RAW:
+            tables[contexts[i] - FLAGS, symbols[i]] += 1
+
+
+@njit(cache=True, nogil=True)
+def compress(contexts, symbols, chances, sums):
+    """Code the symbols from last to first -> uint16 words in reading order."""
+    words = np.empty(len(symbols) + 2 * STREAMS, np.uint16)
+    states, at = np.full(STREAMS, LOW, np.int64), len(words)
+    for i in range(len(symbols) - 1, -1, -1):
+        context, symbol = contexts[i], np.int64(symbols[i])
+        if context < FLAGS:
+            chance = np.int64(chances[context])
+            start = chance * symbol
+            width = ONE - chance if symbol else chance
+        elif context < RAW:
+            start = np.int64(sums[context - FLAGS, symbol])
+            width = np.int64(sums[context - FLAGS, symbol + 1]) - start
+        else:
+            bits = BITS - (context - RAW)
+            start, width = symbol << bits, np.int64(1) << bits
+        state = states[i & (STREAMS - 1)]
+        if state >= width << (32 - BITS):
+            at -= 1
+            words[at] = state & 0xFFFF
+            state >>= 16
+        rounds = np.int64(np.uint32(state) // np.uint32(width))
+        states[i & (STREAMS - 1)] = state + rounds * (ONE - width) + start
+    for stream in range(STREAMS - 1, -1, -1):
+        at -= 2
+        words[at], words[at + 1] = states[stream] >> 16, states[stream] & 0xFFFF
+    return words[at:].copy()
+
+
+# Reading
+
+
+class Stream(NamedTuple):
+    """A row's coded symbols. place: the next word, the next symbol."""
+
+    words: npt.NDArray[np.uint16]  # with zeros behind them for all that one position may take
+    states: npt.NDArray[np.int64]
+    place: npt.NDArray[np.int64]
+
+
+@njit(cache=True, nogil=True)
+def open_stream(words, room):
+    """The states are the first words; `room` zeros follow the last one."""
+    padded = np.zeros(len(words) + room, np.uint16)
+    padded[: len(words)] = words
+    states = np.empty(STREAMS, np.int64)
+    for stream in range(STREAMS):
+        states[stream] = (np.int64(words[2 * stream]) << 16) | np.int64(words[2 * stream + 1])
+    place = np.zeros(2, np.int64)
+    place[0] = 2 * STREAMS
+    return Stream(padded, states, place)
+
+
+@njit(cache=True, nogil=True)
+def take_raw(stream, bits):
+    """Take plain bits."""
+    at, i = stream.place[0], stream.place[1]
+    state, shift = stream.states[i & (STREAMS - 1)], BITS - bits
+    value = (state & (ONE - 1)) >> shift
+    state = ((state >> BITS) << shift) + (state & ((1 << shift) - 1))
+    if state < LOW:
+        state, at = (state << 16) | np.int64(stream.words[at]), at + 1
+    stream.states[i & (STREAMS - 1)] = state
+    stream.place[0], stream.place[1] = at, i + 1
+    return value
+
+
+@njit(cache=True, nogil=True)
+def take(stream, known, context):
+    """Take a number."""
+    at, i = stream.place[0], stream.place[1]
+    state, row = stream.states[i & (STREAMS - 1)], context - FLAGS
+    low = state & (ONE - 1)
+    symbol = np.int64(known.hints[row, low >> (BITS - HINT_BITS)])
+    while known.sums[row, symbol + 1] <= low:
+        symbol += 1
+    start = np.int64(known.sums[row, symbol])
+    width = np.int64(known.sums[row, symbol + 1]) - start
+    state = width * (state >> BITS) + low - start
+    if state < LOW:
+        state, at = (state << 16) | np.int64(stream.words[at]), at + 1
+    stream.states[i & (STREAMS - 1)] = state
+    stream.place[0], stream.place[1] = at, i + 1
+    if symbol < DIRECT:
+        return symbol
+    bits = 3 + ((symbol - DIRECT) >> 2)
+    value = 4 + ((symbol - DIRECT) & 3)
+    if bits > BITS:
+        value = (value << (bits - BITS)) | take_raw(stream, bits - BITS)
+        bits = BITS
+    return (value << bits) | take_raw(stream, bits)
+
+
+@njit(cache=True, nogil=True)
+def take_ids(known, asked, stream, candidates, count, found, kinds):
+    """Read which candidates are kept -> how many; stops after `count`."""
+    at, i = stream.place[0], stream.place[1]
+    states, words, kept = stream.states, stream.words, 0
+    for c in range(candidates):
+        if kept == count:
+            break
+        state, chance = states[i & (STREAMS - 1)], np.int64(known.chances[asked.flags[c]])
+        low = state & (ONE - 1)
+        found[kept], kinds[kept] = asked.ids[c], asked.levels[c]
+        hit = low < chance
+        kept += hit
+        start = 0 if hit else chance
+        width = chance if hit else ONE - chance
+        state = width * (state >> BITS) + low - start
+        if state < LOW:
+            state, at = (state << 16) | np.int64(words[at]), at + 1
+        states[i & (STREAMS - 1)] = state
+        i += 1
+    stream.place[0], stream.place[1] = at, i
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def take_gaps(known, asked, stream, t, kept, count, scale, found, kinds):
+    """Read the ids that were no candidates -> whether they are ids, and no candidates."""
+    rank, stamp = np.int64(-1), (t + 1) << 4
+    while kept < count:
+        rank += 1 + take(stream, known, GAP + min((count - kept) >> 1, 7))
+        if rank >= len(known.order):
+            return False
+        token_id = known.order[rank]
+        tag = asked.tags[token_id]
+        if tag >= stamp and tag & 1:
+            return False
+        found[kept], kinds[kept] = token_id, LEVEL + 9 * EARLIER * SCALES + scale
+        kept += 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def take_tail(stream, known, expected, one):
+    """Read a tail -> its number, or one + 1 for an impossible one."""
+    context = min(bit_length(expected), 7)
+    kind = take(stream, known, TAIL + context)
+    if kind == NONE:
+        return np.int64(0)
+    if kind == SMALL:
+        return -1 - take(stream, known, LOG + context)
+    value = take(stream, known, ROOT + context)
+    tail = expected + (-((value + 1) >> 1) if value & 1 else value >> 1)
+    return tail if FINE <= tail <= one else one + 1
+
+
+@njit(cache=True, nogil=True)
+def read_row(known, tokens, place, length, words, one, most, counts, ids, roots, tails):
+    """Read a row into counts, tails [P] and ids, roots [E] -> (0 or what is wrong, entries).
+
+    most: entries of a position at most.
+    """
+    if len(words) < 2 * STREAMS:
+        return OVERRUN, 0
+    asked = new_asked(len(known.order), most)
+    stream = open_stream(words, MOST_LISTED + 8 * most + 64)
+    offsets = np.zeros(len(tokens) + 1, np.int64)
+    classes = np.zeros(len(ids), np.uint8)
+    heads = np.full(64, -1, np.int32)
+    found, levels, kinds, following = work(most), work(most), work(most), work(most)
+    for t in range(len(tokens)):
+        begin = offsets[t]
+        count = take(stream, known, COUNT)
+        if count > most or begin + count > len(ids):
+            return TOO_MANY, 0
+        counts[t] = count
+        offsets[t + 1] = begin + count
+        total = np.int64(0)
+        if count:
+            floor = take(stream, known, FLOOR + min(bit_length(count), 7))
+            scale = scale_of(known, count, floor)
+            match = (offsets[place[t]], offsets[place[t] + 1]) if place[t] >= 0 else (begin, begin)
+            before = (offsets[t - 1], begin) if t else (begin, begin)
+            candidates = ask(
+                known, asked, t, tokens[t], scale, ids, classes, match, length[t], before
+            )
+            kept = take_ids(known, asked, stream, candidates, count, found, kinds)
+            if not take_gaps(known, asked, stream, t, kept, count, scale, found, kinds):
+                return BAD_ID, 0
+            for i in range(count):
+                level = take(stream, known, kinds[i])
+                if floor + level > one:
+                    return BAD_ROOT, 0
+                levels[i] = level
+            total = settle(
+                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads,
+                following,
+            )  # fmt: skip
+        tail = take_tail(stream, known, expected_tail(total, one), one)
+        if tail > one:
+            return BAD_ROOT, 0
+        tails[t] = tail
+        if stream.place[0] > len(words):
+            return OVERRUN, 0
+    if stream.place[0] != len(words) or (stream.states != LOW).any():
+        return LEFT_OVER, 0
+    return 0, offsets[len(tokens)]

@@ -1,0 +1,117 @@
+"""The benchmarks: one case that fails does not hide the others, and every part runs."""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+sys.path.append(str(ROOT / "scripts" / "benchmarks"))
+processes: Any = importlib.import_module("processes")
+gpu_bench: Any = importlib.import_module("gpu_bench")
+
+
+def run(case: str, number: int) -> dict[str, Any]:
+    if case == "raises":
+        raise ValueError("no such kernel\nand more")
+    if case == "dies":
+        os._exit(7)
+    if case == "hangs":
+        os.read(os.pipe()[0], 1)
+    return {"number": number, "process": os.getpid()}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_case_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    monkeypatch.setattr(processes, "on_gpu", lambda: on_gpu)
+    cases = ["first", "raises", "second", "dies", "last"]
+    found = processes.in_turn(cases, 2, run)
+    assert [one["number"] for name in ("first", "second", "last") for one in found[name]] == [
+        *(0, 1),
+        *(0, 1),
+        *(0, 1),
+    ]
+    assert found["raises"] == [{"failed": "ValueError: no such kernel"}]
+    assert found["dies"] == [{"failed": "its process ended with exit code 7"}]
+    first, second = (found[name][0]["process"] for name in ("first", "second"))
+    assert (first == second) is on_gpu
+    assert os.getpid() not in (first, second)
+
+
+def test_time_is_bounded() -> None:
+    assert processes.in_turn(["hangs", "last"], 1, run, 0.1) == {
+        "hangs": [{"failed": "no time left"}],
+        "last": [{"failed": "no time left"}],
+    }
+
+
+def fake_part(name: str, **attributes: Any) -> Any:
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(attributes)
+    return gpu_bench.Part(name, "", "--small", 5, "nothing")
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    def works(words: list[str]) -> bool:
+        print("table of", *words)
+        return False
+
+    def stops(words: list[str]) -> bool:
+        raise RuntimeError("out of luck")
+
+    made = {
+        "stops": fake_part("bench_stops", main=stops),
+        "absent": gpu_bench.Part("bench_that_is_not_there", "", "", 5, "nothing"),
+        "works": fake_part("bench_works", main=works),
+    }
+    monkeypatch.setattr(gpu_bench, "PARTS", made)
+    return tmp_path / "made" / "page.md"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu_bench.py", *words])
+    try:
+        gpu_bench.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_a_part_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch, parts: Path) -> None:
+    assert call(monkeypatch, "--tiny", "--output", str(parts)) == 1
+    page = parts.read_text()
+    assert "table of --small --seconds 5\n" in page
+    assert "failed: RuntimeError: out of luck" in page
+    assert "not run: No module named 'bench_that_is_not_there'" in page
+    others = ["--part", "absent", "--part", "works"]
+    assert call(monkeypatch, "--tiny", "--output", str(parts), *others) == 0
+
+
+def test_listing_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch, parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--list", "--output", str(parts)) == 0
+    monkeypatch.setattr(gpu_bench, "on_gpu", lambda: False)
+    assert call(monkeypatch, "--output", str(parts)) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bench_works.py") == 2
+    assert "nothing was run: no CUDA device" in shown
+    assert not parts.exists()
+
+
+@pytest.mark.slow
+def test_every_part_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert call(monkeypatch, "--tiny", "--output", str(page)) == 0
+    shown = page.read_text()
+    assert shown.count("not on CPU") == 14  # of two vocabularies
+    for line in ("top-k forward KL, fused", "matrix products alone", "mol from disk"):
+        assert line in shown
+    assert "not run" not in shown
+    assert "failed" not in shown
