@@ -11,9 +11,9 @@ from pipeline.config import CorpusConfig, DumpConfig, NullTestConfig
 from pipeline.dump import dump
 from tests.gpu.device import DEVICE, REHEARSED
 from tests.gpu.measured import Measured
-from tests.gpu.runs import Job, random_corpus, random_model
+from tests.gpu.runs import Job, random_corpus
 from tests.gpu.test_stage_one import LENGTHS as DOCUMENTS
-from tests.gpu.test_stage_one import SHARE, compare
+from tests.gpu.test_stage_one import SHARE, compare, peaked_model
 from tests.helpers.dumps import rows
 from tests.helpers.runs import script, steps, yaml_of
 
@@ -66,7 +66,7 @@ def test_tensor_parallelism(
     """Each rank takes the top-k of its own columns, then they are merged."""
     if REHEARSED:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    compare(random_model(tmp_path / "model"), DOCUMENTS, dtype, measured, tensor_parallel_size=2)
+    compare(peaked_model(tmp_path / "model"), DOCUMENTS, dtype, measured, tensor_parallel_size=2)
 
 
 @pytest.mark.gpu(package="vllm")
@@ -74,7 +74,7 @@ def test_two_workers(tmp_path: Path, measured: Measured) -> None:
     """Two engines, each with a GPU and a partition, write the rows that one writes."""
     if REHEARSED:
         pytest.skip("two engines at a time are for two GPUs")
-    model = random_model(tmp_path / "model")
+    model = peaked_model(tmp_path / "model")
     corpus: CorpusConfig = random_corpus(tmp_path / "general.parquet", LENGTHS, 2)
     found = {}
     for workers in (1, 2):
