@@ -50,6 +50,30 @@ def test_time_is_bounded() -> None:
     }
 
 
+def test_one_case_is_shown_beside_what_it_is_compared_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails, and where nothing can be compared with."""
+    bench_loss: Any = importlib.import_module("bench_loss")
+    words = ["--case", "cross-entropy, fused", "--case", "cross-entropy, quack"]
+    for failing in (None, bench_loss.BASE, "cross-entropy, fused"):
+
+        def job(given: Any, job: str, errors: bool, failing: str | None = failing) -> Any:
+            if job.endswith(str(failing)):
+                raise ValueError("no luck")
+            return {"seconds": 2.0, "bytes": 1}
+
+        monkeypatch.setattr(bench_loss, "run_job", job)
+        assert bench_loss.main(words) is (failing is not None)
+        head, _, *rows = capsys.readouterr().out.splitlines()
+        assert head.startswith("N 2,048")
+        names = [bench_loss.BASE, "cross-entropy, fused", "cross-entropy, quack"]
+        assert len(rows) == len(names)
+        for name, row in zip(names, rows, strict=True):
+            assert row.startswith(name)
+            assert ("ValueError: no luck" in row) is (name == failing)
+
+
 def fake_part(name: str, **attributes: Any) -> Any:
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(attributes)

@@ -16,7 +16,7 @@ except ImportError:  # some platforms have no Triton; plain torch is used there
 
 CACHE_BYTES = 1 << 23  # bytes of logits that a CPU processes at a time, to stay in its caches
 GROUP = 8  # columns per maximum, see `largest`
-GROUP_CUDA = 16  # columns per maximum and logsumexp, see `one_pass`; a power of two
+GROUP_CUDA = 32  # columns per maximum and logsumexp, see `one_pass`; a power of two
 
 TopRest = tuple[Tensor, Tensor, Tensor]
 

@@ -175,7 +175,7 @@ PACKAGES = {
     "cross-entropy, liger-kernel": ["liger_kernel"],
     "cross-entropy, liger-kernel, CuTe": ["liger_kernel", "cutlass"],
     "cross-entropy, liger-kernel, cuTile": ["liger_kernel", "cuda.tile"],
-    "cross-entropy, quack": ["quack"],
+    "cross-entropy, quack": ["quack", "cutlass"],
     "cross-entropy, cut-cross-entropy": ["cut_cross_entropy"],
 }
 
@@ -309,7 +309,7 @@ def show(given: argparse.Namespace, vocabulary: int, runs: dict[str, list[Result
     )
     print(f"{'':<40}{'seconds':>9}{'time':>8}{'MiB':>8}{'memory':>8}{'∂hidden':>10}{'∂weight':>10}")
     base = runs[f"{vocabulary} {BASE}"]
-    for case in CASES:
+    for case in given.chosen:
         found = runs.get(f"{vocabulary} {case}", [])
         why = missing(case, given.dtype) or failure(found)
         if why:
@@ -351,8 +351,8 @@ def main(words: list[str] | None = None) -> bool:
     given = parser.parse_args(words)
     given.rounds = given.rounds or (1 if on_gpu() else 3)
     given.repeats = given.repeats or (10 if on_gpu() else 3)
-    chosen = [BASE, *given.case] if given.case else CASES
-    able = [case for case in CASES if case in chosen and missing(case, given.dtype) is None]
+    given.chosen = [case for case in CASES if case in [BASE, *(given.case or CASES)]]
+    able = [case for case in given.chosen if missing(case, given.dtype) is None]
     # What compiles or tunes its kernels first is last, and is left out if time runs out.
     jobs = [
         f"{vocabulary} {case}"

@@ -134,6 +134,15 @@ def test_launches_do_not_depend_on_the_number_of_sequences(kernel: Kernel) -> No
     assert kernel.calls == 3
 
 
+@pytest.mark.parametrize(("lengths", "calls"), [([5, 3], 1), ([5, 4], 1), ([5, 5], 0), ([9], 0)])
+def test_long_sequences_have_a_kernel_each(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, lengths: list[int], calls: int
+) -> None:
+    monkeypatch.setattr(varlen, "LONG", 5)
+    packed_attention(layer(2), *arguments(4, 2, lengths), None, lengths)
+    assert kernel.calls == calls
+
+
 class OnGpu(Tensor):
     is_cuda = property(lambda _: True)  # type: ignore[assignment]
 
