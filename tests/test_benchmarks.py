@@ -143,7 +143,7 @@ def test_every_part_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     parts = [word for part in gpu_bench.PARTS if part != "dump" for word in ("--part", part)]
     assert call(monkeypatch, "--tiny", "--output", str(page), *parts) == 0
     shown = page.read_text()
-    assert shown.count("not on CPU") == 14  # of two vocabularies
+    assert shown.count("not on CPU") == 16  # of two vocabularies
     for line in ("top-k forward KL, fused", "matrix products alone", "mol from disk", "packing"):
         assert line in shown
     assert "not run" not in shown

@@ -73,6 +73,7 @@ PARTS: dict[str, Callable[..., object]] = {
     "top-k: groups' maxima": lambda x: head.largest(x["logits"], x["k"]),
     "top-k: flashinfer": lambda x: top_k_alone(x["logits"], x["k"]),
     "of groups: the k largest maxima": lambda x: head.largest(x["top"], x["k"], in_order=False),
+    "of groups: the same by torch.topk": lambda x: x["top"].topk(x["k"], dim=-1, sorted=False),
     "of groups: the k best candidates": lambda x: x["candidates"].topk(x["k"], dim=-1),
     "of groups: logsumexp of all": lambda x: x["lse"].logsumexp(-1),
     "packing": lambda x: head.as_integers(*x["answer"], x["answer"][2]),
