@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -134,6 +135,12 @@ def test_listing_runs_nothing(
     assert shown.count("bench_works.py") == 2 * 2
     assert "nothing was run: no CUDA device" in shown
     assert not parts.exists()
+
+
+def test_make_passes_the_parts_on() -> None:
+    command = ["make", "-n", "gpu-bench", "LIST=1", "PART=loss head"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "gpu_bench.py --list --part loss --part head\n" in done.stdout
 
 
 @pytest.mark.slow
