@@ -93,11 +93,11 @@ def packed_attention(
     if sequence_lengths is None:
         mask = mask_of(module, query, key, attention_mask, 0, own, options)
         return attend(module, query, key, value, mask, **options)[0], None
-    plain = not own and is_plain(module, attention_mask, options)
-    if plain and varlen.pays(sequence_lengths) and varlen.fits(query, key, value):
+    if not own and is_plain(module, attention_mask, options) and varlen.fits(query, key, value):
         window = None if attention_mask is None else int(attention_mask)
-        scale = options.get("scaling")
-        return varlen.attend(query, key, value, sequence_lengths, window, scale), None
+        if varlen.pays(sequence_lengths, window):
+            scale = options.get("scaling")
+            return varlen.attend(query, key, value, sequence_lengths, window, scale), None
     parts, start = [], 0
     for q, k, v in zip(*(x.split(sequence_lengths, 2) for x in (query, key, value)), strict=True):
         mask = mask_of(module, q, k, attention_mask, start, own, options)

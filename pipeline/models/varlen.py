@@ -53,9 +53,12 @@ def flash(query: Tensor) -> bool:
     return half and query.shape[3] <= LARGEST_HEAD and able(query.device)
 
 
-def pays(lengths: list[int]) -> bool:
-    """Whether one kernel is faster for a row of sequences of these lengths than one for each."""
-    return sum(lengths) < LONG * len(lengths)
+def pays(lengths: list[int], window: int | None) -> bool:
+    """Whether one kernel is faster for a row of sequences of these lengths than one for each.
+
+    sdpa has no kernel for a window: it takes a T × T mask for a sequence that is longer.
+    """
+    return sum(lengths) < LONG * len(lengths) or (window is not None and window < max(lengths))
 
 
 @cache
