@@ -23,8 +23,8 @@ from storage.own_tables import Chosen
 from storage.pending_row import PendingRow, learning
 
 TRIED = 8  # tables of the dump, the newest ones
-# Bits of an entry ÷ those that the tables expect. Measured on six kinds of text (SmolLM2-135M, learnt
-# from 46,000 positions): 1.04 to 1.16 for rows of the same kind, 1.13 to 1.8 for others.
+# Bits of an entry ÷ those that the tables expect. Measured on six kinds of text (SmolLM2-135M,
+# learnt from 46,000 positions): 1.04 to 1.16 for rows of the same kind, 1.13 to 1.8 for others.
 GOOD = 1.05  # up to which no other tables are tried
 FITS, FEW_SETS = 1.1, 4  # up to which they are taken where there are few to choose from
 SERVES = 1.25  # up to which they are taken where there are more
