@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.devices import to_device
 from pipeline.models.decoder import decoder_of
 
 POSITIONAL = {"position_ids", "attention_mask", "cache_position"}
@@ -62,10 +63,10 @@ class OwnRows:
         padded, real = places(lengths)
         for name, value in options.items():
             if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)):
-                options[name] = value[0][padded.to(value.device)]
+                options[name] = value[0][to_device(padded, value.device)]
         output = self.decode(**options)
         hidden = output[0]
-        row = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))[None]
+        row = hidden.flatten(0, 1).index_select(0, to_device(real, hidden.device))[None]
         if isinstance(output, tuple):
             return (row, *output[1:])
         output.last_hidden_state = row

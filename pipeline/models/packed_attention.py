@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def packed_attention(
         notes.calls += 1
         notes.special |= special
     own = own or bool(special)
-    attend = own_attention(module) if own else sdpa_attention_forward
+    attend = own_attention(module) if own else sdpa
     if sequence_lengths is None:
         mask = mask_of(module, query, key, attention_mask, 0, own, options)
         return attend(module, query, key, value, mask, **options)[0], None
@@ -102,6 +103,29 @@ def packed_attention(
         parts.append(attend(module, q, k, v, mask, **options)[0])
         start += q.shape[2]
     return torch.cat(parts, dim=1), None
+
+
+def sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, without groups of queries where no fast kernel of torch takes them.
+
+    On a GPU only FlashAttention takes groups. Elsewhere, as in float32, torch would compute each
+    score one by one, and save T × T of them for the backward. Keys and values that are repeated
+    for their group go to the memory-efficient kernel.
+    """
+    many = query.shape[1] // key.shape[1]
+    given: Any = module
+    if many > 1 and mask is None and query.is_cuda and not varlen.flash(query):
+        key, value = (x.repeat_interleave(many, 1) for x in (key, value))
+        given = SimpleNamespace(is_causal=is_causal(module, options))  # a module without groups
+    found: tuple[Tensor, None] = sdpa_attention_forward(given, query, key, value, mask, **options)
+    return found
 
 
 def in_one_kernel(

@@ -29,16 +29,21 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.is_cuda
         and kernel is not None
-        and able(query.device)
-        and all(dtype_of(x) in HALF for x in (query, key, value))
+        and flash(query)
         and len({dtype_of(x) for x in (query, key, value)}) == 1
         and query.shape[0] == key.shape[0] == 1
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape
         and heads % key.shape[1] == 0
-        and key.shape[3] == width <= LARGEST_HEAD
+        and key.shape[3] == width
         and width % 8 == 0
     )
+
+
+def flash(query: Tensor) -> bool:
+    """Whether FlashAttention takes query [B, H, T, D], on a GPU."""
+    half = dtype_of(query) in HALF
+    return half and query.shape[3] <= LARGEST_HEAD and able(query.device)
 
 
 @cache

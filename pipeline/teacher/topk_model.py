@@ -42,6 +42,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
+from pipeline.devices import to_device
 from pipeline.signals import die_with_parent
 from pipeline.teacher import stand_in
 from pipeline.teacher.head import CACHE_BYTES, as_integers, rows_at_a_time, top_and_rest
@@ -191,16 +192,10 @@ def asked_rows(params: Any, start: int, tokens: int) -> Int64s:
 
 
 def rows_of(hidden_states: torch.Tensor, rows: Int64s) -> torch.Tensor:
-    """The rows of hidden_states [T, D]; all of them where there are as many.
-
-    Their numbers go to a GPU from pinned memory, so that the copy does not wait for the forward.
-    """
+    """The rows of hidden_states [T, D]; all of them where there are as many."""
     if len(rows) == len(hidden_states):
         return hidden_states
-    at = torch.from_numpy(rows)
-    if hidden_states.is_cuda:
-        at = at.pin_memory()
-    return hidden_states[at.to(hidden_states.device, non_blocking=True)]
+    return hidden_states[to_device(torch.from_numpy(rows), hidden_states.device)]
 
 
 def pack_topk(

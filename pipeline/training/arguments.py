@@ -76,6 +76,7 @@ def defaults(config: TrainConfig) -> Json:
         "logging_steps": 10,
         "report_to": "tensorboard",
         "dataloader_pin_memory": cuda,
+        "accelerator_config": {"non_blocking": cuda},  # a batch is copied while others are computed
         "dataloader_num_workers": 2 if waits else 0,
         "eval_strategy": "epoch" if metrics_of(config.held_out) else "no",
         "greater_is_better": False,  # perplexities and KL

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.models import varlen
 from pipeline.models.attention import (
     PACKED,
     PACKED_EAGER,
@@ -35,11 +36,30 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     OWN_ROWS: ("lfm2", {}),
 }
 """All experts of a token are asked: a choice among them could turn with a rounding."""
+EAGER = {kind for kind, (name, _) in KINDS.items() if name in ("gemma2", "gpt_oss")}
+"""Models whose attention sdpa does not know whole."""
+SEPARATE = "sequence by sequence"
+WAYS = ["chosen", SEPARATE, "own eager"]
+"""chosen: in bfloat16 one kernel attends all sequences of a row, where the model's attention is
+plain."""
 TIMES = 2
 """Two orders of the same sums: each may have the rounding error of the other, and they may add."""
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 0.0}
 """Of the size of logits or gradients: models take some sums, such as the softmax, in float32 even
 in float64, so a smaller error than that is not seen in the reference."""
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """Grows by one with each call of the module's function."""
+    calls: list[None] = []
+    function = getattr(module, name)
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
 
 
 def model_of(kind: str, dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
@@ -85,10 +105,15 @@ def results(model: PreTrainedModel, logits: Tensor) -> tuple[list[Tensor], list[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["chosen", "own eager"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_equals_alone(kind: str, way: str, dtype: torch.dtype, measured: Measured) -> None:
+def test_packed_equals_alone(
+    kind: str, way: str, dtype: torch.dtype, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits and gradients are as near to float64's as those of each sequence alone."""
+    calls = counted(monkeypatch, varlen, "attend")
+    if way == SEPARATE:
+        monkeypatch.setattr(varlen, "fits", lambda *_: False)
     exact, plain = model_of(kind, torch.float64), model_of(kind, dtype)
     model = model_of(kind, dtype, "sdpa") if kind not in EAGER else model_of(kind, dtype)
     if way == "own eager" and kind != OWN_ROWS:
@@ -98,16 +123,15 @@ def test_packed_equals_alone(kind: str, way: str, dtype: torch.dtype, measured: 
     tokens = ids()
     truth = results(exact, logits_alone(exact, tokens, LENGTHS))
     naive = results(plain, logits_alone(plain, tokens, LENGTHS))
+    calls.clear()
     found = results(model, packed(model, tokens))
-    for name, one, other, expected in zip(
-        ("logits", "gradients"), found, naive, truth, strict=True
-    ):
-        alone = off(other, expected)
-        measured(f"{name} off by", off(one, expected), TIMES * alone + FLOOR[dtype])
-
-
-EAGER = {kind for kind, (name, _) in KINDS.items() if name in ("gemma2", "gpt_oss")}
-"""Models whose attention sdpa does not know whole."""
+    one_kernel = way == "chosen" and dtype == torch.bfloat16 and kind not in EAGER | {OWN_ROWS}
+    expected = model.config.num_hidden_layers * (one_kernel and DEVICE == "cuda")
+    measured("layers in one kernel", len(calls), expected, least=expected)
+    parts = zip(("logits", "gradients"), found, naive, truth, strict=True)
+    for name, one, other, exactly in parts:
+        alone = off(other, exactly)
+        measured(f"{name} off by", off(one, exactly), TIMES * alone + FLOOR[dtype])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != OWN_ROWS])

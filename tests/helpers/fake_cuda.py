@@ -8,6 +8,7 @@ current device, autocast, and a backward.
 """
 
 import ctypes
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,13 +38,15 @@ class FakeCuda(TorchDispatchMode):
         self.device = 0
         """The current device."""
         self.waits: list[str] = []
-        """Copies between CPU and GPU for which the host waits, and the same of indices."""
+        """Copies between CPU and GPU for which the host waits, each with its place in the code."""
         self.pinned: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("device") == torch.device("meta"):  # "cuda" without a number, see `guarded`
+            kwargs = kwargs | {"device": torch.device("cuda", self.device)}
         given = tree_leaves((args, kwargs))
         if not any(isinstance(x, FakeTensor) or is_cuda(x) for x in given):
             return func(*args, **kwargs)
@@ -58,7 +61,7 @@ class FakeCuda(TorchDispatchMode):
         tensors = [x for x in [*given, *tree_leaves(found)] if isinstance(x, Tensor)]
         places = {x.device.type for x in tensors if x.ndim >= few}
         if len(places) > 1 and not non_blocking:
-            self.waits.append(str(func))
+            self.waits.append(f"{func} in {caller()}")
         return found
 
     def pin(self, tensor: Tensor) -> Tensor:
@@ -72,6 +75,13 @@ class FakeCuda(TorchDispatchMode):
             return -1
         before, self.device = self.device, index
         return before
+
+
+def caller() -> str:
+    """File and line of the innermost call that is not torch's or a helper's."""
+    frames = traceback.extract_stack()
+    own = [x for x in frames if "/torch/" not in x.filename and x.filename != __file__]
+    return f"{own[-1].filename}:{own[-1].lineno}"
 
 
 def is_cuda(value: Any) -> bool:

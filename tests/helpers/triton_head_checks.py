@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.teacher.head import groups_of as plain
 from pipeline.teacher.head_triton import groups_of
+from tests.helpers.canaries import Guarded, guarding
 
 
 @pytest.mark.parametrize("members", [8, 64])
@@ -38,3 +41,23 @@ def test_columns_that_are_not_side_by_side() -> None:
     logits = torch.randn(320, 2).t()
     for found, wanted in zip(groups_of(logits, 20, 16), plain(logits, 20, 16), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 3), st.integers(1, 700), st.sampled_from([8, 16, 64]), st.integers(0, 9),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_no_memory_is_touched_but_its_own(
+    rows: int, groups: int, members: int, ahead: int, gap: int
+) -> None:
+    """Any shape and distance between rows, with NaN around each row and each buffer."""
+    torch.manual_seed(rows)
+    logits = Guarded(torch.randn(rows, groups * members), ahead, gap)
+    with guarding() as made:
+        found = groups_of(logits.values, groups, members)
+    for one, wanted in zip(found, plain(logits.values.double(), groups, members), strict=True):
+        torch.testing.assert_close(one.double(), wanted.double(), rtol=1e-6, atol=1e-6)
+    assert len(made) == 2
+    assert all(x.whole() for x in made)
+    assert logits.unchanged()

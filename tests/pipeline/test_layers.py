@@ -24,7 +24,7 @@ FORBIDDEN = {
 BASE = (
     "errors", "types", "config", "cli", "agreement", "engine_args", "recorded", "json_files",
     "outside", "passed", "places", "progress", "ranges", "signals", "foreign", "script_files",
-    "onset", "positions", "file_digests",
+    "onset", "positions", "file_digests", "devices",
 )  # fmt: skip
 """Files of `pipeline` that every folder may import, and that import no folder themselves."""
 

@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
-from storage import CorruptPayload, FormatVersionError
-from storage.codec.codec import pack
+from storage import CorruptPayload, FormatVersionError, TopK
+from storage.codec.codec import pack, unpack
 from storage.codec.root_grid import quantise
 from storage.codec.v3_tables import HEAD, Tables
 from tests.helpers.records import VOCAB, random_topk
@@ -33,6 +33,28 @@ def test_unlike_text_costs_more_than_expected() -> None:
     assert 16 * len(words) / len(grid.ids) > 1.2 * tables.cost
 
 
+def test_what_tables_expect_holds_for_other_text_of_their_kind() -> None:
+    """Counted on the rows that the lists are from, they would expect less than they need."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.integers(0, 40, 301).astype(np.int32) for _ in range(24)]
+    places = np.arange(5000) / 400
+    logits = [rng.normal(0, 3, 5000) + np.cos(places * t) for t in range(40)]
+
+    def text(input_ids: np.ndarray) -> TopK:
+        full = np.array([logits[token] for token in input_ids[:-1]])
+        full += rng.normal(0, 1, full.shape)
+        full -= np.log(np.exp(full).sum(axis=1, keepdims=True))
+        ids = np.argsort(-full, axis=1)[:, :40]
+        best = np.take_along_axis(full, ids, 1)
+        return TopK.from_dense(ids, best, np.log(1 - np.exp(best).sum(axis=1)))
+
+    rows = [(ids, quantise(text(ids), 5000, STEP)) for ids in inputs]
+    tables = Tables.learn(rows[:12], 5000)
+    words = sum(len(tables.row(ids).write(grid)) for ids, grid in rows[12:])
+    entries = sum(len(grid.ids) for _, grid in rows[12:])
+    assert 16 * words / entries == pytest.approx(tables.cost, rel=0.04)
+
+
 def test_tables_pack_and_unpack_the_same_everywhere() -> None:
     tables, (input_ids,), (grid,) = learnt([alike(60, 16)])
     data = tables.pack()
@@ -49,8 +71,6 @@ def test_tables_of_nothing_are_tables() -> None:
     tables = Tables.unpack(Tables.learn([], VOCAB).pack(), VOCAB)
     grid = quantise(alike(20, 16), VOCAB, STEP)
     row = tables.row(np.zeros(21, np.int32))
-    from storage.codec.codec import unpack
-
     assert unpack(pack(grid, row), row).same(grid)
 
 
