@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -48,6 +49,30 @@ def test_time_is_bounded() -> None:
         "hangs": [{"failed": "no time left"}],
         "last": [{"failed": "no time left"}],
     }
+
+
+def test_one_case_is_shown_beside_what_it_is_compared_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails, and where nothing can be compared with."""
+    bench_loss: Any = importlib.import_module("bench_loss")
+    words = ["--case", "cross-entropy, fused", "--case", "cross-entropy, quack"]
+    for failing in (None, bench_loss.BASE, "cross-entropy, fused"):
+
+        def job(given: Any, job: str, errors: bool, failing: str | None = failing) -> Any:
+            if job.endswith(str(failing)):
+                raise ValueError("no luck")
+            return {"seconds": 2.0, "bytes": 1}
+
+        monkeypatch.setattr(bench_loss, "run_job", job)
+        assert bench_loss.main(words) is (failing is not None)
+        head, _, *rows = capsys.readouterr().out.splitlines()
+        assert head.startswith("N 2,048")
+        names = [bench_loss.BASE, "cross-entropy, fused", "cross-entropy, quack"]
+        assert len(rows) == len(names)
+        for name, row in zip(names, rows, strict=True):
+            assert row.startswith(name)
+            assert ("ValueError: no luck" in row) is (name == failing)
 
 
 def fake_part(name: str, **attributes: Any) -> Any:
@@ -112,6 +137,12 @@ def test_listing_runs_nothing(
     assert not parts.exists()
 
 
+def test_make_passes_the_parts_on() -> None:
+    command = ["make", "-n", "gpu-bench", "LIST=1", "PART=loss head"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "gpu_bench.py --list --part loss --part head\n" in done.stdout
+
+
 @pytest.mark.slow
 def test_every_part_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All but stage one, whose engine takes a minute."""
@@ -119,7 +150,7 @@ def test_every_part_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     parts = [word for part in gpu_bench.PARTS if part != "dump" for word in ("--part", part)]
     assert call(monkeypatch, "--tiny", "--output", str(page), *parts) == 0
     shown = page.read_text()
-    assert shown.count("not on CPU") == 14  # of two vocabularies
+    assert shown.count("not on CPU") == 16  # of two vocabularies
     for line in ("top-k forward KL, fused", "matrix products alone", "mol from disk", "packing"):
         assert line in shown
     assert "not run" not in shown

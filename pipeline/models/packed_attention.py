@@ -2,8 +2,8 @@
 
 transformers separates packed sequences with a T × T mask, so a row costs as much attention as one
 sequence of its length. Here each sequence is attended separately, so a row costs the sum of its
-sequences. Where attention is plain, one kernel attends all sequences of a row (varlen.py), or sdpa
-each. What a model hands its attention beyond that (a soft cap, sinks) both ignore, so there the
+sequences. Where attention is plain, sdpa attends each, or one kernel many short ones (varlen.py).
+What a model hands its attention beyond that (a soft cap, sinks) both ignore, so there the
 eager function of the model's own code attends.
 """
 
@@ -93,10 +93,11 @@ def packed_attention(
     if sequence_lengths is None:
         mask = mask_of(module, query, key, attention_mask, 0, own, options)
         return attend(module, query, key, value, mask, **options)[0], None
-    if not own and in_one_kernel(module, query, key, value, attention_mask, options):
+    if not own and is_plain(module, attention_mask, options) and varlen.fits(query, key, value):
         window = None if attention_mask is None else int(attention_mask)
-        scale = options.get("scaling")
-        return varlen.attend(query, key, value, sequence_lengths, window, scale), None
+        if varlen.pays(sequence_lengths, window):
+            scale = options.get("scaling")
+            return varlen.attend(query, key, value, sequence_lengths, window, scale), None
     parts, start = [], 0
     for q, k, v in zip(*(x.split(sequence_lengths, 2) for x in (query, key, value)), strict=True):
         mask = mask_of(module, q, k, attention_mask, start, own, options)
@@ -128,18 +129,10 @@ def sdpa(
     return found
 
 
-def in_one_kernel(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    options: dict[str, Any],
-) -> bool:
-    """Whether one kernel may attend all sequences: causal or a causal window, without dropout."""
-    if (mask is not None and mask.ndim) or options.get("dropout"):
-        return False
-    return is_causal(module, options) and varlen.fits(query, key, value)
+def is_plain(module: torch.nn.Module, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether attention is causal or a causal window, without dropout."""
+    whole = mask is not None and mask.ndim
+    return not whole and not options.get("dropout") and is_causal(module, options)
 
 
 def is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:

@@ -64,9 +64,10 @@ PARTS = {
     ),
     "attention": Part(
         "bench_attention",
-        "--tokens 8192 --heads 32 --groups 4 --width 128",
-        "--tokens 64 --heads 2 --groups 2 --width 8 --sequences 1 4 --repeats 1 --error_tokens 16",
-        20,
+        "--tokens 8192 --heads 32 --groups 4 --width 128 --windows 0 1024",
+        "--tokens 64 --heads 2 --groups 2 --width 8 --sequences 1 4 --windows 0 9 --repeats 1 "
+        "--error_tokens 16",
+        30,
         "2 GB of GPU memory; transformers",
     ),
     "dump": Part(

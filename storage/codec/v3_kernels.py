@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from storage.codec.root_grid import FINE
+from storage.codec.root_grid import FAINTEST, FINE
 from storage.codec.v2_kernels import matches, tally
 
 __all__ = ["matches", "tally"]
@@ -542,7 +542,10 @@ def take_tail(stream, known, expected, one):
     if kind == NONE:
         return np.int64(0)
     if kind == SMALL:
-        return -1 - take(stream, known, LOG + context)
+        level = take(stream, known, LOG + context)
+        return -1 - level if level < FAINTEST else one + 1
+    if kind != LARGE:
+        return one + 1
     value = take(stream, known, ROOT + context)
     tail = expected + (-((value + 1) >> 1) if value & 1 else value >> 1)
     return tail if FINE <= tail <= one else one + 1
