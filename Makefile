@@ -26,9 +26,10 @@ PROCESSES ?= 2
 test: setup  ## all tests except Airflow's and the long ones, in PROCESSES processes
 	$(PYTHON) -m pytest -n $(PROCESSES) -m "not long"
 
-test-kill: setup  ## kill a dump 250 times, also with a second live writer, and compare all rows; then the long tests
+test-kill: setup  ## kill a dump 450 times, also with a second live writer, and compare all rows; then the long tests
 	$(PYTHON) -m tests.helpers.kills --kills 200
 	$(PYTHON) -m tests.helpers.kills --kills 50 --positions 0.3
+	$(PYTHON) -m tests.helpers.kills --kills 200 --codec v3
 	$(PYTHON) -m pytest -m long
 
 test-models: setup  ## every family of models through the whole pipeline; writes pipeline/models/SUPPORTED.md

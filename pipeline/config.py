@@ -144,12 +144,15 @@ class DumpConfig:
     large vocabulary. The body reads every token in any case."""
     positions_seed: Seed = 0
     """Seed of that draw. Another one keeps other targets of the same documents."""
-    step: Annotated[float, Range(above=0, below=8)] = 1 / 16
-    """Grid of the stored log-probabilities in nats. 1/16 costs about 7e-5 nats of KL."""
-    codec: Literal["v1", "v2"] = "v1"
+    step: Annotated[float | None, Range(above=0, below=8)] = None
+    """Grid of the stored probabilities, by default that of the codec. v1 and v2: nats between
+    log-probabilities, 1/16. v3: steps between square roots of probabilities, 1/416, at most 0.05.
+    Both cost about 7e-5 nats of KL."""
+    codec: Literal["v1", "v2", "v3"] = "v1"
     """v2 codes ids from their context: 0.64 of the bytes of v1. But it holds a shard in memory,
     takes some 30 microseconds of CPU per token in a thread of its own, and decodes several times
-    more slowly."""
+    more slowly. v3 does so with tables that all shards share, so it holds no shard, and on a grid
+    that spends no bits on improbable entries."""
     max_length: Length = 2048
     """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
@@ -180,6 +183,11 @@ class DumpConfig:
             not self.samples or (self.min_prob == 0 and self.top_p == 1),
             "samples: they are drawn from what the k entries leave, so min_prob and top_p cannot "
             "take entries away afterwards. Leave those out, and set a smaller k",
+        )
+        require(
+            self.codec != "v3" or self.step is None or 1 / 65535 <= self.step <= 0.05,
+            f"step {self.step}: with codec v3 it is a step of the square root of a probability, "
+            "from 1/65535 to 0.05; leave it out for 1/416",
         )
         check_engine_args(self.engine_args)
 

@@ -158,7 +158,9 @@ class _FusedLinear(torch.autograd.Function):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         head = weight.to(compute_dtype)
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
+        # The first chunk overwrites the weight's gradient: zeroing [V, D] costs as much as a sum.
+        new = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = new(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         # One buffer for all chunks: malloc would return new, zeroed pages for each chunk.
@@ -168,7 +170,8 @@ class _FusedLinear(torch.autograd.Function):
         # second buffer of that dtype; on a CPU it stays exact for the weight's gradient.
         apart = hidden.is_cuda and compute_dtype != exact and any(needs)
         grad_buffer = torch.empty_like(buffer, dtype=compute_dtype) if apart else None
-        for rows, ids, logprobs, tail, direction in _chunks(*targets, chunk_rows):
+        chunks = _chunks(*targets, chunk_rows)
+        for number, (rows, ids, logprobs, tail, direction) in enumerate(chunks):
             h = hidden[rows].to(compute_dtype)
             z = _matmul_into_(buffer[: len(h)], h, head.t())
             if bias is not None:
@@ -188,7 +191,7 @@ class _FusedLinear(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = rounded @ head
             if grad_weight is not None:
-                _add_matmul_(grad_weight, grad, rounded, h)
+                _add_matmul_(grad_weight, grad, rounded, h, keep=number > 0)
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -207,7 +210,8 @@ class _FusedLinear(torch.autograd.Function):
             )
         for grad in grads:
             if grad is not None:  # in place: a second [V, D] would set the step's peak memory
-                grad.mul_(grad_total.to(grad.dtype))
+                # Tensor.mul_ by a scalar in GPU memory reads and writes a number at a time.
+                torch._foreach_mul_([grad], grad_total.to(grad.dtype))
         return (*grads, None, None, None)
 
 
@@ -219,16 +223,25 @@ def _chunks(
     direction: Direction,
     size: int,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Direction]]:
-    """Yield row ranges with their targets; each label becomes a distribution of one entry."""
-    for start in range(0, len(labels), size):
-        ys = labels[start : start + size, None].long()
+    """Yield row ranges with their targets; each label becomes a distribution of one entry.
+
+    At most `size` rows at a time, in chunks of equal size: a small last one would cost more.
+    """
+    labels_at_once, ids_at_once = _even(len(labels), size), _even(len(ids), size)
+    for start in range(0, len(labels), labels_at_once):
+        ys = labels[start : start + labels_at_once, None].long()
         certain = torch.zeros(len(ys), 1, device=ys.device)
         none = torch.full_like(certain[:, 0], -torch.inf)
         yield slice(start, start + len(ys)), ys, certain, none, "forward"
-    for start in range(0, len(ids), size):
-        stop = min(start + size, len(ids))
+    for start in range(0, len(ids), ids_at_once):
+        stop = min(start + ids_at_once, len(ids))
         rows = slice(len(labels) + start, len(labels) + stop)
         yield rows, ids[start:stop].long(), logprobs[start:stop], tail[start:stop], direction
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of each of the fewest chunks of at most `most` rows."""
+    return -(-rows // max(1, -(-rows // most))) or 1
 
 
 def _step_(
@@ -309,14 +322,17 @@ def _matmul_into_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.copy_(a @ b)
 
 
-def _add_matmul_(total: Tensor, grad: Tensor, rounded: Tensor, h: Tensor) -> None:
-    """total += grad.T @ h, accumulated in total's float32."""
-    if h.dtype == total.dtype:
-        total.addmm_(grad.t(), h)
-    elif h.is_cuda:
-        torch.addmm(total, rounded.t(), h, out_dtype=total.dtype, out=total)
-    else:
+def _add_matmul_(total: Tensor, grad: Tensor, rounded: Tensor, h: Tensor, keep: bool) -> None:
+    """total += grad.T @ h, accumulated in total's float32; without `keep` total = grad.T @ h."""
+    if h.is_cuda and h.dtype != total.dtype:
+        if keep:
+            torch.addmm(total, rounded.t(), h, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(rounded.t(), h, out_dtype=total.dtype, out=total)
+    elif keep:
         total.addmm_(grad.t(), h.to(total.dtype))
+    else:
+        torch.mm(grad.t(), h.to(total.dtype), out=total)
 
 
 def _check_direction(direction: str) -> None:

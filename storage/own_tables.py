@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import zstandard
 
+from storage.codec.codec import AnyTables
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import Successors
 from storage.codec.v3_tables import Tables
 from storage.errors import CorruptPayload
 from storage.parsing import Json
 from storage.pending_row import PendingRow, learning
-
-AnyTables = Ranks | Successors | Tables
 
 
 class Chosen(NamedTuple):

@@ -97,13 +97,14 @@ class RowMaker:
         targets = self.mask_of(record, where)
         ids = np.asarray(record.input_ids, np.int32)
         self.check(record, ids, targets, where)
+        topk = kept(record.topk, self.step, self.codec)
         try:
-            grid = quantised(record.topk, self.vocab_size, self.step, self.codec)
+            grid = quantised(topk, self.vocab_size, self.step, self.codec)
         except InvalidRecord as error:
             raise InvalidRecord(f"{where}: {error}") from None
         samples = self.encode_samples(record.topk)
         row = PendingRow(record.doc_id, record.chunk, ids, samples, grid.narrow(), targets)
-        return row, kept(record.topk, self.step, self.codec)
+        return row, topk
 
     def check(self, record: Record, ids: Int32s, targets: Bools | None, where: str) -> None:
         """Raise InvalidRecord unless a reader may accept the row."""

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from storage import row_head
 from storage.cache import RangeCache, Room
-from storage.codec.codec import tables_of_row
+from storage.codec.codec import AnyTables, tables_of_row
 from storage.data_file import open_local, read_range
 from storage.errors import CorruptShard, FormatVersionError
 from storage.index import SAMPLES, Index, Place
 from storage.kept import Kept
 from storage.manifest import Dump, Shard
-from storage.own_tables import OWN_TABLES, AnyTables, size_of
+from storage.own_tables import OWN_TABLES, size_of
 from storage.row_head import RowHead
 from storage.shard import CODECS, FORMATS
 from storage.shard_reader import RowDecoder, gate

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.codec import samples as sampled
-from storage.codec.codec import Known, decode, tables_of_row
+from storage.codec.codec import AnyTables, Known, decode, tables_of_row
 from storage.codec.frames import Limits
 from storage.data_file import MISSING, open_source
 from storage.errors import (
@@ -29,7 +29,7 @@ from storage.errors import (
     Unindexable,
 )
 from storage.manifest import Dump, Shard
-from storage.own_tables import OWN_TABLES, AnyTables
+from storage.own_tables import OWN_TABLES
 from storage.parsing import MOST_K, Json
 from storage.shard import FORMATS, footer_crc32, schema_of
 from storage.targets import Bools, positions_of, unpack_mask

@@ -90,13 +90,14 @@ class TopK:
                 f"expected min_prob in [0, 1) and top_p in (0, 1], found {min_prob} and {top_p}"
             )
         p = np.exp(self.logprobs.astype(np.float64))
-        sums = np.concatenate([[0.0], np.cumsum(p)])
-        ends = np.cumsum(self.counts, dtype=np.int64)
-        starts = ends - self.counts
-        before = sums[:-1] - np.repeat(sums[starts], self.counts)  # mass of the better entries
-        keep = (p >= min_prob) & ((before < top_p) if top_p < 1 else True)
+        starts = np.cumsum(self.counts, dtype=np.int64) - self.counts
+        keep = p >= min_prob
+        if top_p < 1:
+            sums = np.concatenate([[0.0], np.cumsum(p)])
+            before = sums[:-1] - np.repeat(sums[starts], self.counts)  # mass of the better entries
+            keep &= before < top_p
         keep[starts[self.counts > 0]] = True
-        return self._only(keep, p)
+        return self if keep.all() else self._only(keep, p)
 
     def fold(self, vocab_size: int) -> "TopK":
         """Move entries with ids of `vocab_size` and above into the tail, with their exact mass.

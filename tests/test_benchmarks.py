@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -50,6 +51,30 @@ def test_time_is_bounded() -> None:
     }
 
 
+def test_one_case_is_shown_beside_what_it_is_compared_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails, and where nothing can be compared with."""
+    bench_loss: Any = importlib.import_module("bench_loss")
+    words = ["--case", "cross-entropy, fused", "--case", "cross-entropy, quack"]
+    for failing in (None, bench_loss.BASE, "cross-entropy, fused"):
+
+        def job(given: Any, job: str, errors: bool, failing: str | None = failing) -> Any:
+            if job.endswith(str(failing)):
+                raise ValueError("no luck")
+            return {"seconds": 2.0, "bytes": 1}
+
+        monkeypatch.setattr(bench_loss, "run_job", job)
+        assert bench_loss.main(words) is (failing is not None)
+        head, _, *rows = capsys.readouterr().out.splitlines()
+        assert head.startswith("N 2,048")
+        names = [bench_loss.BASE, "cross-entropy, fused", "cross-entropy, quack"]
+        assert len(rows) == len(names)
+        for name, row in zip(names, rows, strict=True):
+            assert row.startswith(name)
+            assert ("ValueError: no luck" in row) is (name == failing)
+
+
 def fake_part(name: str, **attributes: Any) -> Any:
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(attributes)
@@ -65,9 +90,14 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def stops(words: list[str]) -> bool:
         raise RuntimeError("out of luck")
 
+    def exits(words: list[str]) -> bool:
+        raise SystemExit("its engine stopped")
+
     made = {
+        "exits": fake_part("bench_exits", main=exits),
         "stops": fake_part("bench_stops", main=stops),
         "absent": gpu_bench.Part("bench_that_is_not_there", "", "", 5, "nothing"),
+        "lacks": gpu_bench.Part("bench_works", "", "", 5, "a package", ("not_installed_here",)),
         "works": fake_part("bench_works", main=works),
     }
     monkeypatch.setattr(gpu_bench, "PARTS", made)
@@ -88,7 +118,9 @@ def test_a_part_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch, parts
     page = parts.read_text()
     assert "table of --small --seconds 5\n" in page
     assert "failed: RuntimeError: out of luck" in page
+    assert "failed: its engine stopped" in page
     assert "not run: No module named 'bench_that_is_not_there'" in page
+    assert "not run: No module named 'not_installed_here'" in page
     others = ["--part", "absent", "--part", "works"]
     assert call(monkeypatch, "--tiny", "--output", str(parts), *others) == 0
 
@@ -100,18 +132,26 @@ def test_listing_runs_nothing(
     monkeypatch.setattr(gpu_bench, "on_gpu", lambda: False)
     assert call(monkeypatch, "--output", str(parts)) == 0
     shown = capsys.readouterr().out
-    assert shown.count("bench_works.py") == 2
+    assert shown.count("bench_works.py") == 2 * 2
     assert "nothing was run: no CUDA device" in shown
     assert not parts.exists()
 
 
+def test_make_passes_the_parts_on() -> None:
+    command = ["make", "-n", "gpu-bench", "LIST=1", "PART=loss head"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "gpu_bench.py --list --part loss --part head\n" in done.stdout
+
+
 @pytest.mark.slow
 def test_every_part_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but stage one, whose engine takes a minute."""
     page = tmp_path / "page.md"
-    assert call(monkeypatch, "--tiny", "--output", str(page)) == 0
+    parts = [word for part in gpu_bench.PARTS if part != "dump" for word in ("--part", part)]
+    assert call(monkeypatch, "--tiny", "--output", str(page), *parts) == 0
     shown = page.read_text()
-    assert shown.count("not on CPU") == 14  # of two vocabularies
-    for line in ("top-k forward KL, fused", "matrix products alone", "mol from disk"):
+    assert shown.count("not on CPU") == 16  # of two vocabularies
+    for line in ("top-k forward KL, fused", "matrix products alone", "mol from disk", "packing"):
         assert line in shown
     assert "not run" not in shown
     assert "failed" not in shown

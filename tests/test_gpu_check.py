@@ -2,8 +2,10 @@
 
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ def test_right(measured):
     """The number is near one."""
     measured("number", 1.01, 1.1, least=0.9, unit="nats")
 
-@pytest.mark.gpu(devices=9)
+@pytest.mark.gpu(devices=9, package="of_nobody")
 def test_lacking(measured):
     """Needs more than there is."""
 '''
@@ -82,7 +84,7 @@ def test_a_page_of_checks_that_pass(tmp_path: Path, capsys: pytest.CaptureFixtur
     _, result, measured, seconds = row(text, "good: right")
     assert (result, measured) == ("passed", "number 1.01 nats (≥ 0.9 and ≤ 1.1)")
     assert float(seconds) >= 0
-    assert row(text, "good: lacking")[1:3] == ["not run", "not part of a rehearsal"]
+    assert row(text, "good: lacking")[1:3] == ["not run", "of_nobody is not installed"]
     assert "1 passed, 0 failed, 1 not run" in text
     assert row(text, "torch")[1] == __import__("torch").__version__
     said = capsys.readouterr()
@@ -107,11 +109,45 @@ def test_no_check_hides_another(tmp_path: Path) -> None:
     assert "2 passed, 5 failed, 1 not run" in text
 
 
+BROKEN = """
+import os
+from pathlib import Path
+
+@pytest.fixture(autouse=True)
+def process(request):
+    Path(request.node.name).write_text(str(os.getpid()))
+
+def test_first(measured):
+    measured("number", 1, 1)
+
+def test_breaks_cuda(measured):
+    measured("number", 2, 1)
+
+def test_after_it(measured):
+    measured("number", 1, 1)
+"""
+
+
+def test_no_check_runs_where_cuda_is_broken(tmp_path: Path) -> None:
+    """An illegal address ends CUDA for a whole process: what follows runs in another one."""
+    runner = checks_in(tmp_path, broken=BROKEN)
+    said = "import tests.gpu.conftest\ntests.gpu.conftest.broken = lambda: True\n"
+    (tmp_path / "checks" / "conftest.py").write_text(CONFTEST + said)
+    page = tmp_path / "page.md"
+    given = ["--rehearse", "--processes", "1", "--page", str(page)]
+    assert gpu_check.main(given, runner) == 1
+    names = ["first", "breaks cuda", "after it"]
+    results = [row(page.read_text(), f"broken: {name}")[1] for name in names]
+    assert results == ["passed", "**failed**", "passed"]
+    pids = [(tmp_path / f"test_{name.replace(' ', '_')}").read_text() for name in names]
+    assert pids[0] == pids[1] != pids[2]
+
+
 def test_a_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--list", bad=BAD, good=GOOD) == (0, "")
     said = capsys.readouterr().out
     assert row(said, "good: right")[1:] == ["The number is near one.", "1 GPU", "can run here"]
-    assert row(said, "good: lacking")[2:] == ["9 GPUs", "not part of a rehearsal"]
+    assert row(said, "good: lacking")[2:] == ["9 GPUs, of_nobody", "of_nobody is not installed"]
     assert "bad: hangs" in said
 
 
@@ -127,6 +163,55 @@ def test_what_has_no_time_left_is_no_success(tmp_path: Path) -> None:
     code, text = run(tmp_path, "--minutes", "0", good=GOOD)
     assert code == 1
     assert row(text, "good: right")[1:3] == ["not run", "no time was left"]
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from tests.gpu.__main__ import main
+from tests.gpu.runner import Runner
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+folder = Path(sys.argv[1])
+arguments = ["--rehearse", "--processes", "1", "--page", str(folder / "page.md")]
+sys.exit(main(arguments, Runner("checks", folder)))
+"""
+WAITS = """
+import os, time
+from pathlib import Path
+
+def test_first(measured):
+    measured("number", 1, 1)
+
+def test_waits():
+    Path("begun.part").write_text(str(os.getpid()))
+    Path("begun.part").rename("begun")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_check_leaves_a_page_and_no_process(
+    tmp_path: Path, sent: signal.Signals
+) -> None:
+    checks_in(tmp_path, waits=WAITS)
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        give_up = time.monotonic() + 120
+        while not (tmp_path / "begun").exists():
+            assert running.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        running.send_signal(sent)
+        running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 75
+    text = (tmp_path / "page.md").read_text()
+    assert row(text, "waits: first")[1] == "passed"
+    assert row(text, "waits: waits")[1] == "not run"
+    assert not Path(f"/proc/{(tmp_path / 'begun').read_text()}").exists()
 
 
 def test_nothing_to_run_is_no_success() -> None:
@@ -159,6 +244,7 @@ def test_bounds(value: float, most: float | None, least: float | None, right: bo
             measured.check()
 
 
+@pytest.mark.slow
 def test_the_checks_are_there_and_say_what_they_show() -> None:
     command = [sys.executable, "-m", "tests.gpu", "--list"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -9,6 +9,7 @@ from pipeline.models.vocabulary import check_ids
 from pipeline.positions import Share
 from pipeline.teacher.vllm_engine import engine_version
 from pipeline.types import Json
+from storage.codec.codec import STEPS
 from storage.manifest import differences
 from storage.plan import TARGETS_VERSION
 
@@ -40,7 +41,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
         "vocab_size": model.vocab_size,
         "k": config.k,
-        "step": config.step,
+        "step": STEPS[config.codec] if config.step is None else config.step,
         # A setting that earlier releases lacked is in the plan only where it changes something.
         **({} if config.codec == "v1" else {"codec": config.codec}),
         **({"min_prob": config.min_prob} if config.min_prob > 0 else {}),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.agreement import Answer, Bounds, bounds
+from pipeline.agreement import Answer, Bounds, bounds, grid_cost
 from pipeline.errors import RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.logits import logits_at
@@ -59,7 +59,7 @@ def against(
     plan, folder = LogitDataset(dump).plan, ModelFolder.find(model)
     teacher = plan.get("teacher") or {}
     dtype = folder.dtype(teacher.get("dtype") or "auto")
-    limits = bounds(bound, float(plan["step"]), dtype, dtype)
+    limits = bounds(bound, grid_cost(plan), dtype, dtype)
     checks = recompute(dump, model, rows, seed)
     lines, answer = report(checks, limits, folder.config.to_dict())
     if answer is not Answer.SAME and teacher.get("fingerprint") != folder.weights_fingerprint:

@@ -2,8 +2,8 @@
 
 transformers separates packed sequences with a T × T mask, so a row costs as much attention as one
 sequence of its length. Here each sequence is attended separately, so a row costs the sum of its
-sequences. Where attention is plain, one kernel attends all sequences of a row (varlen.py), or sdpa
-each. What a model hands its attention beyond that (a soft cap, sinks) both ignore, so there the
+sequences. Where attention is plain, sdpa attends each, or one kernel many short ones (varlen.py).
+What a model hands its attention beyond that (a soft cap, sinks) both ignore, so there the
 eager function of the model's own code attends.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,14 +89,15 @@ def packed_attention(
         notes.calls += 1
         notes.special |= special
     own = own or bool(special)
-    attend = own_attention(module) if own else sdpa_attention_forward
+    attend = own_attention(module) if own else sdpa
     if sequence_lengths is None:
         mask = mask_of(module, query, key, attention_mask, 0, own, options)
         return attend(module, query, key, value, mask, **options)[0], None
-    if not own and in_one_kernel(module, query, key, value, attention_mask, options):
+    if not own and is_plain(module, attention_mask, options) and varlen.fits(query, key, value):
         window = None if attention_mask is None else int(attention_mask)
-        scale = options.get("scaling")
-        return varlen.attend(query, key, value, sequence_lengths, window, scale), None
+        if varlen.pays(sequence_lengths, window):
+            scale = options.get("scaling")
+            return varlen.attend(query, key, value, sequence_lengths, window, scale), None
     parts, start = [], 0
     for q, k, v in zip(*(x.split(sequence_lengths, 2) for x in (query, key, value)), strict=True):
         mask = mask_of(module, q, k, attention_mask, start, own, options)
@@ -104,18 +106,33 @@ def packed_attention(
     return torch.cat(parts, dim=1), None
 
 
-def in_one_kernel(
+def sdpa(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    options: dict[str, Any],
-) -> bool:
-    """Whether one kernel may attend all sequences: causal or a causal window, without dropout."""
-    if (mask is not None and mask.ndim) or options.get("dropout"):
-        return False
-    return is_causal(module, options) and varlen.fits(query, key, value)
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, without groups of queries where no fast kernel of torch takes them.
+
+    On a GPU only FlashAttention takes groups. Elsewhere, as in float32, torch would compute each
+    score one by one, and save T × T of them for the backward. Keys and values that are repeated
+    for their group go to the memory-efficient kernel.
+    """
+    many = query.shape[1] // key.shape[1]
+    given: Any = module
+    if many > 1 and mask is None and query.is_cuda and not varlen.flash(query):
+        key, value = (x.repeat_interleave(many, 1) for x in (key, value))
+        given = SimpleNamespace(is_causal=is_causal(module, options))  # a module without groups
+    found: tuple[Tensor, None] = sdpa_attention_forward(given, query, key, value, mask, **options)
+    return found
+
+
+def is_plain(module: torch.nn.Module, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether attention is causal or a causal window, without dropout."""
+    whole = mask is not None and mask.ndim
+    return not whole and not options.get("dropout") and is_causal(module, options)
 
 
 def is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:

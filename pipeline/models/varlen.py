@@ -1,8 +1,8 @@
 """Attention of all sequences of a packed row in one kernel, on a GPU.
 
-torch's variable-length attention (FlashAttention) reads where each sequence ends, so a layer
-launches the same few kernels for any number of sequences. It takes bfloat16 and float16; elsewhere
-`packed_attention` attends each sequence by itself.
+torch's variable-length attention (FlashAttention 2) reads where each sequence ends, so a layer
+launches the same few kernels for any number of sequences. It takes bfloat16 and float16; elsewhere,
+and where the sequences of a row are long, `packed_attention` attends each by itself.
 """
 
 import inspect
@@ -19,6 +19,13 @@ except ImportError:  # before torch 2.10
 
 HALF = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
+LONG = 1024
+"""Tokens of a sequence, on average, from which on sdpa's own kernels for each are faster.
+
+Forward and backward of 8,192 tokens, 32 heads of 128, on an H100 with torch 2.11, in ms, one kernel
+and each by itself (scripts/benchmarks/bench_attention.py): 7.3 and 4.1 for one sequence, 4.4 and
+2.8 for two, 2.46 and 2.50 for 8 of 1,024 tokens, 1.6 and 4.6 for 32, 1.9 and 19 for 128.
+"""
 GROUPED = kernel is not None and "enable_gqa" in inspect.signature(kernel).parameters
 """Whether the kernel takes fewer heads of keys than of queries, as it does from torch 2.13 on."""
 
@@ -29,16 +36,29 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.is_cuda
         and kernel is not None
-        and able(query.device)
-        and all(dtype_of(x) in HALF for x in (query, key, value))
+        and flash(query)
         and len({dtype_of(x) for x in (query, key, value)}) == 1
         and query.shape[0] == key.shape[0] == 1
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape
         and heads % key.shape[1] == 0
-        and key.shape[3] == width <= LARGEST_HEAD
+        and key.shape[3] == width
         and width % 8 == 0
     )
+
+
+def flash(query: Tensor) -> bool:
+    """Whether FlashAttention takes query [B, H, T, D], on a GPU."""
+    half = dtype_of(query) in HALF
+    return half and query.shape[3] <= LARGEST_HEAD and able(query.device)
+
+
+def pays(lengths: list[int], window: int | None) -> bool:
+    """Whether one kernel is faster for a row of sequences of these lengths than one for each.
+
+    sdpa has no kernel for a window: it takes a T × T mask for a sequence that is longer.
+    """
+    return sum(lengths) < LONG * len(lengths) or (window is not None and window < max(lengths))
 
 
 @cache

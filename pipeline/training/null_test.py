@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.agreement import Answer, Bounds, bounds
+from pipeline.agreement import Answer, Bounds, bounds, grid_cost
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import PackedRow, packed_rows, with_targets
@@ -114,7 +114,7 @@ def bounds_of(
     teacher = folder.dtype(plans[0]["teacher"].get("dtype") or "auto")
     return bounds(
         config.null_test.bound,
-        max(float(plan["step"]) for plan in plans),
+        max(map(grid_cost, plans)),
         teacher,
         computed_in(config, trainer, folder),
     )

@@ -11,8 +11,11 @@ hf        transformers, one sequence at a time
 
 Every run is a process with one engine. A round runs all cases in turn, and a ratio compares runs of
 the same round. --random adds a model with random weights whose body outweighs its head, as in large
-models. Front-end CPU is the CPU time of this side's threads in microseconds per token. It includes
-vLLM's processing of the answers, but not its engine.
+models; --shape says how large it is. Without --corpus, documents of random words are made.
+Front-end CPU is the CPU time of this side's threads in microseconds per token. It includes vLLM's
+processing of the answers, but not its engine. On a GPU, the last lines have the arithmetic of the
+weights that a token is multiplied with, those of the head where it runs, and that of one large
+matrix product.
 
     python scripts/benchmarks/bench_dump.py --corpus corpus.jsonl --targets --rounds 5
 
@@ -47,9 +50,14 @@ TURN = 32  # tokens of a turn, of which every second one is learnt
 
 
 def random_model(
-    folder: Path, texts: list[str], ids: int = 8192, width: int = 512, dtype: str = "bfloat16"
+    folder: Path,
+    texts: list[str],
+    width: int = 512,
+    layers: int = 8,
+    ids: int = 8192,
+    dtype: str = "bfloat16",
 ) -> Path:
-    """A Qwen3 with random weights and 8 layers.
+    """A Qwen3 with random weights.
 
     By default the head is 12 % of the weights that are multiplied; with 32,768 ids and a width of
     256 it is half of them.
@@ -72,15 +80,59 @@ def random_model(
         vocab_size=ids,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
+        num_key_value_heads=max(1, width // 128),
         head_dim=64,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
     Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def random_corpus(file: Path, documents: int) -> Path:
+    """Documents of 100 to 600 words, whose frequencies follow Zipf's law."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    letters = rng.integers(ord("a"), ord("z") + 1, (4096, 8)).astype(np.uint8)
+    words = [bytes(row[: rng.integers(2, 9)]).decode() for row in letters]
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(documents):
+            at = rng.zipf(1.2, rng.integers(100, 600)) % len(words)
+            lines.write(json.dumps({"text": " ".join(words[one] for one in at)}) + "\n")
+    return file
+
+
+def multiplied(model: str) -> tuple[int, int]:
+    """(weights of the body, of the head) that a token is multiplied with."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = made.get_output_embeddings().weight
+    embeddings = made.get_input_embeddings().weight
+    others = {id(one): one.numel() for one in made.parameters() if one.ndim > 1}
+    for one in (head, embeddings):
+        others.pop(id(one), None)
+    return sum(others.values()), head.numel()
+
+
+def rate_of_a_product(width: int = 8192) -> float:
+    """FLOP/s of one bfloat16 matrix product on the GPU."""
+    from processes import in_child, seconds_of
+
+    def work(send: Any) -> None:
+        import torch
+
+        one, other = torch.randn(2, width, width, device="cuda", dtype=torch.bfloat16)
+        times = [seconds_of(lambda: one @ other, "cuda") for _ in range(10)]
+        send(2 * width**3 / median(times))
+
+    rate: float = in_child(work)[0][0]
+    return rate
 
 
 def settings(given: argparse.Namespace, output: str) -> Any:
@@ -245,11 +297,12 @@ def save(given: argparse.Namespace, model: Path) -> None:
         )
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> bool:
+    """Returns whether something failed: False, since what fails ends the process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", required=True, help="documents, as for dump_logits.py")
+    parser.add_argument("--corpus", help="documents, as for dump_logits.py")
     parser.add_argument(
         "--model", action="append", default=[], help="model directory; may be repeated"
     )
@@ -259,6 +312,11 @@ def main() -> None:
     parser.add_argument(
         "--targets", action="store_true", help="measure what targets save, on a model of its own"
     )
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[512, 8, 8192], metavar=("WIDTH", "LAYERS", "IDS"),
+        help="of the random model",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # of gpu_bench.py
     parser.add_argument("--documents", type=int, default=400, help="documents to read")
     parser.add_argument("--k", type=int, default=64, help="entries of a distribution")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each case")
@@ -266,18 +324,24 @@ def main() -> None:
         "--only", nargs="+", choices=RUNS, default=list(RUNS), help="run only these cases"
     )
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if given.run:
         print(json.dumps(run_one(given)))
-        return
+        return False
     with tempfile.TemporaryDirectory() as folder:
+        if not given.corpus:
+            given.corpus = str(random_corpus(Path(folder) / "made.jsonl", given.documents))
         if given.targets:
-            return save(given, random_model(Path(folder), texts_of(given), 32_768, 256, "float32"))
+            model = random_model(Path(folder), texts_of(given), 256, 8, 32_768, "float32")
+            save(given, model)
+            return False
         if given.random:
             texts = texts_of(given)
-            given.model.append(str(random_model(Path(folder) / "random-body-heavy", texts)))
+            made = random_model(Path(folder) / "random-body-heavy", texts, *given.shape)
+            given.model.append(str(made))
         for model in given.model:
             compare(given, model)
+    return False
 
 
 def texts_of(given: argparse.Namespace) -> list[str]:
@@ -287,6 +351,8 @@ def texts_of(given: argparse.Namespace) -> list[str]:
 
 
 def compare(given: argparse.Namespace, model: str) -> None:
+    from processes import on_gpu
+
     found: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
     for _ in range(given.rounds):
         for name in given.only:
@@ -311,6 +377,15 @@ def compare(given: argparse.Namespace, model: str) -> None:
             f"{name:<10}{runs[0]['tokens']:>9,.0f}{median(rates[name]):>10,.0f}{ratio:>12}"
             f"{shown:>20}"
         )
+    if on_gpu():
+        body, head = multiplied(model)
+        print(
+            f"{body / 1e9:.2f} billion weights in the body, {head / 1e9:.2f} in the head. TFLOP/s:"
+        )
+        for name, found_rates in rates.items():
+            flop = 2 * (body + head * (name != "floor 1")) * median(found_rates)
+            print(f"{name:<10}{flop / 1e12:>9.1f}")
+        print(f"{'product':<10}{rate_of_a_product() / 1e12:>9.1f}")
 
 
 if __name__ == "__main__":

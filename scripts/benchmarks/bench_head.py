@@ -72,6 +72,10 @@ PARTS: dict[str, Callable[..., object]] = {
     "top-k: torch.topk": lambda x: x["logits"].topk(x["k"], dim=-1),
     "top-k: groups' maxima": lambda x: head.largest(x["logits"], x["k"]),
     "top-k: flashinfer": lambda x: top_k_alone(x["logits"], x["k"]),
+    "of groups: the k largest maxima": lambda x: head.largest(x["top"], x["k"], in_order=False),
+    "of groups: the same by torch.topk": lambda x: x["top"].topk(x["k"], dim=-1, sorted=False),
+    "of groups: the k best candidates": lambda x: x["candidates"].topk(x["k"], dim=-1),
+    "of groups: logsumexp of all": lambda x: x["lse"].logsumexp(-1),
     "packing": lambda x: head.as_integers(*x["answer"], x["answer"][2]),
     "copy to the CPU": lambda x: x["out"].copy_(x["packed"], non_blocking=True),
     "step: product, answers, packing": lambda x: whole(x),
@@ -110,9 +114,12 @@ def make_inputs(rows: int, width: int, vocabulary: int, k: int, device: str) -> 
     packed = head.as_integers(*answer, answer[2])
     out = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=device == "cuda")
     free = torch.empty_like(logits)
+    top, lse = head.groups_of(logits, vocabulary // head.GROUP_CUDA, head.GROUP_CUDA)
+    candidates = logits[:, : k * head.GROUP_CUDA].contiguous()
     return {
         "weight": weight, "hidden": hidden, "logits": logits, "free": free,
         "answer": answer, "packed": packed, "out": out, "k": k,
+        "top": top, "lse": lse, "candidates": candidates,
     }  # fmt: skip
 
 

@@ -4,10 +4,11 @@
 
 Takes dumps (finished or not), or .npz files with input_ids [N, T], ids and logprobs [N, T, K] and
 vocab_size. Writes each as real shards and reads them back. Bytes are those of whole shards, with
-input_ids and tables. `--tokens` limits each input, `--sweep` the sweeps over steps, k and cut-offs.
-KL is the cost of the grid in nats, on the kept ids and the tail. The numbers of a dump are on a
-grid already, so each is first moved by up to half a step at random. `python -m storage inspect`
-shows the KL that the teacher's own numbers had.
+input_ids and tables; those of version 3 serve all shards of a dump, here they count for one.
+`--tokens` limits each input, `--sweep` the sweeps over steps, k and cut-offs. KL is the cost of the
+grid in nats, on the kept ids and the tail. The numbers of a dump are on a grid already, so each is
+first moved by up to half a step at random. `python -m storage inspect` shows the KL that the
+teacher's own numbers had.
 
 Speeds are tokens per second of the process's CPU time, the best of three runs, so that other
 processes disturb them less. Sampled targets (arXiv 2503.16870) have noise instead of an error
@@ -33,12 +34,14 @@ import pyarrow.parquet as pq
 
 from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
 from storage.codec import samples as sampled
-from storage.codec.codec import pack
-from storage.codec.grid import quantise
+from storage.codec.codec import STEPS, pack, quantised
+from storage.codec.v3_tables import Tables
 from storage.shard_reader import ShardReader
 from storage.topk import codec_kl
 
 SPEED_TOKENS = 60_000
+SWEEPS = {"v1": (2, 4, 8, 16, 32), "v2": (2, 4, 8, 16, 32), "v3": (125, 250, 416, 832)}
+"""Steps of each codec's grid, as parts of 1."""
 
 
 @dataclass
@@ -68,6 +71,8 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
     if path.suffix != ".npz":
         dataset = LogitDataset(path, partial=True)
         rng, step = np.random.default_rng(0), float(dataset.plan["step"])
+        if dataset.plan.get("codec") == "v3":
+            raise SystemExit(f"{path}: give a dump of version 1 or 2, on a grid of logarithms")
         for record in dataset:
             topk = off_the_grid(record.topk, step, rng)
             rows.append(Record(record.doc_id, record.chunk, record.input_ids, topk))
@@ -145,20 +150,23 @@ def shard(group: str, name: str, rows: list[Record], vocab: int, codec: str, ste
             ShardReader(dump, committed).ranks(rows[0].input_ids)
 
         opened = 1000 / speed(opening, 1)
+        tables = sum(file.stat().st_size for file in Path(folder).glob("tables-*"))
     kl, mass = marker["kl_sum"] / marker["positions"], marker["mass"] / marker["positions"]
-    size = marker["bytes"] / marker["tokens"]
+    size = (marker["bytes"] + tables) / marker["tokens"]
     return Line(group, name, size, kl, mass, opened=opened)
 
 
 def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) -> None:
     """Add the speeds of encoding and decoding in memory, without learning the tables."""
     rows = first(rows, SPEED_TOKENS)
-    grids = [(row.input_ids, quantise(row.topk, vocab, step)) for row in rows]
+    grids: list[Any] = [
+        (row.input_ids, quantised(row.topk, vocab, step, codec).narrow()) for row in rows
+    ]
     if codec == "v1":
         ranks = Ranks.learn((grid for _, grid in grids), vocab)
         work = [(grid, ranks) for _, grid in grids]
     else:
-        tables = Successors.learn(grids, vocab)
+        tables = (Successors if codec == "v2" else Tables).learn(grids, vocab)
         work = [(grid, tables.row(input_ids)) for input_ids, grid in grids]
     payloads = [(pack(grid, known), known) for grid, known in work]
     line.encode = speed(lambda: [pack(*one) for one in work], total_tokens(rows))
@@ -244,34 +252,34 @@ def measure_samples(rows: list[Record], vocab: int) -> list[Line]:
     alone.decode = speed(lambda: [sampled.unpack(one) for one in payloads], tokens)
     rival = f"the same: {width} + 7 bits each"
     found = [alone, Line("samples", rival, mean * (width + 7) / 8)]
-    for codec in ("v1", "v2"):
+    for codec, step in STEPS.items():
         for name, these in ((f"{draws} samples", rows), ("no samples", bare)):
-            found.append(shard(codec, f"{codec}, k {k}, {name}", these, vocab, codec, 1 / 16))
+            found.append(shard(codec, f"{codec}, k {k}, {name}", these, vocab, codec, step))
     return found
 
 
 def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
     small = first(rows, sweep)
     found = [lists(small), *packed_bits(small, vocab)]
-    for codec in ("v1", "v2"):
-        line = shard(codec, f"{codec}, step 1/16", rows, vocab, codec, 1 / 16)
-        speeds(line, rows, vocab, codec, 1 / 16)
+    for codec, step in STEPS.items():
+        line = shard(codec, f"{codec}, step 1/{1 / step:g}", rows, vocab, codec, step)
+        speeds(line, rows, vocab, codec, step)
         found.append(line)
-    for codec in ("v1", "v2"):
-        for step in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
-            name = f"  {codec}, step 1/{1 / step:g}"
-            found.append(shard(f"{codec} steps", name, small, vocab, codec, step))
+    for codec, step in STEPS.items() if sweep else ():
+        for parts in SWEEPS[codec]:
+            name = f"  {codec}, step 1/{parts}"
+            found.append(shard(f"{codec} steps", name, small, vocab, codec, 1 / parts))
         for k in (8, 16, 32):
             cut = changed(small, lambda topk, k=k: best_of(topk, k))  # type: ignore[misc]
-            found.append(shard(f"{codec} k", f"  {codec}, k {k}", cut, vocab, codec, 1 / 16))
+            found.append(shard(f"{codec} k", f"  {codec}, k {k}", cut, vocab, codec, step))
         for min_prob in (1e-4, 3e-4, 1e-3, 3e-3):
             cut = changed(small, lambda topk, p=min_prob: topk.cut(p))  # type: ignore[misc]
             name = f"  {codec}, min_prob {min_prob:g}"
-            found.append(shard(f"{codec} min_prob", name, cut, vocab, codec, 1 / 16))
+            found.append(shard(f"{codec} min_prob", name, cut, vocab, codec, step))
         for top_p in (0.99, 0.95, 0.9):
             cut = changed(small, lambda topk, p=top_p: topk.cut(top_p=p))  # type: ignore[misc]
             name = f"  {codec}, top_p {top_p:g}"
-            found.append(shard(f"{codec} top_p", name, cut, vocab, codec, 1 / 16))
+            found.append(shard(f"{codec} top_p", name, cut, vocab, codec, step))
     return found
 
 
@@ -283,7 +291,8 @@ def plot(found: dict[str, list[Line]], target: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 4.2 * len(found)), squeeze=False)
-    colours = {"v1": "tab:gray", "v2": "tab:blue", "plain": "tab:red", "sampled": "tab:green"}
+    colours = {"v1": "tab:gray", "v2": "tab:blue", "v3": "tab:purple"}
+    colours |= {"plain": "tab:red", "sampled": "tab:green"}
     markers = {"steps": "o", "k": "s", "min_prob": "^", "top_p": "v"}
     for (left, right), (name, lines) in zip(axes, found.items(), strict=True):
         for group in dict.fromkeys(line.group for line in lines):
@@ -322,7 +331,7 @@ def main() -> None:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="DUMP_OR_NPZ")
     parser.add_argument("--tokens", type=int, default=1_050_000, help="tokens per input")
-    parser.add_argument("--sweep", type=int, default=100_000, help="tokens of the sweeps")
+    parser.add_argument("--sweep", type=int, default=100_000, help="tokens of the sweeps; 0: none")
     parser.add_argument("--plot", type=Path, help="write a PNG")
     given = parser.parse_args()
     pa.set_cpu_count(1)

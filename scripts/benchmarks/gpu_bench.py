@@ -13,10 +13,12 @@ import argparse
 import contextlib
 import importlib
 import io
+import shlex
 import sys
 import time
 import traceback
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from processes import hardware, on_gpu
@@ -31,6 +33,8 @@ class Part:
     seconds: int
     """limit, of one GPU as fast as an H100"""
     needs: str
+    packages: tuple[str, ...] = ()
+    """modules of other projects without which it does not run"""
 
 
 PARTS = {
@@ -60,10 +64,20 @@ PARTS = {
     ),
     "attention": Part(
         "bench_attention",
-        "--tokens 8192 --heads 32 --groups 4 --width 128",
-        "--tokens 64 --heads 2 --groups 2 --width 8 --sequences 1 4 --repeats 1 --error_tokens 16",
-        20,
+        "--tokens 8192 --heads 32 --groups 4 --width 128 --windows 0 1024",
+        "--tokens 64 --heads 2 --groups 2 --width 8 --sequences 1 4 --windows 0 9 --repeats 1 "
+        "--error_tokens 16",
+        30,
         "2 GB of GPU memory; transformers",
+    ),
+    "dump": Part(
+        "bench_dump",
+        "--random --shape 2048 16 151936 --documents 4000 --rounds 1 "
+        "--only 'floor 1' 'floor 2' dump",
+        "--random --shape 64 2 8192 --documents 4 --k 8 --rounds 1 --only 'floor 2' dump",
+        600,
+        "10 GB of GPU memory; vLLM, which starts three times",
+        ("vllm",),
     ),
 }
 
@@ -81,10 +95,16 @@ def run(part: Part, words: list[str]) -> tuple[str, bool]:
     began = time.monotonic()
     with contextlib.redirect_stdout(Tee()) as shown:
         try:
+            for package in part.packages:
+                if find_spec(package) is None:
+                    raise ModuleNotFoundError(f"No module named {package!r}")
             failed = importlib.import_module(part.module).main(words)
         except ModuleNotFoundError as error:
             failed = False
             print(f"not run: {error}")
+        except SystemExit as ended:  # a process of the benchmark failed, and it stopped
+            failed = True
+            print(f"failed: {ended.code}")
         except Exception as error:  # the other parts still run
             failed = True
             traceback.print_exc()
@@ -105,17 +125,17 @@ def main() -> None:
     parts = {name: part for name, part in PARTS.items() if name in (given.part or PARTS)}
     why_not = None if given.tiny or on_gpu() else "no CUDA device"
     for name, part in parts.items():
-        print(f"{name:<8}at most {part.seconds} s; {part.needs}")
-        print(f"        python scripts/benchmarks/{part.module}.py {part.words}")
+        print(f"{name:<10}at most {part.seconds} s; {part.needs}")
+        print(f"          python scripts/benchmarks/{part.module}.py {part.words}")
     if given.list or why_not:
         print("nothing was run" + (f": {why_not}" if why_not else ""))
         return
     pages, failed = [f"# gpu-bench\n\n{hardware()}\n"], False
     for name, part in parts.items():
         print(f"\n== {name}", flush=True)
-        words = (part.tiny if given.tiny else part.words).split()
+        words = shlex.split(part.tiny if given.tiny else part.words)
         shown, broken = run(part, [*words, "--seconds", str(part.seconds)])
-        pages.append(f"## {name}\n\n`{part.module}.py {' '.join(words)}`\n\n```\n{shown}```\n")
+        pages.append(f"## {name}\n\n`{part.module}.py {shlex.join(words)}`\n\n```\n{shown}```\n")
         failed |= broken
     page = "\n".join(pages)
     given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -113,10 +113,10 @@ def dequantise(grid: RootGrid) -> TopK:
     filled = grid.counts > 0
     starts = (np.cumsum(grid.counts, dtype=np.int64) - grid.counts)[filled]
     if len(starts):
-        mass[filled] = np.add.reduceat((points**2)[grid.roots], starts)
+        mass[filled] = np.add.reduceat(np.take(points**2, grid.roots), starts)
     tail = tail_logprobs(grid.tails, grid.step)
     with np.errstate(divide="ignore"):  # the log of an empty position's mass
         log_sum = np.logaddexp(np.log(mass), tail)
-    logprobs = (2 * np.log(points)).astype(np.float32)[grid.roots]
+    logprobs = np.take((2 * np.log(points)).astype(np.float32), grid.roots)
     logprobs -= np.repeat(log_sum.astype(np.float32), grid.counts)
     return TopK(grid.counts, grid.ids, logprobs, (tail - log_sum).astype(np.float32))

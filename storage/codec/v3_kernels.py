@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from storage.codec.root_grid import FINE
+from storage.codec.root_grid import FAINTEST, FINE
 from storage.codec.v2_kernels import matches, tally
 
 __all__ = ["matches", "tally"]
@@ -29,7 +29,8 @@ STREAMS = 4
 DIRECT = 32  # numbers with a symbol of their own; larger ones have four symbols for each doubling
 SYMBOLS = 104
 HINT_BITS = 7
-MOST_LISTED = 256  # successors of one token
+BINS = 64  # levels that are sorted by counting
+MOST_LISTED = 192  # successors of one token
 
 # Contexts of flags ("is the candidate kept?")
 KINDS = 32 + 6  # how likely a listed id is kept (8) and at which level (4); or the class of a rank
@@ -51,6 +52,8 @@ RAW = LEVEL + USUAL * EARLIER * SCALES  # RAW + n: n plain bits
 NUMBERS = RAW - FLAGS
 GROUPS = (COUNT, FLOOR, TAIL, ROOT, LOG, GAP, LEVEL, RAW)
 
+LOWER, ASKED = (1 << 32) - 1, 1 << 32  # parts of a note, see Asked
+NEXT = np.uint64(1)  # unsigned indices save the check for negative ones
 NONE, SMALL, LARGE = 0, 1, 2  # kinds of tails
 OVERRUN, TOO_MANY, BAD_ID, BAD_ROOT, LEFT_OVER = 1, 2, 3, 4, 5  # of reading, see v3.FAILURES
 
@@ -58,11 +61,11 @@ OVERRUN, TOO_MANY, BAD_ID, BAD_ROOT, LEFT_OVER = 1, 2, 3, 4, 5  # of reading, se
 class Known(NamedTuple):
     """The tables, see v3_tables.Tables, and what follows from them."""
 
-    order: npt.NDArray[np.int32]  # id of each rank [V]
-    rank_of: npt.NDArray[np.int32]  # [V]
+    order: npt.NDArray[np.uint32]  # id of each rank [V]
+    rank_of: npt.NDArray[np.uint32]  # [V]
     rank_kinds: npt.NDArray[np.uint8]  # class of each id's rank [V]
-    starts: npt.NDArray[np.int32]
-    listed: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.uint32]
+    listed: npt.NDArray[np.uint32]
     kinds: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.int64]  # edges of SCALES classes
     roots: npt.NDArray[np.int64]  # edges of EARLIER - 1 classes
@@ -72,13 +75,18 @@ class Known(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The candidates of one position, and what is known of ids in this row."""
+    """The candidates of one position, and what is known of ids in this row.
 
-    ids: npt.NDArray[np.int32]
-    flags: npt.NDArray[np.int32]  # context of "kept?"
-    levels: npt.NDArray[np.int32]  # context of the level
-    last: npt.NDArray[np.int32]  # of each id: 2 (position + 1) + whether its root was large
-    tags: npt.NDArray[np.int32]  # of each id: 16 (position + 1) + 2 EARLIER + whether asked
+    A note of an id has two halves. The lower one is 2 (position + 1) + whether its root was large,
+    of the last position that kept it; 0 for none. The upper one is 16 (position + 1) + 2 EARLIER +
+    whether it was asked, of a position that asks it or has it at its match.
+    """
+
+    ids: npt.NDArray[np.uint32]
+    kinds: npt.NDArray[np.uint32]
+    seen: npt.NDArray[np.int64]  # their notes before they were asked
+    flags: npt.NDArray[np.uint32]  # context of "kept?"
+    notes: npt.NDArray[np.int64]  # of each id [V]
 
 
 @njit(cache=True, nogil=True)
@@ -92,14 +100,13 @@ def bit_length(value):
 @njit(cache=True, nogil=True)
 def work(most):
     """Numbers of one position's entries or candidates."""
-    return np.zeros(MOST_LISTED + 2 * most + 1, np.int32)
+    return np.zeros(MOST_LISTED + 2 * most + 1, np.uint32)
 
 
 @njit(cache=True, nogil=True)
 def new_asked(vocab, most):
-    return Asked(
-        work(most), work(most), work(most), np.zeros(vocab, np.int32), np.zeros(vocab, np.int32)
-    )
+    seen, notes = np.zeros(MOST_LISTED + 2 * most + 1, np.int64), np.zeros(vocab, np.int64)
+    return Asked(work(most), work(most), seen, work(most), notes)
 
 
 @njit(cache=True, nogil=True)
@@ -112,95 +119,89 @@ def scale_of(known, count, floor):
 
 
 @njit(cache=True, nogil=True)
-def since(last, t):
-    """Class of when an id was last kept, from Asked.last."""
-    if last == 0:
-        return 0
-    gap = t + 1 - (last >> 1)
-    if gap <= 1:
-        return 1 + (last & 1)
-    return 3 + (gap > 4) + (gap > 29)
-
-
-@njit(cache=True, nogil=True)
 def ask(known, asked, t, token, scale, ids, classes, match, length, before):
     """List the candidates of position t, each id once; returns how many.
 
     match, before: (begin, end) of the entries of the match and of the position before.
     """
-    stamp, n = np.int32((t + 1) << 4), 0
+    notes, stamp, n = asked.notes, (t + 1) << 36, 0
     for e in range(match[0], match[1]):
-        asked.tags[ids[e]] = stamp | ((1 + classes[e]) << 1)
-    longer = (length > 1) + (length > 3)
-    nowhere = match[1] == match[0]
+        notes[ids[e]] = (notes[ids[e]] & LOWER) | stamp | ((1 + np.int64(classes[e])) << 33)
     for e in range(known.starts[token], known.starts[token + 1]):
-        token_id, kind = known.listed[e], np.int64(known.kinds[e])
-        tag = asked.tags[token_id]
-        tag = tag if tag >= stamp else stamp
-        asked.tags[token_id] = tag | 1
-        earlier = (tag >> 1) & 7
-        matched = MATCHED - 1 if nowhere else earlier * 3 + longer
-        context = ((kind >> 1) * MATCHED + matched) * SINCE + since(asked.last[token_id], t)
-        asked.ids[n], asked.flags[n] = token_id, context * SCALES + scale
-        asked.levels[n] = LEVEL + ((kind & 7) * EARLIER + earlier) * SCALES + scale
+        token_id = known.listed[e]
+        note = notes[token_id]
+        note = max(note, stamp | (note & LOWER))
+        notes[token_id] = note | ASKED
+        asked.ids[n], asked.kinds[n], asked.seen[n] = token_id, known.kinds[e] >> 1, note
         n += 1
     for begin, end in (match, before):
         for e in range(begin, end):
             token_id = ids[e]
-            tag = asked.tags[token_id]
-            tag = tag if tag >= stamp else stamp
-            if tag & 1:
-                continue
-            asked.tags[token_id] = tag | 1
-            kind, earlier = 32 + np.int64(known.rank_kinds[token_id]), (tag >> 1) & 7
-            matched = MATCHED - 1 if nowhere else earlier * 3 + longer
-            context = (kind * MATCHED + matched) * SINCE + since(asked.last[token_id], t)
-            asked.ids[n], asked.flags[n] = token_id, context * SCALES + scale
-            asked.levels[n] = LEVEL + (8 * EARLIER + earlier) * SCALES + scale
-            n += 1
+            note = notes[token_id]
+            note = max(note, stamp | (note & LOWER))
+            notes[token_id] = note | ASKED
+            asked.ids[n], asked.kinds[n] = token_id, 32 + known.rank_kinds[token_id]
+            asked.seen[n] = note
+            n += (note & ASKED) == 0
+    nowhere = match[1] == match[0]
+    matched = MATCHED - 1 if nowhere else (length > 1) + (length > 3)
+    flag_contexts(asked, n, t, matched, scale)
     return n
 
 
 @njit(cache=True, nogil=True)
-def settle(
-    known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads, following
-):
+def flag_contexts(asked, n, t, matched, scale):
+    """Fill asked.flags; without branches, so that it is compiled to vectors."""
+    for i in range(n):
+        note = asked.seen[i]
+        last = note & LOWER
+        gap = t + 1 - (last >> 1)
+        since = 3 + (gap > 4) + (gap > 29) - (gap <= 1) * (2 - (last & 1))
+        kind = asked.kinds[i] * MATCHED + matched + 3 * ((note >> 33) & 7)
+        asked.flags[i] = (kind * SINCE + (last != 0) * since) * SCALES + scale
+
+
+@njit(cache=True, nogil=True)
+def usual(known, asked, token, scale, found, kept, which, contexts):
+    """Contexts of the levels of kept candidates: `which` says the number of each."""
+    start = np.int64(known.starts[token])
+    listed = np.int64(known.starts[token + 1]) - start
+    for i in range(kept):
+        kind = np.int64(known.kinds[start + which[i]] & 7) if which[i] < listed else 8
+        earlier = (asked.seen[which[i]] >> 33) & 7
+        contexts[i] = LEVEL + (kind * EARLIER + earlier) * SCALES + scale
+
+
+@njit(cache=True, nogil=True)
+def settle(known, asked, t, floor, found, levels, count, ids, roots, classes, begin, bins):
     """Put the entries of a position in order: by descending root, equal ones as they came.
 
-    Returns the sum of squares of the roots.
+    Sorts by counting, but for large levels, which are few. bins: BINS zeros. Returns the sum of
+    squares of the roots.
     """
-    large = len(heads)
-    rest, total = 0, np.int64(0)
-    for i in range(count - 1, -1, -1):  # a list for each low level; the others are few
-        level = levels[i]
-        if level < large:
-            following[i], heads[level] = heads[level], i
-        else:
-            rest += 1
+    for i in range(count):
+        bins[min(levels[i], BINS - 1)] += 1
+    large = np.int64(bins[BINS - 1])
     e = begin
-    if rest:
-        for i in range(count):
-            level = levels[i]
-            if level >= large:
-                at = e
-                while at > begin and roots[at - 1] < floor + level:
-                    roots[at], ids[at] = roots[at - 1], ids[at - 1]
-                    at -= 1
-                roots[at], ids[at] = floor + level, found[i]
-                e += 1
-    for level in range(large - 1, -1, -1):
-        i = heads[level]
-        heads[level] = -1
-        while i >= 0:
-            roots[e], ids[e] = floor + level, found[i]
-            e, i = e + 1, following[i]
-    edges = known.roots
-    for e in range(begin, begin + count):
-        root = np.int64(roots[e])
-        total += root * root
+    for level in range(BINS - 1, -1, -1):
+        size, bins[level] = bins[level], e
+        e += size
+    edges, total = known.roots, np.int64(0)
+    for i in range(count):
+        e = bins[min(levels[i], BINS - 1)]
+        bins[min(levels[i], BINS - 1)] = e + 1
+        root = floor + np.int64(levels[i])
         kind = (root >= edges[0]) + (root >= edges[1]) + (root >= edges[2]) + (root >= edges[3])
-        classes[e] = kind
-        asked.last[ids[e]] = ((t + 1) << 1) | (kind >= 3)
+        ids[e], roots[e], classes[e] = found[i], root, kind
+        asked.notes[found[i]] = ((t + 1) << 1) | (kind >= 3)
+        total += root * root
+    bins[:] = 0
+    for e in range(begin + 1, begin + large):
+        root, token_id, kind, at = roots[e], ids[e], classes[e], e
+        while at > begin and roots[at - 1] < root:
+            roots[at], ids[at], classes[at] = roots[at - 1], ids[at - 1], classes[at - 1]
+            at -= 1
+        roots[at], ids[at], classes[at] = root, token_id, kind
     return total
 
 
@@ -245,11 +246,10 @@ def put_tail(contexts, symbols, n, tail, expected):
 
 
 @njit(cache=True, nogil=True)
-def put_ids(known, asked, n, candidates, wanted, count, found, levels, kinds, contexts, symbols):
-    """List which candidates are kept -> (symbols listed, ids kept).
+def put_ids(asked, n, candidates, wanted, count, found, which, levels, contexts, symbols):
+    """List which candidates are kept -> (symbols listed, ids kept); stops after `count`.
 
-    wanted [V]: 1 + level of each id of the position; 0 once it is listed. Fills found, levels and
-    kinds (the contexts of levels) as the reader sees them.
+    wanted [V]: 1 + level of each id of the position; 0 once it is listed.
     """
     kept = 0
     for i in range(candidates):
@@ -260,7 +260,7 @@ def put_ids(known, asked, n, candidates, wanted, count, found, levels, kinds, co
         contexts[n], symbols[n] = asked.flags[i], hit == 0
         n += 1
         if hit:
-            found[kept], levels[kept], kinds[kept] = token_id, hit - 1, asked.levels[i]
+            found[kept], levels[kept], which[kept] = token_id, hit - 1, i
             wanted[token_id] = 0
             kept += 1
     return n, kept
@@ -297,8 +297,8 @@ def list_row(known, tokens, place, length, offsets, ids, roots, tails, one, cont
     asked = new_asked(len(known.order), most)
     wanted = np.zeros(len(known.order), np.int32)
     classes = np.zeros(len(ids), np.uint8)
-    heads = np.full(64, -1, np.int32)
-    found, levels, kinds, following = work(most), work(most), work(most), work(most)
+    bins = np.zeros(BINS, np.int64)
+    found, levels, kinds, which = work(most), work(most), work(most), work(most)
     missing = np.zeros(most, np.int64)
     n = 0
     for t in range(len(tokens)):
@@ -318,9 +318,9 @@ def list_row(known, tokens, place, length, offsets, ids, roots, tails, one, cont
             for e in range(begin, end):
                 wanted[ids[e]] = 1 + roots[e] - floor
             n, kept = put_ids(
-                known, asked, n, candidates, wanted, count, found, levels, kinds,
-                contexts, symbols,
-            )  # fmt: skip
+                asked, n, candidates, wanted, count, found, which, levels, contexts, symbols
+            )
+            usual(known, asked, tokens[t], scale, found, kept, which, kinds)
             left = 0
             for e in range(begin, end):
                 if wanted[ids[e]]:
@@ -333,9 +333,8 @@ def list_row(known, tokens, place, length, offsets, ids, roots, tails, one, cont
             for i in range(count):
                 n = put(contexts, symbols, n, kinds[i], levels[i])
             total = settle(
-                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads,
-                following,
-            )  # fmt: skip
+                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, bins
+            )
         n = put_tail(contexts, symbols, n, tails[t], expected_tail(total, one))
     return n
 
@@ -384,7 +383,7 @@ def compress(contexts, symbols, chances, sums):
 
 
 class Stream(NamedTuple):
-    """A row's coded symbols. place: the next word, the next symbol."""
+    """A row's coded symbols. place: the next word, the state whose turn it is."""
 
     words: npt.NDArray[np.uint16]  # with zeros behind them for all that one position may take
     states: npt.NDArray[np.int64]
@@ -405,15 +404,46 @@ def open_stream(words, room):
 
 
 @njit(cache=True, nogil=True)
-def take_raw(stream, bits):
-    """Take plain bits."""
-    at, i = stream.place[0], stream.place[1]
-    state, shift = stream.states[i & (STREAMS - 1)], BITS - bits
+def refill(state, words, at):
+    """Take a word if the state is low."""
+    if state < LOW:
+        return (state << 16) | np.int64(words[np.uint64(at)]), at + 1
+    return state, at
+
+
+@njit(cache=True, nogil=True)
+def plain(state, words, at, bits):
+    """Decode plain bits -> (their value, state, at)."""
+    shift = BITS - bits
     value = (state & (ONE - 1)) >> shift
     state = ((state >> BITS) << shift) + (state & ((1 << shift) - 1))
-    if state < LOW:
-        state, at = (state << 16) | np.int64(stream.words[at]), at + 1
-    stream.states[i & (STREAMS - 1)] = state
+    state, at = refill(state, words, at)
+    return value, state, at
+
+
+@njit(cache=True, nogil=True)
+def decode(state, words, at, sums, hints, row):
+    """Decode a symbol of the distribution sums[row] -> (symbol, state, at)."""
+    low = state & (ONE - 1)
+    which, symbol = (
+        np.uint64(row),
+        np.uint64(hints[np.uint64(row), np.uint64(low >> (BITS - HINT_BITS))]),
+    )
+    symbol += np.uint64(sums[which, symbol + NEXT] <= low)  # mostly found so, without a branch
+    symbol += np.uint64(sums[which, symbol + NEXT] <= low)
+    while sums[which, symbol + NEXT] <= low:
+        symbol += NEXT
+    start = np.int64(sums[which, symbol])
+    state = (np.int64(sums[which, symbol + NEXT]) - start) * (state >> BITS) + low - start
+    state, at = refill(state, words, at)
+    return np.int64(symbol), state, at
+
+
+@njit(cache=True, nogil=True)
+def take_plain(stream, bits):
+    """Take plain bits."""
+    at, i = stream.place[0], stream.place[1] & (STREAMS - 1)
+    value, stream.states[i], at = plain(stream.states[i], stream.words, at, bits)
     stream.place[0], stream.place[1] = at, i + 1
     return value
 
@@ -421,64 +451,83 @@ def take_raw(stream, bits):
 @njit(cache=True, nogil=True)
 def take(stream, known, context):
     """Take a number."""
-    at, i = stream.place[0], stream.place[1]
-    state, row = stream.states[i & (STREAMS - 1)], context - FLAGS
-    low = state & (ONE - 1)
-    symbol = np.int64(known.hints[row, low >> (BITS - HINT_BITS)])
-    while known.sums[row, symbol + 1] <= low:
-        symbol += 1
-    start = np.int64(known.sums[row, symbol])
-    width = np.int64(known.sums[row, symbol + 1]) - start
-    state = width * (state >> BITS) + low - start
-    if state < LOW:
-        state, at = (state << 16) | np.int64(stream.words[at]), at + 1
-    stream.states[i & (STREAMS - 1)] = state
+    at, i = stream.place[0], stream.place[1] & (STREAMS - 1)
+    symbol, stream.states[i], at = decode(
+        stream.states[i], stream.words, at, known.sums, known.hints, context - FLAGS
+    )
     stream.place[0], stream.place[1] = at, i + 1
-    if symbol < DIRECT:
-        return symbol
-    bits = 3 + ((symbol - DIRECT) >> 2)
-    value = 4 + ((symbol - DIRECT) & 3)
-    if bits > BITS:
-        value = (value << (bits - BITS)) | take_raw(stream, bits - BITS)
-        bits = BITS
-    return (value << bits) | take_raw(stream, bits)
+    return symbol if symbol < DIRECT else take_rest(stream, symbol)
 
 
 @njit(cache=True, nogil=True)
-def take_ids(known, asked, stream, candidates, count, found, kinds):
+def take_rest(stream, symbol):
+    """Take the lower bits of a number, whose symbol says their number and the bits before."""
+    bits = 3 + ((symbol - DIRECT) >> 2)
+    value = 4 + ((symbol - DIRECT) & 3)
+    if bits > BITS:
+        value = (value << (bits - BITS)) | take_plain(stream, bits - BITS)
+        bits = BITS
+    return (value << bits) | take_plain(stream, bits)
+
+
+@njit(cache=True, nogil=True)
+def take_levels(stream, known, contexts, count, levels):
+    """Take a number in each context; as `take`, with the states in registers."""
+    words, states, sums, hints = stream.words, stream.states, known.sums, known.hints
+    done = 0
+    while done < count:
+        at, i = stream.place[0], stream.place[1]
+        one, two = states[i & 3], states[(i + 1) & 3]
+        three, four = states[(i + 2) & 3], states[(i + 3) & 3]
+        symbol, begin = np.int64(0), done
+        while done < count and symbol < DIRECT:
+            symbol, one, at = decode(one, words, at, sums, hints, contexts[done] - FLAGS)
+            levels[done] = symbol
+            done += 1
+            one, two, three, four = two, three, four, one  # the states take turns
+        i += done - begin
+        states[i & 3], states[(i + 1) & 3] = one, two
+        states[(i + 2) & 3], states[(i + 3) & 3] = three, four
+        stream.place[0], stream.place[1] = at, i & 3
+        if symbol >= DIRECT:
+            levels[done - 1] = take_rest(stream, symbol)
+
+
+@njit(cache=True, nogil=True)
+def take_ids(known, asked, stream, candidates, count, found, which):
     """Read which candidates are kept -> how many; stops after `count`."""
+    words, states, kept, c = stream.words, stream.states, 0, 0
     at, i = stream.place[0], stream.place[1]
-    states, words, kept = stream.states, stream.words, 0
-    for c in range(candidates):
-        if kept == count:
-            break
-        state, chance = states[i & (STREAMS - 1)], np.int64(known.chances[asked.flags[c]])
-        low = state & (ONE - 1)
-        found[kept], kinds[kept] = asked.ids[c], asked.levels[c]
-        hit = low < chance
+    one, two = states[i & 3], states[(i + 1) & 3]
+    three, four = states[(i + 2) & 3], states[(i + 3) & 3]
+    while c < candidates and kept < count:
+        chance = np.int64(known.chances[asked.flags[np.uint64(c)]])
+        low = one & (ONE - 1)
+        found[np.uint64(kept)], which[np.uint64(kept)] = asked.ids[np.uint64(c)], c
+        hit = np.int64(low < chance)
         kept += hit
-        start = 0 if hit else chance
-        width = chance if hit else ONE - chance
-        state = width * (state >> BITS) + low - start
-        if state < LOW:
-            state, at = (state << 16) | np.int64(words[at]), at + 1
-        states[i & (STREAMS - 1)] = state
-        i += 1
-    stream.place[0], stream.place[1] = at, i
+        # No branch: a third of the guesses of the processor would be wrong.
+        one = (one >> BITS) * (ONE - chance + hit * (2 * chance - ONE)) + low - chance * (1 - hit)
+        one, at = refill(one, words, at)
+        one, two, three, four = two, three, four, one  # the states take turns
+        c += 1
+    i += c
+    states[i & 3], states[(i + 1) & 3] = one, two
+    states[(i + 2) & 3], states[(i + 3) & 3] = three, four
+    stream.place[0], stream.place[1] = at, i & 3
     return kept
 
 
 @njit(cache=True, nogil=True)
 def take_gaps(known, asked, stream, t, kept, count, scale, found, kinds):
     """Read the ids that were no candidates -> whether they are ids, and no candidates."""
-    rank, stamp = np.int64(-1), (t + 1) << 4
+    rank, stamp = np.int64(-1), (t + 1) << 36
     while kept < count:
         rank += 1 + take(stream, known, GAP + min((count - kept) >> 1, 7))
         if rank >= len(known.order):
             return False
         token_id = known.order[rank]
-        tag = asked.tags[token_id]
-        if tag >= stamp and tag & 1:
+        if asked.notes[token_id] >= stamp and asked.notes[token_id] & ASKED:
             return False
         found[kept], kinds[kept] = token_id, LEVEL + 9 * EARLIER * SCALES + scale
         kept += 1
@@ -493,7 +542,10 @@ def take_tail(stream, known, expected, one):
     if kind == NONE:
         return np.int64(0)
     if kind == SMALL:
-        return -1 - take(stream, known, LOG + context)
+        level = take(stream, known, LOG + context)
+        return -1 - level if level < FAINTEST else one + 1
+    if kind != LARGE:
+        return one + 1
     value = take(stream, known, ROOT + context)
     tail = expected + (-((value + 1) >> 1) if value & 1 else value >> 1)
     return tail if FINE <= tail <= one else one + 1
@@ -511,8 +563,8 @@ def read_row(known, tokens, place, length, words, one, most, counts, ids, roots,
     stream = open_stream(words, MOST_LISTED + 8 * most + 64)
     offsets = np.zeros(len(tokens) + 1, np.int64)
     classes = np.zeros(len(ids), np.uint8)
-    heads = np.full(64, -1, np.int32)
-    found, levels, kinds, following = work(most), work(most), work(most), work(most)
+    bins = np.zeros(BINS, np.int64)
+    found, levels, kinds, which = work(most), work(most), work(most), work(most)
     for t in range(len(tokens)):
         begin = offsets[t]
         count = take(stream, known, COUNT)
@@ -529,18 +581,16 @@ def read_row(known, tokens, place, length, words, one, most, counts, ids, roots,
             candidates = ask(
                 known, asked, t, tokens[t], scale, ids, classes, match, length[t], before
             )
-            kept = take_ids(known, asked, stream, candidates, count, found, kinds)
+            kept = take_ids(known, asked, stream, candidates, count, found, which)
+            usual(known, asked, tokens[t], scale, found, kept, which, kinds)
             if not take_gaps(known, asked, stream, t, kept, count, scale, found, kinds):
                 return BAD_ID, 0
-            for i in range(count):
-                level = take(stream, known, kinds[i])
-                if floor + level > one:
-                    return BAD_ROOT, 0
-                levels[i] = level
+            take_levels(stream, known, kinds, count, levels)
+            if floor + levels[:count].max() > one:
+                return BAD_ROOT, 0
             total = settle(
-                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, heads,
-                following,
-            )  # fmt: skip
+                known, asked, t, floor, found, levels, count, ids, roots, classes, begin, bins
+            )
         tail = take_tail(stream, known, expected_tail(total, one), one)
         if tail > one:
             return BAD_ROOT, 0

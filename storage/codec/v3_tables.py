@@ -1,7 +1,6 @@
-"""The tables of version 3, which are learnt once and serve many shards: ids kept after each token,
-and how likely each symbol is in its context.
+"""The tables of version 3: ids kept after each token, and how likely each symbol is.
 
-The tables are integers. Only learning them uses floats.
+They are learnt once (v3_learning) and serve many shards. All that decodes is integers.
 """
 
 import struct
@@ -29,12 +28,8 @@ MAGIC, VERSION = b"MoLt", 1
 # positions and of roots, bytes of each compressed part
 HEAD = struct.Struct("<4sIIIIQd7Q4Q5I")
 LEARN_POSITIONS = 1 << 17  # positions that tables are learnt from
-SEEN = 3  # times; listing a successor seen less often costs more than it saves
 MOST_LISTED_PER_BYTE, FREE_LISTED = 64, 1 << 20  # a table's claim; real ones: less than one a byte
-KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
-KIND_LEVELS = (0.15, 0.3, 0.42, 0.55, 0.68, 0.8, 0.9)  # quantiles
 RANK_KINDS = (32, 128, 512, 2048, 8192)
-PER_OCTAVE = 64  # of the ratio of a root to the smallest one, in learning
 Integers = npt.NDArray[np.integer]
 
 
@@ -85,8 +80,9 @@ class Tables:
         hints = np.array([np.searchsorted(row, edges, side="right") - 1 for row in self.sums])
         rank_kinds = np.digitize(self.ranks.rank_of, RANK_KINDS).astype(np.uint8)
         arrays = (
-            self.ranks.order, self.ranks.rank_of, rank_kinds, self.starts, self.listed, self.kinds,
-            self.scales, self.roots, self.chances, self.sums, hints.astype(np.uint8),
+            *map(unsigned, (self.ranks.order, self.ranks.rank_of)), rank_kinds,
+            *map(unsigned, (self.starts, self.listed)), self.kinds, self.scales, self.roots,
+            self.chances, self.sums, hints.astype(np.uint8),
         )  # fmt: skip
         # One array type each, writable too: numba would compile again for any other.
         known = kernels.Known(*(np.require(each, requirements=["C", "W"]) for each in arrays))
@@ -115,16 +111,10 @@ class Tables:
         vocab_size: int,
         masks: Sequence[Bools | None] | None = None,
     ) -> "Tables":
-        """Learn from the (input_ids, grid) of rows, and their masks."""
-        masks = [None] * len(rows) if masks is None else masks
-        tokens = [
-            input_ids[positions_of(targets, len(input_ids))]
-            for (input_ids, _), targets in zip(rows, masks, strict=True)
-        ]
-        ranks = learn_ranks([grid for _, grid in rows], vocab_size)
-        lists = list_successors(tokens, [grid for _, grid in rows], ranks)
-        edges = learn_edges([grid for _, grid in rows])
-        return fit(ranks, lists, edges, rows, masks)
+        """Learn from the (input_ids, grid) of rows, and their masks, see v3_learning."""
+        from storage.codec import v3_learning
+
+        return v3_learning.learn(rows, vocab_size, masks)
 
     def pack(self) -> bytes:
         """The tables as bytes, see FORMAT.md."""
@@ -194,7 +184,7 @@ class Row:
     def _walked(self) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
         """(tokens [P], place and length [P] of their matches)."""
         place, length = compiled().matches(self.input_ids, self.positions)
-        return self.input_ids[self.positions], place, length
+        return self.input_ids[self.positions].view(np.uint32), place, length
 
     def symbols(self, grid: RootGrid) -> tuple[Int32s, Int32s]:
         """(contexts, symbols) [n] that encode the grid."""
@@ -207,7 +197,7 @@ class Row:
         room = int(asked) + 6 * len(grid.ids) + 12 * len(counts)
         contexts, symbols = np.empty((2, room), np.int32)
         written = compiled().list_row(
-            self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.int32),
+            self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.uint32),
             grid.roots.astype(np.uint16), grid.tails.astype(np.int32), largest(grid.step),
             contexts, symbols,
         )  # fmt: skip
@@ -231,127 +221,21 @@ class Row:
         counts, tails = np.zeros(len(tokens), np.uint16), np.zeros(len(tokens), np.int32)
         ids, roots = np.zeros(entries, np.int32), np.zeros(entries, np.uint16)
         failure, found = compiled().read_row(
-            self.tables.known, tokens, place, length, words, one, most, counts, ids, roots, tails
-        )
+            self.tables.known, tokens, place, length, words, one, most, counts,
+            ids.view(np.uint32), roots, tails,
+        )  # fmt: skip
         return failure or (0 if found == entries else 2), counts, ids, roots, tails
 
 
-def learn_ranks(grids: Sequence[RootGrid], vocab_size: int) -> Ranks:
-    return Ranks.learn(grids, vocab_size)  # type: ignore[arg-type]
-
-
-def floors(grid: RootGrid) -> Integers:
-    """[P] the smallest root of each position, 0 without entries."""
-    found = np.zeros(len(grid.counts), np.int64)
-    filled = grid.counts > 0
-    found[filled] = grid.roots[np.cumsum(grid.counts, dtype=np.int64)[filled] - 1]
-    return found
-
-
-def octaves(grid: RootGrid) -> Integers:
-    """[E] the logarithm of each root over the smallest one of its position."""
-    least = np.maximum(np.repeat(floors(grid), grid.counts), 1)
-    ratio = np.log2(np.maximum(grid.roots, 1) / least) * PER_OCTAVE
-    return np.asarray(np.maximum(ratio, 0).astype(np.uint16))
-
-
-def learn_edges(grids: Sequence[RootGrid]) -> tuple[Int64s, Int64s]:
-    """(scales, roots) of Tables: eight and five classes of equal size."""
-    none = np.zeros(0, np.int64)
-    keys = np.concatenate([none, *((g.counts.astype(np.int64) << 16) + floors(g) for g in grids)])
-    roots = np.concatenate([none, *(grid.roots for grid in grids)])
-    scales = np.quantile(keys, np.arange(1, 8) / 8, method="lower") if len(keys) else np.zeros(7)
-    edges = np.quantile(roots, (0.25, 0.5, 0.75, 0.9)) if len(roots) else np.zeros(4)
-    return scales.astype(np.int64) + 1, np.maximum(edges, 1).astype(np.int64)
-
-
-def list_successors(
-    of_rows: Sequence[Int32s], grids: Sequence[RootGrid], ranks: Ranks
-) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
-    """(starts, listed, kinds) of Tables, from the tokens [P] and the grid of each row."""
-    none = np.zeros(0, np.int32)
-    tokens = np.concatenate([none, *of_rows])
-    counts = np.concatenate([none, *(grid.counts for grid in grids)])
-    ids = np.concatenate([none, *(grid.ids for grid in grids)])
-    levels = np.concatenate([np.zeros(0, np.uint16), *(octaves(grid) for grid in grids)])
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    edges = np.quantile(levels, KIND_LEVELS) if len(levels) else np.zeros(7)
-    kernels = compiled()
-    sizes, listed, times, means, of = kernels.tally(
-        np.argsort(tokens, kind="stable"), tokens, offsets, ids, levels, ranks.rank_of,
-        SEEN, kernels.MOST_LISTED,
-    )  # fmt: skip
-    kinds = np.digitize(times / np.maximum(of, 1), KIND_CHANCES) * 8 + np.digitize(means, edges)
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    order = list_order(starts, listed, kinds, ranks)
-    return starts, listed[order], kinds[order].astype(np.uint8)
+def unsigned(numbers: Int32s) -> npt.NDArray[np.uint32]:
+    """The same numbers, none of them negative, as the kernels index with them."""
+    return np.ascontiguousarray(numbers, np.int32).view(np.uint32)
 
 
 def list_order(starts: Int32s, listed: Int32s, kinds: Integers, ranks: Ranks) -> Int64s:
     """[n] the order in which a token's successors are asked: by descending kind, then by rank."""
     token = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     return np.asarray(np.lexsort((ranks.rank_of[listed], -kinds.astype(np.int64), token)))
-
-
-def fit(
-    ranks: Ranks,
-    lists: tuple[Int32s, Int32s, npt.NDArray[np.uint8]],
-    edges: tuple[Int64s, Int64s],
-    rows: Sequence[tuple[Int32s, RootGrid]],
-    masks: Sequence[Bools | None],
-) -> Tables:
-    """Tables with these lists, and the probabilities of the symbols that encode the rows."""
-    kernels = compiled()
-    flags = np.zeros((kernels.FLAGS, 2), np.int64)
-    numbers = np.zeros((kernels.NUMBERS, kernels.SYMBOLS), np.int64)
-    plain = Tables(ranks, *lists, *edges, to_chances(flags), to_sums(numbers), 0, 0.0)
-    positions = entries = raw = 0
-    for (input_ids, grid), targets in zip(rows, masks, strict=True):
-        contexts, symbols = plain.row(input_ids, targets).symbols(grid)
-        raw += int((contexts[contexts >= kernels.RAW] - kernels.RAW).sum())
-        kernels.count(contexts, symbols, flags, numbers)
-        positions, entries = positions + len(grid.counts), entries + len(grid.ids)
-    chances, sums = to_chances(flags), to_sums(numbers)
-    yes = chances.astype(np.float64) / kernels.ONE
-    widths = np.diff(sums.astype(np.float64), axis=1) / kernels.ONE
-    bits = raw - (flags * np.log2(np.stack([yes, 1 - yes], 1))).sum()
-    bits -= (numbers * np.log2(widths)).sum()
-    return Tables(ranks, *lists, *edges, chances, sums, positions, float(bits) / max(entries, 1))
-
-
-def to_chances(flags: Integers) -> UInt16s:
-    """Counts of yes and no [FLAGS, 2] -> probability of yes [FLAGS], in 1/32768, never 0 or 1.
-
-    The fewer counts a context has, the closer it is to the mean over candidates of its kind.
-    """
-    kernels = compiled()
-    kinds = flags.reshape(kernels.KINDS, -1, 2)
-    alike = (kinds.sum(axis=1) + 0.5) / (kinds.sum(axis=(1, 2)) + 1)[:, None]
-    chances = (kinds[..., 0] + alike[:, :1]) / (kinds.sum(axis=2) + 1)
-    one = kernels.ONE
-    return np.asarray(np.clip(chances.reshape(-1) * one, 1, one - 1), np.uint16)
-
-
-def to_sums(numbers: Integers) -> UInt16s:
-    """Counts [NUMBERS, SYMBOLS] -> cumulative probabilities, each step at least 1.
-
-    The fewer counts a context has, the closer it is to the mean over contexts of its group.
-    """
-    kernels = compiled()
-    one, symbols = kernels.ONE, kernels.SYMBOLS
-    share = np.empty(numbers.shape)
-    for begin, end in zip(kernels.GROUPS, kernels.GROUPS[1:], strict=False):
-        group = numbers[begin - kernels.FLAGS : end - kernels.FLAGS]
-        alike = (group.sum(axis=0) + 1 / symbols) / (group.sum() + 1)
-        weight = 4.0
-        share[begin - kernels.FLAGS : end - kernels.FLAGS] = (group + weight * alike) / (
-            group.sum(axis=1, keepdims=True) + weight
-        )
-    widths = 1 + np.floor(share * (one - symbols)).astype(np.int64)
-    widths[np.arange(len(widths)), widths.argmax(axis=1)] += one - widths.sum(axis=1)
-    sums = np.zeros((len(numbers), symbols + 1), np.uint16)
-    sums[:, 1:] = np.cumsum(widths, axis=1)
-    return sums
 
 
 def unpack_tables(data: bytes, vocab_size: int | None) -> Tables:

@@ -22,11 +22,12 @@ import numpy as np
 with atheris.instrument_imports(include=["storage"]):
     import storage  # noqa: F401
     from storage.codec import samples as sampled
-    from storage.codec.codec import decode, unpack
+    from storage.codec.codec import STEPS, decode, quantised, unpack
     from storage.codec.frames import HEADER, Header, Planes, deflate, join
     from storage.codec.grid import dequantise, quantise
     from storage.codec.v1 import Ranks
     from storage.codec.v2_tables import Successors
+    from storage.codec.v3_tables import Tables
     from storage.errors import StorageError
     from storage.samples import Samples
     from storage.targets import pack_mask, unpack_mask
@@ -38,13 +39,15 @@ LOGITS = RNG.normal(0, 2, VOCAB) + RNG.normal(0, 1, (POSITIONS, VOCAB))
 FULL = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
 IDS = np.argsort(-FULL, axis=1)[:, :8]
 BEST = np.take_along_axis(FULL, IDS, 1)
-GRID = quantise(
-    TopK.from_dense(IDS, BEST, np.log(1 - np.exp(BEST).sum(axis=1))), VOCAB, 1 / 16
-)  # fmt: skip
+TOPK = TopK.from_dense(IDS, BEST, np.log(1 - np.exp(BEST).sum(axis=1)))
+GRID = quantise(TOPK, VOCAB, 1 / 16)
+ROOTS = quantised(TOPK, VOCAB, STEPS["v3"], "v3")
 INPUT_IDS = np.arange(POSITIONS + 1, dtype=np.int32) % 3
 RANKS = Ranks.learn([GRID], VOCAB)
 TABLES = Successors.learn([(INPUT_IDS, GRID)], VOCAB)
 ROW = TABLES.row(INPUT_IDS)
+TABLES_3 = Tables.learn([(INPUT_IDS, ROOTS)], VOCAB)
+ROW_3 = TABLES_3.row(INPUT_IDS)
 LONG = np.arange(30, dtype=np.int32) % 3
 MASK = np.isin(np.arange(30), RNG.choice(29, POSITIONS, replace=False) + 1)
 
@@ -56,6 +59,17 @@ def with_checksums(data: bytes, needs: int) -> bytes:
     head = data[: HEADER.size - 8] + struct.pack("<I", needs)
     body = head + struct.pack("<I", zlib.crc32(head)) + data[HEADER.size : -4]
     return body + struct.pack("<I", zlib.crc32(body))
+
+
+def version_3(data: bytes, needs: int) -> bytes:
+    """As with_checksums: the last one is of the header and the second part."""
+    if len(data) < HEADER.size + 12:
+        return data
+    head = version_1(data, needs)[: HEADER.size]
+    parts = data[HEADER.size : HEADER.size + 8]
+    (first,) = struct.unpack_from("<I", parts)
+    coded = data[HEADER.size + 8 :][min(first, 1 << 20) : -4]
+    return head + data[HEADER.size : -4] + struct.pack("<I", zlib.crc32(coded, zlib.crc32(head)))
 
 
 def version_1(data: bytes, needs: int) -> bytes:
@@ -85,7 +99,7 @@ def assembled(data: bytes) -> bytes:
 def read(data: bytes) -> None:
     if not data:
         return
-    how, data = data[0] % 8, data[1:]
+    how, data = data[0] % 11, data[1:]
     try:
         if how == 0:
             decode(data)
@@ -97,6 +111,16 @@ def read(data: bytes) -> None:
         elif how == 7:
             row = TABLES.row(LONG, unpack_mask(data[:4], len(LONG)))
             check_topk(decode(with_checksums(data[4:], row.checksum), row), VOCAB)
+        elif how == 8:
+            check_topk(decode(version_3(data, ROW_3.checksum), ROW_3), VOCAB)
+        elif how == 9:
+            row_3 = TABLES_3.row(LONG, unpack_mask(data[:4], len(LONG)))
+            check_topk(decode(version_3(data[4:], row_3.checksum), row_3), VOCAB)
+        elif how == 10:
+            forged = Tables.unpack(data[:-4] + struct.pack("<I", zlib.crc32(data[:-4])))
+            if forged.ranks.vocab_size == VOCAB:
+                row_3 = forged.row(INPUT_IDS)
+                check_topk(decode(version_3(SEED_3, row_3.checksum), row_3), VOCAB)
         elif how == 3:
             Successors.unpack(data)
         elif how == 6:
@@ -125,10 +149,13 @@ def seeds() -> dict[str, bytes]:
         "samples": b"\6" + sampled.pack(Samples.from_drawn(IDS), VOCAB),
         "masked": b"\7" + pack_mask(MASK) + pack(GRID, TABLES.row(LONG, MASK)),
         "planes": b"\5" + bytes(range(256)) * 4,
+        "roots": b"\10" + pack(ROOTS, ROW_3),
+        "roots_masked": b"\11" + pack_mask(MASK) + pack(ROOTS, TABLES_3.row(LONG, MASK)),
+        "tables_3": b"\12" + TABLES_3.pack(),
     }
 
 
-SEED_2 = seeds()["contextual"][1:]
+SEED_2, SEED_3 = seeds()["contextual"][1:], seeds()["roots"][1:]
 
 if __name__ == "__main__":
     corpus = Path(__file__).parent / "corpus"

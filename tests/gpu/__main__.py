@@ -6,6 +6,7 @@ interrupted.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,14 +55,21 @@ def run(runner: Runner, checks: list[Check], processes: int, given: argparse.Nam
         result = "not run" if check.result == "skipped" else check.result
         line = f"{done}/{len(checks)} {check.title}: {result} ({check.took:.1f} s) {check.why}"
         print(line.rstrip(), file=sys.stderr, flush=True)
+        write()
 
+    def write() -> str:
+        text = page(checks, time.monotonic() - began, given.rehearse)
+        given.page.write_text(text, encoding="utf-8")
+        return text
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         runner.run(checks, processes, ended, 60 * given.minutes)
     except KeyboardInterrupt:
         code = 75
-    text = page(checks, time.monotonic() - began, given.rehearse)
-    given.page.write_text(text, encoding="utf-8")
-    print(text, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(write(), end="", flush=True)
     return exit_code(checks) if code is None else code
 
 

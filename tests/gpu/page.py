@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 
 from tests.gpu.runner import Check
@@ -10,6 +11,7 @@ PACKAGES = ["torch", "triton", "transformers", "accelerate", "vllm", "flash-attn
 NO_DEVICE = "no NVIDIA device"
 
 
+@cache
 def devices() -> list[tuple[str, str, int]]:
     """(name, driver, MiB) of each NVIDIA device; empty where nvidia-smi is missing or fails."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total"]

@@ -16,13 +16,12 @@ from tests.helpers.models import tiny_tokenizer
 from tests.helpers.runs import settings
 
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 """The shape in a rehearsal, whatever is asked for."""
 
 
-def random_model(path: Path, **changes: Any) -> Path:
-    """A Qwen3 with grouped queries and a tied head, in float32; its distributions are far from
-    uniform. Returns `path`."""
+def random_model(path: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A Qwen3 with grouped queries and a tied head. Returns `path`."""
     torch.manual_seed(0)
     tiny_tokenizer(path)
     shape = {
@@ -38,9 +37,10 @@ def random_model(path: Path, **changes: Any) -> Path:
         "eos_token_id": 0,
         "bos_token_id": None,
         "initializer_range": 0.08,
-        **(SMALL if REHEARSED else changes),
+        **changes,
+        **(SMALL if REHEARSED else {}),
     }
-    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(path)
+    Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).save_pretrained(path)
     return path
 
 

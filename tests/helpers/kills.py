@@ -3,7 +3,7 @@
 Every attempt is a process that runs scripts/dump_logits.py as a user would. To start in
 milliseconds, it is forked from this process, which has imported everything and done nothing else.
 
-    python -m tests.helpers.kills --kills 200 --seed 0
+    python -m tests.helpers.kills --kills 200 --seed 0 --codec v3
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 
 import pipeline.dump.dump  # noqa: F401  imported here so that the attempts start fast
 from storage import Dump, IncompleteDump, LogitDataset, verify
+from storage.dump_tables import tables_file
 from storage.gc import leftovers, remove
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
@@ -139,7 +140,12 @@ def committed(path: Path) -> int:
 
 
 def run(
-    folder: Path, kills: int, seed: int, documents: int | None = None, positions: float = 1.0
+    folder: Path,
+    kills: int,
+    seed: int,
+    documents: int | None = None,
+    positions: float = 1.0,
+    codec: str = "v1",
 ) -> Result:
     """Dump a corpus undisturbed, then again with `kills` kills, and compare the rows.
 
@@ -157,7 +163,7 @@ def run(
 
     def arguments(output: Path) -> list[str]:
         given = [f"--model={model}", f"--corpus.path={corpus}", f"--output={output}"]
-        given += ["--k=8", "--max_length=100", "--engine=transformers"]
+        given += ["--k=8", "--max_length=100", "--engine=transformers", f"--codec={codec}"]
         return [*given, f"--shard_tokens={150 * positions:.0f}", f"--positions={positions}"]
 
     log = folder / "log.txt"
@@ -247,6 +253,9 @@ def compare(expected: list[tuple[tuple[str, int], bytes]], output: Path, result:
     named = {shard.file for shard in Dump(output).shards()}
     data_files = {str(path.relative_to(output)) for path in output.rglob("*.parquet")}
     assert data_files == named
+    assert {path.name for path in output.glob("tables-*")} == {
+        tables_file(shard.tables) for shard in Dump(output).shards() if shard.tables
+    }
     assert not [path for path in output.rglob(".*") if path.is_file()]
     assert content(output) == found
 
@@ -256,9 +265,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--positions", type=float, default=1.0, help="share of the targets kept")
+    parser.add_argument("--codec", default="v1")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), given.kills, given.seed, positions=given.positions)
+        result = run(
+            Path(folder), given.kills, given.seed, positions=given.positions, codec=given.codec
+        )
     print(result)
     return 0 if result.lost == result.doubled == result.torn == 0 else 1
 

@@ -64,14 +64,14 @@ class FaultyProxy:
     With "error before" and "cut before" the server gets no request. With "error after" and "cut
     after" it does the request, and the answer is lost. A stall takes `stall` seconds, which is
     longer than the client waits. While `down` is set, no request gets through. `happened` counts
-    the faults.
+    the faults, `requests` and `sent` what was asked for, and the bytes of the server's answers.
     """
 
     def __init__(self, upstream: int, rate: float, seed: int = 0, stall: float = 3.0) -> None:
         self.upstream, self.rate, self.stall = upstream, rate, stall
         self.random, self.lock = random.Random(seed), threading.Lock()
         self.happened: Counter[str] = Counter()
-        self.requests = 0
+        self.requests = self.sent = 0  # requests, bytes of bodies that were answered
         self.down = False
 
     def __enter__(self) -> "FaultyProxy":
@@ -130,6 +130,8 @@ class FaultyProxy:
         connection.request(request.command, request.path, body, headers)
         response = connection.getresponse()
         data = response.read()
+        with self.lock:
+            self.sent += len(data)
         if fault in ("error after", "cut after"):
             return self.fail(request, fault)
         request.send_response(response.status)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.agreement import FAR, SURE, Answer, Bounds, bounds, floor
-from storage import TopK, decode, encode
+from pipeline.agreement import FAR, SURE, Answer, Bounds, bounds, floor, grid_cost
+from storage import TopK
+from storage.codec.codec import kept, quantised, restored
 from storage.topk import codec_kl
 
 
@@ -32,32 +33,37 @@ def test_measured_differences(
     step: float, dtypes: tuple[str, ...], mean: float, answer: Answer
 ) -> None:
     """Measured: the floors, and differences of real families."""
-    assert bounds(None, step, *dtypes).answer(mean, positions=1000) is answer
+    assert bounds(None, grid_cost({"step": step}), *dtypes).answer(mean, positions=1000) is answer
 
 
-@given(st.sampled_from([1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]), st.integers(0, 1000))
-def test_the_grid_costs_no_more_than_the_floor(step: float, seed: int) -> None:
+GRIDS = [*(("v1", step) for step in (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)),
+         *(("v3", step) for step in (1 / 2048, 1 / 416, 1 / 100, 0.05))]  # fmt: skip
+
+
+@given(st.sampled_from(GRIDS), st.integers(0, 1000))
+def test_the_grid_costs_no_more_than_the_floor(grid: tuple[str, float], seed: int) -> None:
+    codec, step = grid
     logits = np.random.default_rng(seed).normal(0, 2, (200, 50))
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     ids = np.argsort(-logprobs, 1)[:, :20]
-    kept = np.take_along_axis(logprobs, ids, 1)
-    tail = np.log1p(-np.exp(kept).sum(1))
-    exact = TopK.from_dense(ids, kept, tail)
-    stored = decode(encode(exact, vocab_size=50, step=step))
-    cost = codec_kl(exact, stored).mean()
-    assert 0 < cost < 1.1 * floor(step)
+    found = np.take_along_axis(logprobs, ids, 1)
+    tail = np.log1p(-np.exp(found).sum(1))
+    exact = TopK.from_dense(ids, found, tail)
+    stored = restored(quantised(exact, 50, step, codec))
+    cost = codec_kl(kept(exact, step, codec), stored).mean()
+    assert 0 < cost < 1.1 * floor(grid_cost({"step": step, "codec": codec, "k": 20}))
 
 
 def test_a_bound_that_is_given_is_that_of_the_same() -> None:
-    limits = bounds(0.02, 1 / 16, "float32", "float32")
+    limits = bounds(0.02, 1e-4, "float32", "float32")
     assert limits.limit(positions=1) == 0.02
     assert [limits.answer(mean) for mean in (0.02, 0.021, 0.51)] == list(Answer)
-    assert bounds(2.0, 1 / 16).answer(1.9) is Answer.SAME
+    assert bounds(2.0, 1e-4).answer(1.9) is Answer.SAME
 
 
 def test_noise_and_few_positions_widen_the_bound() -> None:
     assert Bounds(0.1).limit(0.01) == pytest.approx(0.1 + SURE * 0.01)
     assert Bounds(0.1).answer(FAR + 0.03, noise=0.01) is Answer.DIFFERENT
-    limits = bounds(None, 1 / 16, "bfloat16", "bfloat16")
+    limits = bounds(None, grid_cost({"step": 1 / 16}), "bfloat16", "bfloat16")
     assert limits.limit(positions=1) > 2 * limits.limit(positions=100)
     assert limits.limit(positions=10**6) == pytest.approx(limits.same, rel=0.01)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.losses import (
     MIN_TAIL_LOGPROB,
+    _chunks,
     linear_sparse_divergence,
     sparse_divergence,
 )
@@ -408,3 +409,19 @@ def test_padding_without_mass_changes_nothing(direction: str) -> None:
         sparse_divergence(logits, *targets, direction),
         rtol=1e-13, atol=1e-14,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "most"), [(0, 10, 4), (5, 7, 3), (9, 0, 100), (0, 0, 4)]
+)
+def test_chunks_are_equal_and_hold_each_row_once(labels: int, rows: int, most: int) -> None:
+    ids = torch.zeros(rows, 2, dtype=torch.long)
+    targets = torch.zeros(labels), ids, ids.float(), torch.zeros(rows), "forward"
+    found = [part for part, *_ in _chunks(*targets, most)]  # type: ignore[arg-type]
+    assert [at for part in found for at in range(part.start, part.stop)] == list(
+        range(labels + rows)
+    )
+    for parts in (found[: -(-labels // most)], found[-(-labels // most) :]):
+        sizes = [part.stop - part.start for part in parts]
+        assert max(sizes, default=0) <= most
+        assert max(sizes, default=0) - min(sizes, default=0) < max(1, len(sizes))

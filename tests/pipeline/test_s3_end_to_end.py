@@ -67,15 +67,17 @@ def keys(client: Any) -> set[str]:
     return {entry["Key"] for entry in found}
 
 
+@pytest.mark.parametrize("codec", ["v1", "v3"])
 def test_dump_resume_verify_and_gc_on_s3(
-    tmp_path: Path, model_path: Path, corpus: Path, client: Any, capsys: Any
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any, capsys: Any, codec: str
 ) -> None:
     """The real script is killed; the dump is resumed, verified, and equal to a local one."""
-    dump.run(settings(tmp_path, model_path, corpus))
+    dump.run(settings(tmp_path, model_path, corpus, codec=codec))
     client.upload_file(str(corpus), BUCKET, "texts/corpus.jsonl")
     output = f"s3://{BUCKET}/dump"
     words = [sys.executable, str(SCRIPT), f"--model={model_path}", f"--output={output}", "--k=8"]
     words += [f"--corpus.path={corpus}", "--max_length=100", "--shard_tokens=500"]
+    words.append(f"--codec={codec}")
     process = subprocess.Popen([*words, "--engine=transformers"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while "dump/00000/00001.json" not in keys(client):
@@ -87,8 +89,9 @@ def test_dump_resume_verify_and_gc_on_s3(
     assert "dump/manifest.json" not in before
     # A writer that dies between its data file and its marker leaves such a file.
     client.put_object(Bucket=BUCKET, Key="dump/00000/00003-feedbeef0123.parquet", Body=b"half")
-    dump.run(settings(tmp_path, model_path, corpus, output=output))
+    dump.run(settings(tmp_path, model_path, corpus, output=output, codec=codec))
     assert before <= keys(client)
+    assert any("/tables-" in key for key in keys(client)) == (codec == "v3")
     assert rows(output) == rows(tmp_path / "dump")
     report = verify(output)
     assert report.ok

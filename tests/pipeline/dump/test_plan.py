@@ -8,8 +8,10 @@ import pytest
 
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump.plan import make_plan, open_corpus, plan_differences
+from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.types import Json
+from storage.codec.codec import STEPS
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 
 
@@ -108,3 +110,22 @@ def test_targets_are_in_the_plan_only_where_they_are_chosen(model: Path, chats: 
     assert len(plan_differences(there, fifth)) == len(plan_differences(fifth, there)) == 1
     other = plan_of(model, chats, {"positions": 0.2}, messages_column="messages")
     assert plan_differences(fifth, other) == ["targets.positions_seed: 3 in the dump, 0 asked for"]
+
+
+def test_the_step_is_the_codecs_and_old_plans_have_the_same(model: Path, tmp_path: Path) -> None:
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    there = plan_of(model, corpus)
+    assert (there["step"], "codec" in there) == (1 / 16, False)
+    assert plan_of(model, corpus, {"step": 1 / 16}) == there
+    assert plan_of(model, corpus, {"codec": "v2"}) == {**there, "codec": "v2"}
+    found = plan_of(model, corpus, {"codec": "v3"})
+    assert found == {**there, "codec": "v3", "step": STEPS["v3"]}
+    assert plan_differences(found, plan_of(model, corpus, {"codec": "v3", "step": 0.01})) == [
+        f"step: {STEPS['v3']} in the dump, 0.01 asked for"
+    ]
+
+
+@pytest.mark.parametrize("step", [1 / 16, 1, 1e-5])
+def test_a_step_of_nats_is_refused_with_roots(step: float) -> None:
+    with pytest.raises(ConfigError, match=r"step .* from 1/65535 to 0.05; leave it out for 1/416"):
+        DumpConfig("m", CorpusConfig("c"), "unused", codec="v3", step=step)

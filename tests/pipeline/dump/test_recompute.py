@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.agreement import Answer, bounds
+from pipeline.agreement import Answer, bounds, grid_cost
 from pipeline.dump import dump
 from pipeline.dump import recompute as verify
 from pipeline.errors import RefusedError
@@ -32,7 +32,7 @@ def test_its_own_model_agrees_and_another_does_not(
     checks = verify.recompute(str(dump_path), str(model_path), rows=12)
     assert len({check.row for check in checks}) == 12
     assert all(0 <= check.kl_mean < 1e-3 for check in checks)  # the codec's rounding
-    limits = bounds(None, 1 / 16, "float32", "float32")
+    limits = bounds(None, grid_cost({"step": 1 / 16}), "float32", "float32")
     lines, answer = verify.report(checks, limits, {})
     assert answer is Answer.SAME
     assert len(lines) == 14
@@ -83,7 +83,7 @@ def test_rows_with_masks_are_recomputed_at_their_positions(
         np.testing.assert_array_equal(check.positions, rows[check.row].positions)
         assert len(check.kl) == len(check.positions)
         assert 0 <= check.kl_mean < 1e-3
-    limits = bounds(None, 1 / 16, "float32", "float32")
+    limits = bounds(None, grid_cost({"step": 1 / 16}), "float32", "float32")
     assert verify.report(checks, limits, {})[1] is Answer.SAME
     # One that differs from token 50 on is said to, whatever the positions are.
     late = [replace(check, kl=np.where(check.positions < 50, check.kl, 0.1)) for check in checks]
@@ -123,7 +123,7 @@ def test_the_dtype_of_a_plan_is_one_of_weights(
 
 def test_one_wrong_row_among_many_is_found(dump_path: Path, model_path: Path) -> None:
     checks = verify.recompute(str(dump_path), str(model_path), rows=12)
-    limits = bounds(None, 1 / 16, "float32", "float32")
+    limits = bounds(None, grid_cost({"step": 1 / 16}), "float32", "float32")
     at = min(range(12), key=lambda at: len(checks[at].kl))  # their mean alone would not tell
     checks[at] = replace(checks[at], kl=checks[at].kl + 2)
     lines, answer = verify.report(checks, limits, {})

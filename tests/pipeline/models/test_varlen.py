@@ -134,6 +134,31 @@ def test_launches_do_not_depend_on_the_number_of_sequences(kernel: Kernel) -> No
     assert kernel.calls == 3
 
 
+@pytest.mark.parametrize(
+    ("lengths", "window", "calls"),
+    [
+        ([5, 3], None, 1),
+        ([5, 4], None, 1),
+        ([5, 5], None, 0),
+        ([9], None, 0),
+        ([9], 9, 0),
+        ([9], 8, 1),
+    ],
+)
+def test_long_sequences_have_a_kernel_each(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: Kernel,
+    lengths: list[int],
+    window: int | None,
+    calls: int,
+) -> None:
+    """But not with a window, for which sdpa would take a whole mask."""
+    monkeypatch.setattr(varlen, "LONG", 5)
+    mask = None if window is None else torch.tensor(window)
+    packed_attention(layer(2), *arguments(4, 2, lengths), mask, lengths)
+    assert kernel.calls == calls
+
+
 class OnGpu(Tensor):
     is_cuda = property(lambda _: True)  # type: ignore[assignment]
 

@@ -80,7 +80,7 @@ def test_nan_stays_nan(way: Way, at: int) -> None:
 def test_the_gpu_reads_the_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows `groups_of` takes no more than a share of the logits' elements."""
     logits = torch.randn(2, 64_000)
-    groups = head.groups_of(logits, 4000, 16)
+    groups = head.groups_of(logits, 64_000 // head.GROUP_CUDA, head.GROUP_CUDA)
     monkeypatch.setattr(head, "groups_of", lambda *_: groups)
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +301,74 @@ def test_words_that_are_too_few() -> None:
     longer = data[:48] + struct.pack("<I", len(data) - 50) + data[52:-4] + bytes(6)
     with pytest.raises(CorruptPayload, match="data follows the last coded entry"):
         unpack(with_checksums(longer), row)
+
+
+def test_golden_payloads_are_read_for_ever() -> None:
+    """golden/payloads_v3.npz holds tables and payloads as the first release wrote them."""
+    golden = np.load(Path(__file__).parents[1] / "golden" / "payloads_v3.npz")
+    tables = Tables.unpack(golden["tables"].tobytes(), VOCAB)
+    for name, mask in (("", None), ("masked_", golden["targets"])):
+        row = tables.row(golden[f"{name}input_ids"], mask)
+        data = golden[f"{name}payload"].tobytes()
+        found = unpack(data, row)
+        assert isinstance(found, RootGrid)
+        for field in ("counts", "ids", "roots", "tails"):
+            np.testing.assert_array_equal(getattr(found, field), golden[name + field])
+        assert pack(found, row) == data  # it also writes as it did
+
+
+MANY = pytest.mark.parametrize("changes", [1000, pytest.param(100_000, marks=pytest.mark.long)])
+
+
+def damaged(data: bytes, rng: np.random.Generator, start: int = 0, end: int = 0) -> bytes:
+    """One to four bytes changed at random, or now and then the end cut off."""
+    if start == end == 0 and rng.random() < 0.05:
+        return data[: int(rng.integers(len(data)))]
+    changed = bytearray(data)
+    for at in rng.integers(start, len(data) - end, int(rng.integers(1, 5))):
+        changed[at] ^= int(rng.integers(1, 256))
+    return bytes(changed)
+
+
+@MANY
+def test_damage_at_random_is_refused(changes: int) -> None:
+    """Of payloads and of tables; what comes back equal was changed twice at one place."""
+    tables, (input_ids,), (grid,) = LEARNT
+    row = tables.row(input_ids)
+    data, packed, rng = pack(grid, row), tables.pack(), np.random.default_rng(7)
+    for _ in range(changes):
+        bad = damaged(data, rng)
+        if bad != data:
+            with pytest.raises(StorageError):
+                unpack(bad, row)
+        bad = damaged(packed, rng)
+        if bad != packed:
+            with pytest.raises(StorageError):
+                Tables.unpack(bad)
+
+
+@MANY
+def test_damage_with_right_checksums_is_an_error_or_a_distribution(changes: int) -> None:
+    tables, (input_ids,), (grid,) = LEARNT
+    row = tables.row(input_ids)
+    data, packed, rng = pack(grid, row), tables.pack(), np.random.default_rng(8)
+    decoded = 0
+    for number in range(changes):
+        decoded += holds(with_checksums(damaged(data, rng, HEADER.size, 4)), row)
+        if number % 100 == 0:
+            body = damaged(packed[:-4], rng, 4)
+            try:
+                found = Tables.unpack(body + struct.pack("<I", zlib.crc32(body)))
+            except StorageError:
+                continue
+            assert found.row(input_ids).tables is found
+            holds(with_needs(data, found.row(input_ids).checksum), found.row(input_ids))
+    assert decoded < changes / 50
+
+
+def with_needs(data: bytes, needs: int) -> bytes:
+    """The payload, as if other tables had written it."""
+    return with_checksums(data[: HEADER.size - 8] + struct.pack("<I", needs) + data[40:])
 
 
 LEARNT = learnt([alike(30, 16)])
