@@ -10,7 +10,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-models test-kill test-airflow gpu-check gpu-bench fuzz lint types \
+.PHONY: help setup demo test test-fast test-models test-kill test-airflow gpu-check gpu-bench gpu-compile fuzz lint types \
 	types-airflow lock clean airflow airflow-setup
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ fuzz: setup .venv-fuzz  ## forged dumps for FUZZ_SECONDS, then damaged bytes for
 
 gpu-bench: setup  ## loss, step, head and attention on a GPU, in minutes; LIST=1 lists, PART=loss runs one part
 	$(PYTHON) scripts/benchmarks/gpu_bench.py $(if $(LIST),--list) $(addprefix --part ,$(PART))
+
+gpu-compile: setup  ## registers, spills and shared memory of the kernels on three GPUs; needs none of them
+	PYTHONPATH=. $(PYTHON) scripts/benchmarks/gpu_compile.py
 
 lint: setup  ## check rules and format with ruff
 	$(PYTHON) -m ruff check .

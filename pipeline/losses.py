@@ -210,7 +210,8 @@ class _FusedLinear(torch.autograd.Function):
             )
         for grad in grads:
             if grad is not None:  # in place: a second [V, D] would set the step's peak memory
-                grad.mul_(grad_total.to(grad.dtype))
+                # Tensor.mul_ by a scalar in GPU memory reads and writes a number at a time.
+                torch._foreach_mul_([grad], grad_total.to(grad.dtype))
         return (*grads, None, None, None)
 
 

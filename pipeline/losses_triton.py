@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of a row held in registers at a time
+BLOCK = 2048  # logits of a row held in registers at a time; gpu_compile.py shows what they take
+WARPS = 8
 
 
 @triton.jit
@@ -144,6 +145,6 @@ def step(
             MIN_TAIL=min_tail_logprob, REVERSE=reverse, GRADIENT=grad is not None, CAP=soft_cap,
             ENTRIES=triton.next_power_of_2(max(k, 1)),
             SIZE=min(BLOCK, triton.next_power_of_2(z.shape[1])),
-            num_warps=8,
+            num_warps=WARPS,
         )  # fmt: skip
     return losses

@@ -109,6 +109,40 @@ def test_no_check_hides_another(tmp_path: Path) -> None:
     assert "2 passed, 5 failed, 1 not run" in text
 
 
+BROKEN = """
+import os
+from pathlib import Path
+
+@pytest.fixture(autouse=True)
+def process(request):
+    Path(request.node.name).write_text(str(os.getpid()))
+
+def test_first(measured):
+    measured("number", 1, 1)
+
+def test_breaks_cuda(measured):
+    measured("number", 2, 1)
+
+def test_after_it(measured):
+    measured("number", 1, 1)
+"""
+
+
+def test_no_check_runs_where_cuda_is_broken(tmp_path: Path) -> None:
+    """An illegal address ends CUDA for a whole process: what follows runs in another one."""
+    runner = checks_in(tmp_path, broken=BROKEN)
+    said = "import tests.gpu.conftest\ntests.gpu.conftest.broken = lambda: True\n"
+    (tmp_path / "checks" / "conftest.py").write_text(CONFTEST + said)
+    page = tmp_path / "page.md"
+    given = ["--rehearse", "--processes", "1", "--page", str(page)]
+    assert gpu_check.main(given, runner) == 1
+    names = ["first", "breaks cuda", "after it"]
+    results = [row(page.read_text(), f"broken: {name}")[1] for name in names]
+    assert results == ["passed", "**failed**", "passed"]
+    pids = [(tmp_path / f"test_{name.replace(' ', '_')}").read_text() for name in names]
+    assert pids[0] == pids[1] != pids[2]
+
+
 def test_a_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--list", bad=BAD, good=GOOD) == (0, "")
     said = capsys.readouterr().out

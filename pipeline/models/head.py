@@ -1,7 +1,7 @@
 """The head behind a causal language model's logits, and the hidden states in front of it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ConfigError
 from pipeline.models.attention import difference, packing_arguments
 from pipeline.models.decoder import decoder_of
+from pipeline.models.packed_attention import told_apart
 
 SMALL, LARGE = 2.0**-10, 2.0**60
 """Where the scale and the cap are taken; every dtype but float16 holds both exactly."""
@@ -34,12 +35,14 @@ def hidden_states(
     input_ids, position_ids  int64 [1, T]
     sequence_lengths         tokens of each sequence of the row
     """
-    hidden: Tensor = decoder_of(model)(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        use_cache=False,  # with a cache, packed sequences would see each other
-        **packing_arguments(model, sequence_lengths),
-    ).last_hidden_state[0]
+    packing = packing_arguments(model, sequence_lengths)
+    with told_apart() if packing else nullcontext():
+        hidden: Tensor = decoder_of(model)(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,  # with a cache, packed sequences would see each other
+            **packing,
+        ).last_hidden_state[0]
     return hidden
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -62,6 +62,24 @@ def noting() -> Iterator[Notes]:
         yield notes
     finally:
         _notes.reset(token)
+
+
+@contextmanager
+def told_apart() -> Iterator[None]:
+    """A forward that is given `sequence_lengths`: transformers does not look for them.
+
+    It would ask position_ids on the host, which waits for the GPU at each forward. A compiler does
+    not let it ask.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 @torch.compiler.disable  # torch.compile would compile again for each list of lengths

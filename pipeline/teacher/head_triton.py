@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # logits that a program holds in registers
+WARPS = 4
 
 
 @triton.jit
@@ -41,6 +42,7 @@ def groups_of(logits: Tensor, groups: int, members: int) -> tuple[Tensor, Tensor
     if rows:
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             _groups[(rows, triton.cdiv(groups, size))](
-                logits, top, lse, groups, logits.stride(0), MEMBERS=members, SIZE=size, num_warps=4
-            )
+                logits, top, lse, groups, logits.stride(0),
+                MEMBERS=members, SIZE=size, num_warps=WARPS,
+            )  # fmt: skip
     return top, lse

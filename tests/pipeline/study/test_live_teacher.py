@@ -17,6 +17,8 @@ from pipeline.study.arms import trainer_of
 from pipeline.study.config import ArmConfig
 from pipeline.training import train
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.fake_cuda import fake_cuda
+from tests.helpers.losses import both
 from tests.helpers.masks import MaskedDataset, give_masks
 from tests.helpers.models import tiny_model
 from tests.helpers.rows import mixed_sequences
@@ -104,3 +106,19 @@ def test_heads_of_other_widths(direction: Direction, width: int) -> None:
     found.sum().backward()
     for each, gradient in zip((hidden, weight), wanted, strict=True):
         torch.testing.assert_close(each.grad, gradient, rtol=1e-9, atol=1e-11)
+
+
+@both
+@pytest.mark.parametrize("autocast", [True, False])
+def test_divergence_on_a_gpu(direction: Direction, autocast: bool) -> None:
+    """Devices and dtypes fit, and the host waits for no value."""
+    with fake_cuda() as mode:
+        hidden, weight = (torch.empty(n, 16, device="cuda", requires_grad=True) for n in (9, 50))
+        teacher = [torch.empty(n, 16, device="cuda") for n in (9, 45)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            losses = live_teacher.full_divergence(hidden, weight, *teacher, direction)
+        (losses.sum() / 9).backward()
+    assert mode.waits == []
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert {hidden.grad.dtype, weight.grad.dtype} == {torch.float32}
