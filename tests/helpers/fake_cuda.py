@@ -117,6 +117,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
                 "torch.cuda.is_bf16_supported": lambda *_, **__: True,
                 "torch.cuda._lazy_init": lambda: None,
                 "torch.cuda.set_device": lambda _: None,
+                "torch.cuda.get_device_capability": lambda _=None: (9, 0),
                 "torch.cuda._exchange_device": mode.exchange,
                 "torch.cuda._maybe_exchange_device": mode.exchange,
             }.items():
