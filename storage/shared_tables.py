@@ -2,9 +2,10 @@
 
 The first rows of a shard are encoded with the tables of the shard before. If they take about the
 bits that these tables expect of the text that they were learnt from, they serve the whole shard. If
-not, the dump's other tables are tried, too, and the best ones are taken, unless all take far more.
-Then the shard waits for more rows and learns tables of its own, which serve other shards in turn.
-So one set serves text of one kind on any number of machines, and other kinds get their own.
+not, the dump's other tables are tried, too. If none fit, the shard waits for more rows and learns
+tables of its own, which serve other shards in turn; where a dump has several sets, the best one
+serves, unless it takes far more. So one set serves text of one kind on any number of machines, and
+other kinds get their own.
 
 Writers do not wait for each other. Two that learn at the same time may both publish: then there are
 two sets that do as well. A short shard takes the tables that cost the fewest bytes in all, those of
@@ -24,10 +25,10 @@ from storage.pending_row import PendingRow, learning
 
 TRIED = 8  # tables of the dump, the newest ones
 # Bits of an entry ÷ those that the tables expect. Measured on six kinds of text (SmolLM2-135M,
-# learnt from 46,000 positions): 1.04 to 1.16 for rows of the same kind, 1.13 to 1.8 for others.
-GOOD = 1.05  # up to which no other tables are tried
-FITS, FEW_SETS = 1.1, 4  # up to which they are taken where there are few to choose from
-SERVES = 1.25  # up to which they are taken where there are more
+# learnt from 46,000 positions): 0.99 to 1.10 for rows of the same kind, 1.06 to 1.74 for others.
+FITS = 1.05  # up to which tables are taken at once
+SERVES = 1.25  # up to which the best of ENOUGH are taken
+ENOUGH = 4
 FEW = LEARN_POSITIONS // 4  # tables learnt from fewer positions are for short shards
 SHOWN = LEARN_POSITIONS // 8  # positions that show whether tables fit
 LEAST = LEARN_POSITIONS // 64  # positions; learning from fewer costs more than it saves
@@ -39,7 +40,7 @@ class SharedTables:
     def __init__(self, partition: Partition, index: int) -> None:
         self.partition, self.index = partition, index
         self.tables, self.vocab_size = partition.dump.tables, partition.dump.tables.vocab_size
-        self.ratios: dict[str, float] = {}  # of the tables that were tried, see GOOD
+        self.ratios: dict[str, float] = {}  # of the tables that were tried, see FITS
         self.looked = False
 
     def choose(self, rows: Sequence[PendingRow], size: int, last: bool) -> Chosen | None:
@@ -90,11 +91,12 @@ class SharedTables:
             if sha256 not in self.ratios:
                 tables = self.tables.get(sha256)
                 self.ratios[sha256] = bits_with(tables, rows) / max(entries * tables.cost, 1)
-            if self.ratios[sha256] <= GOOD:
+            if self.ratios[sha256] <= FITS:
                 return sha256
-        best = min(self.ratios, key=lambda sha256: self.ratios[sha256], default=None)
-        most = FITS if len(self.ratios) < FEW_SETS else SERVES
-        return best if best is not None and self.ratios[best] <= most else None
+        if len(self.ratios) < ENOUGH:
+            return None
+        best = min(self.ratios, key=lambda sha256: self.ratios[sha256])
+        return best if self.ratios[best] <= SERVES else None
 
     def new(self, rows: Sequence[PendingRow]) -> str:
         """Tables learnt from these rows, unless another writer has published some that fit."""

@@ -113,7 +113,7 @@ def main() -> None:
     for noise in map(float, given.noise.split(",")):
         student = noisy(teacher, noise)
         logits = logits_of(student, chosen)
-        away = float((full.exp() * (full - logits.log_softmax(-1))).sum(-1).mean())
+        away = float((full.exp() * (full - logits.detach().log_softmax(-1))).sum(-1).mean())
         truth = {cut: gradients(student, logits, exact.cut(cut)) for cut in CUTS}
         errors = []
         for (cut, _, _), target in zip(shapes, targets, strict=True):

@@ -87,6 +87,9 @@ def load(path: Path, limit: int) -> tuple[list[Record], int]:
         tail = np.log(np.maximum(1 - np.exp(logprobs).sum(1), 1e-9))
         topk = TopK.from_dense(data["ids"][number, :-1], logprobs, tail)
         rows.append(Record(str(number), 0, input_ids, topk))
+        tokens += len(input_ids)
+        if tokens >= limit:
+            break
     return rows, int(data["vocab_size"])
 
 
@@ -283,6 +286,26 @@ def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
     return found
 
 
+def learning(rows: list[Record], vocab: int, sizes: list[int]) -> None:
+    """Bytes per token of the last rows in version 3, by tables of the first ones."""
+    step = STEPS["v3"]
+    grids: list[Any] = [(r.input_ids, quantised(r.topk, vocab, step, "v3")) for r in rows]
+    others = grids[max(sizes) :][-60:]
+    tokens = sum(len(input_ids) for input_ids, _ in others)
+    for size in sizes:
+        began = time.process_time()
+        tables = Tables.learn(grids[:size], vocab)
+        spent = time.process_time() - began
+        coded = sum(len(pack(grid, tables.row(input_ids))) for input_ids, grid in others)
+        expected = tables.cost / 8 * sum(len(grid.ids) for _, grid in others) / tokens
+        print(
+            f"tables of {tables.learnt:,} positions: {coded / tokens:.1f} bytes/token of "
+            f"{tokens:,} others ({expected:.1f} expected), {len(tables.pack()):,} bytes, "
+            f"{tables.nbytes / 2**20:.1f} MiB in memory, {spent:.1f} s to learn",
+            flush=True,
+        )
+
+
 def plot(found: dict[str, list[Line]], target: Path) -> None:
     """Bytes per token against the cost of the grid, and against the kept mass."""
     import matplotlib
@@ -332,6 +355,9 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="DUMP_OR_NPZ")
     parser.add_argument("--tokens", type=int, default=1_050_000, help="tokens per input")
     parser.add_argument("--sweep", type=int, default=100_000, help="tokens of the sweeps; 0: none")
+    parser.add_argument(
+        "--learn", type=int, nargs="+", help="only: rows that tables of version 3 are learnt from"
+    )
     parser.add_argument("--plot", type=Path, help="write a PNG")
     given = parser.parse_args()
     pa.set_cpu_count(1)
@@ -339,6 +365,9 @@ def main() -> None:
     for path in given.paths:
         rows, vocab = load(path, given.tokens)
         print(f"\n{path.name}: {len(rows)} rows, {total_tokens(rows):,} tokens, {vocab:,} ids")
+        if given.learn:
+            learning(rows, vocab, given.learn)
+            continue
         if rows[0].topk.samples is None:
             lines = found[f"{path.name}, {total_tokens(rows):,} tokens"] = measure(
                 rows, vocab, given.sweep

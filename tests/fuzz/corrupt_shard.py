@@ -27,6 +27,8 @@ SHAPES: list[dict[str, Any]] = [
     {"codec": "v1", "samples": 12},
     {"codec": "v1", "targets": TARGETS},
     {"codec": "v2", "targets": TARGETS},
+    {"codec": "v3"},
+    {"codec": "v3", "samples": 12, "targets": TARGETS},
 ]
 
 

@@ -8,6 +8,7 @@ raise StorageError; whatever else happens ends the fuzzer with the seed that sho
 """
 
 import argparse
+import hashlib
 import resource
 import shutil
 import struct
@@ -56,6 +57,8 @@ KINDS: list[dict[str, Any]] = [
     {"codec": "v2", "k": 0, "samples": 5},
     {"codec": "v1", "k": 8, "samples": 5, "targets": TARGETS},
     {"codec": "v2", "k": 8, "targets": TARGETS},
+    {"codec": "v3", "k": 8},
+    {"codec": "v3", "k": 8, "samples": 5, "targets": TARGETS},
 ]
 NUMBERS = [-1, 0, 1, 2, 7, 19, 20, 255, 256, 299, 300, 301, 65535, 65536, 2**20, 2**24, 2**31 - 1,
            2**31, 2**32 - 1, 2**53, 2**63, 2**70, 10**30]  # fmt: skip
@@ -228,11 +231,20 @@ def planes_damaged(data: bytes, rng: Random) -> bytes:
         parts.append(data[at : at + length])
         at += length
     which = int(rng.integers(number))
-    framed = which < 2 + sum(widths)
+    framed = which < 2 + sum(widths) and data[4] != 3
     raw = zstandard.ZstdDecompressor().decompress(parts[which]) if framed else parts[which]
     changed = bytearray(damage(rng, raw).ljust(len(raw), b"\0")[: len(raw)])
     parts[which] = deflate([[bytes(changed)]])[0] if framed else bytes(changed)
     return join(head, parts)
+
+
+def mend_roots(data: bytes) -> bytes:
+    """Version 3's checksum, of the header and the second part, made right."""
+    if len(data) < HEADER.size + 12:
+        return data
+    (first,) = struct.unpack_from("<I", data, HEADER.size)
+    coded = data[HEADER.size + 8 :][min(first, len(data)) : -4]
+    return data[:-4] + struct.pack("<I", zlib.crc32(coded, zlib.crc32(data[: HEADER.size])))
 
 
 def payload(rng: Random, path: Path) -> None:
@@ -244,7 +256,7 @@ def payload(rng: Random, path: Path) -> None:
         data = how(values[row], rng)
         if data[4:5] == b"\2" and len(data) > HEADER.size + 4:
             data = data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
-        values[row] = data
+        values[row] = mend_roots(data) if data[4:5] == b"\3" else data
         return pa.array(values, pa.binary())
 
     rewrite(path, with_column("payload", change))
@@ -299,6 +311,29 @@ def table_bomb(rng: Random, path: Path) -> None:
         return pa.array([mend_table(bytes(data)), *found[1:]], pa.binary())
 
     rewrite(path, with_column("successors", change))
+
+
+def shared_tables(rng: Random, path: Path) -> None:
+    """Tables of the dump with some bytes changed; their checksum and hash right, or not."""
+    (file,) = path.glob("tables-*.bin")
+    bad = bytearray(file.read_bytes())
+    for _ in range(int(rng.integers(1, 4))):
+        bad[int(rng.integers(len(bad)))] = int(pick(rng, [0, 1, 255, int(rng.integers(256))]))
+    cut = int(rng.integers(len(bad))) if rng.random() < 0.2 else len(bad)
+    data = mend_table(bytes(bad[:cut])) if rng.random() < 0.8 else bytes(bad[:cut])
+    if rng.random() < 0.1:
+        file.write_bytes(data)
+        return
+    sha256 = hashlib.sha256(data).hexdigest()
+    (path / f"tables-{sha256[:16]}.bin").write_bytes(data)
+    file.unlink()
+    rewrite(path, None, {b"tables": sha256.encode()})
+    seal(path, marker={"tables": sha256})
+
+
+def other_tables(rng: Random, path: Path) -> None:
+    """A marker that names other tables, or none."""
+    seal(path, marker={"tables": pick(rng, [*VALUES, "0" * 64, "f" * 64, "../" * 21 + "x"])})
 
 
 def places(rng: Random, path: Path) -> None:
@@ -368,6 +403,7 @@ def mutations(
     codec: str, samples: int = 0, targets: Any = None, **_: Any
 ) -> list[Callable[[Random, Path], None]]:
     more = [column("successors", mend_table), table_bomb] if codec == "v2" else []
+    more += [shared_tables, shared_tables, other_tables] if codec == "v3" else []
     more += [column("samples", mend_samples)] if samples else []
     return [*PARTS_OF_ANY, *more, *([mask, mask] if targets else [])]
 

@@ -1,5 +1,6 @@
 """Runs of stage two on the device: a random model of a real shape, its dump, a domain."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.config import CorpusConfig, DumpConfig, TrainConfig
 from pipeline.dump import dump
 from tests.gpu.device import DEVICE, REHEARSED
 from tests.helpers.models import tiny_tokenizer
-from tests.helpers.runs import settings
+from tests.helpers.runs import script, settings, yaml_of
 
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -80,3 +81,17 @@ class Job:
         )
         config.domain = self.domain
         return config
+
+
+def run_script(config: TrainConfig, ranks: int = 1) -> str:
+    """What the real script says; AssertionError with its last line where it fails."""
+    done = script(yaml_of(Path(f"{config.output}.yaml"), config), ranks=ranks, env=seeing(ranks))
+    last = done.stderr.strip().splitlines()[-1:]
+    assert done.returncode == 0, f"exit code {done.returncode}: {last}"
+    return done.stderr
+
+
+def seeing(devices: int) -> dict[str, str]:
+    """The environment of a process that sees this many of the GPUs that are visible here."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[:devices])}

@@ -42,6 +42,9 @@ FEATURES: list[dict[str, Any]] = [
 ]
 """itself: the student is the teacher, so that all gradients of the KL cancel."""
 
+RANKS = 2.0
+"""A power of two, by which gradients are multiplied and divided without a rounding."""
+
 
 def name_of(shape: Shape) -> str:
     return f"{shape.rows} rows, V {shape.vocabulary}, k {shape.k}"
@@ -112,8 +115,8 @@ def fused(
             case.direction, labels=case.labels, row_weights=case.row_weights.to(targets),
             bias=given[2], logit_scale=case.scale, soft_cap=case.cap, chunk_rows=chunk_rows,
         )  # fmt: skip
-    total.backward()
-    return rows, [None if each is None else each.grad for each in given]
+    (RANKS * total).backward()  # as the trainer does on that many
+    return rows, [None if each is None else each.grad / RANKS for each in given]
 
 
 class Shares:

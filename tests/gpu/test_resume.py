@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from tests.gpu.device import REHEARSED
 from tests.gpu.measured import Measured
-from tests.gpu.runs import Job
-from tests.helpers.runs import script, steps, yaml_of
+from tests.gpu.runs import Job, run_script
+from tests.helpers.runs import steps
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(seconds=240)
 
 LENGTHS = [40, 30, 17, 12] * 4 if REHEARSED else [40, 300, 17, 129, 64, 200] * 4
 
@@ -31,14 +31,14 @@ def test_resume_is_bit_for_bit(
     asked = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "warmup_steps": 2}
     asked |= {"full_determinism": True, **training}
     config = job.run("whole", row_tokens=500, training=asked)
-    run_script(tmp_path, config)
+    run_script(config)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(whole, cut)
     for name in ("checkpoint-8", "model"):
         shutil.rmtree(cut / name)
     (cut / "summary.json").unlink()
     config.output = str(cut)
-    said = run_script(tmp_path, config)
+    said = run_script(config)
     assert "resuming from checkpoint-4" in said
     expected, found = (steps(run) for run in (whole, cut))
     assert len(expected) == 8
@@ -47,7 +47,7 @@ def test_resume_is_bit_for_bit(
     )
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, cut)]
     measured("weights that differ", unequal(*weights), 0)
-    measured("of", sum(tensor.numel() for tensor in weights[0].values()))
+    measured("weights in all", sum(tensor.numel() for tensor in weights[0].values()))
     states = [
         torch.load(run / "checkpoint-8" / "optimizer.pt", weights_only=True, map_location="cpu")
         for run in (whole, cut)
@@ -58,12 +58,6 @@ def test_resume_is_bit_for_bit(
         for state in states
     ]  # fmt: skip
     measured("optimizer states that differ", unequal(*flat), 0)
-
-
-def run_script(folder: Path, config: Any) -> str:
-    done = script(yaml_of(folder / "config.yaml", config))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stderr
 
 
 def unequal(one: dict[str, Any], other: dict[str, Any]) -> int:

@@ -1,6 +1,5 @@
 """Two GPUs: training on two ranks, stage one with tensor parallelism and with two workers."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import pytest
 
 from pipeline.config import CorpusConfig, DumpConfig, NullTestConfig
 from pipeline.dump import dump
-from tests.gpu.device import DEVICE, REHEARSED
+from tests.gpu.device import REHEARSED
 from tests.gpu.measured import Measured
-from tests.gpu.runs import Job, random_corpus
+from tests.gpu.runs import Job, random_corpus, run_script
 from tests.gpu.test_stage_one import LENGTHS as DOCUMENTS
 from tests.gpu.test_stage_one import SHARE, compare, peaked_model
 from tests.helpers.dumps import rows
-from tests.helpers.runs import script, steps, yaml_of
+from tests.helpers.runs import steps
 
 pytestmark = pytest.mark.gpu(devices=2, seconds=300)
 
@@ -37,12 +36,10 @@ def test_two_ranks_learn_what_one_learns(kind: str, tmp_path: Path, measured: Me
         config = job.run(
             f"on_{ranks}", row_tokens=500, null_test=NullTestConfig(batches=2), training=training
         )
-        visible = {} if DEVICE == "cpu" or ranks == 2 else {"env": one_device()}
-        done = script(yaml_of(tmp_path / "config.yaml", config), ranks=ranks, **visible)
-        assert done.returncode == 0, done.stderr[-2000:]
+        said = run_script(config, ranks)
         logged[ranks] = steps(config.output)
     if "fsdp" in kind:
-        share = re.search(r"rank 0 holds ([\d,]+) of ([\d,]+) weights", done.stderr)
+        share = re.search(r"rank 0 holds ([\d,]+) of ([\d,]+) weights", said)
         assert share is not None, "FSDP did not share the model out"
         own, whole = (int(number.replace(",", "")) for number in share.groups())
         measured("share of the weights on a rank", own / whole, 0.6)
@@ -50,12 +47,6 @@ def test_two_ranks_learn_what_one_learns(kind: str, tmp_path: Path, measured: Me
     for name in ("ce", "kl", "grad_norm"):
         errors = [abs(b[name] / a[name] - 1) for a, b in zip(logged[1], logged[2], strict=True)]
         measured(f"{name} off by", max(errors), BOUNDS[kind])
-
-
-def one_device() -> dict[str, str]:
-    """The environment of a process that sees one of them."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": seen.split(",")[0]}
 
 
 @pytest.mark.gpu(package="vllm")

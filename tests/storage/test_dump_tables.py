@@ -8,7 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import CorruptShard, Dump, LogitDataset, StorageError, StoreError, verify
+from storage import (
+    CorruptShard,
+    Dump,
+    FormatVersionError,
+    LogitDataset,
+    Record,
+    StorageError,
+    StoreError,
+    TopK,
+    row_reader,
+    shard,
+    shard_reader,
+    verify,
+)
 from storage.__main__ import main
 from storage.codec.codec import quantised
 from storage.codec.v3_tables import Tables
@@ -232,3 +245,39 @@ def test_an_index_needs_no_tables(dump: Path) -> None:
     for index in np.random.default_rng(0).permutation(6).tolist():
         assert_same(LogitDataset(dump)[index], random_record(index))
     assert verify(dump).ok
+
+
+@pytest.mark.parametrize("name", ["v3", "masked_v3"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_golden_dumps_of_version_3_are_read_for_ever(name: str, partial: bool) -> None:
+    """golden/*v3 hold a dump as the first release of version 3 wrote it: two partitions that share
+    tables; one has masks and samples, too."""
+    golden = Path(__file__).parent / "golden"
+    dataset = LogitDataset(golden / name, partial=partial)
+    expected = np.load(golden / "expected_v3.npz")
+    assert len(dataset) == 4
+    assert len({shard.tables for shard in dataset.shards}) == 1
+    for number in (3, 0, 2, 1):
+        found = dataset[number]
+        fields = ("counts", "ids", "logprobs", "tail_logprob")
+        topk = TopK(*(expected[f"{name}_{field}_{number}"] for field in fields))
+        targets = expected[f"{name}_targets_{number}"] if found.targets is not None else None
+        input_ids = expected[f"{name}_input_ids_{number}"]
+        wanted = Record(f"doc-{number}", 0, input_ids, topk, targets)
+        assert_same(found, wanted, tolerance=1e-5)
+        samples = found.topk.samples
+        assert (samples is None) == (name == "v3")
+        if samples is not None:
+            drawn = np.stack([samples.ids, samples.times])
+            np.testing.assert_array_equal(drawn, expected[f"{name}_sampled_{number}"])
+    assert verify(golden / name).ok
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_release_before_version_3_refuses_it_by_name(
+    partial: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (shard, shard_reader, row_reader):
+        monkeypatch.setattr(module, "FORMATS", {b"mol-topk/1": "v1", b"mol-topk/2": "v2"})
+    with pytest.raises(FormatVersionError, match=r"('v3'|b'mol-topk/3').*; update mol-distill"):
+        LogitDataset(Path(__file__).parent / "golden" / "v3", partial=partial)[0]

@@ -16,7 +16,13 @@ K, TOKENS, LEARN, GROUP = 8, 40, 1200, 200
 
 @pytest.fixture(autouse=True)
 def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"LEARN_POSITIONS": LEARN, "FEW": LEARN // 4, "LEAST": 60, "SHOWN": GROUP}
+    sizes: dict[str, float] = {
+        "LEARN_POSITIONS": LEARN,
+        "FEW": LEARN // 4,
+        "LEAST": 60,
+        "SHOWN": GROUP,
+    }
+    sizes["FITS"] = 1.15  # so few rows differ more
     for name, size in sizes.items():
         monkeypatch.setattr(f"storage.shared_tables.{name}", size)
     monkeypatch.setattr("storage.shard_writer.ROW_GROUP_TOKENS", GROUP)
@@ -177,6 +183,17 @@ def test_a_race_makes_two_sets_that_both_do(
     assert len(found) == len(files(tmp_path)) == 2
     assert write(dump, 50) in found
     finish(dump)
+
+
+def test_of_several_sets_the_best_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a dump has enough of them, text that fits none of them well takes the nearest."""
+    dump = new(tmp_path, 3)
+    found = [write(dump, 50, kind) for kind in range(4)]
+    assert len(set(found)) == 4
+    monkeypatch.setattr("storage.shared_tables.FITS", 0.5)
+    assert write(dump, 50, 2) == found[2]
+    monkeypatch.setattr("storage.shared_tables.SERVES", 0.5)
+    assert write(Dump(tmp_path), 50, 2, partition=1) not in found
 
 
 def test_a_writer_that_died_leaves_tables_for_the_next_one(tmp_path: Path) -> None:
