@@ -5,15 +5,14 @@ for other text of the same kind. Counted on the rows of the lists themselves, id
 because they stand there would seem sure.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.codec.root_grid import RootGrid
 from storage.codec.v1 import Ranks
-from storage.codec.v3_lists import compiled, list_order
+from storage.codec.v3_tables import Tables, compiled, list_order
 from storage.targets import Bools, Int64s, positions_of
 from storage.topk import Int32s, UInt16s
 
@@ -26,22 +25,12 @@ PER_OCTAVE = 64  # of the ratio of a root to the smallest one
 WEIGHT = 4.0  # symbols that the mean over a group of contexts counts for
 
 
-class Lister(Protocol):
-    """Tables, as far as learning uses them; v3_tables.Tables are such."""
-
-    def row(self, input_ids: Int32s, targets: Bools | None = None) -> Any: ...
-
-
-Made = TypeVar("Made", bound=Lister)
-
-
 def learn(
-    make: Callable[..., Made],
     rows: Sequence[tuple[Int32s, RootGrid]],
     vocab_size: int,
     masks: Sequence[Bools | None] | None = None,
-) -> Made:
-    """Tables from the (input_ids, grid) of rows, and their masks; `make` is the class Tables."""
+) -> Tables:
+    """Tables from the (input_ids, grid) of rows, and their masks."""
     kernels = compiled()
     masks = [None] * len(rows) if masks is None else masks
     grids = [grid for _, grid in rows]
@@ -56,7 +45,7 @@ def learn(
     raw = 0
     for inside, outside in folds(len(rows)):
         lists = list_successors([tokens[i] for i in outside], [grids[i] for i in outside], ranks)
-        plain = make(ranks, *lists, *edges, *even, learnt=0, cost=0.0)
+        plain = Tables(ranks, *lists, *edges, *even, learnt=0, cost=0.0)
         for i in inside:
             contexts, symbols = plain.row(rows[i][0], masks[i]).symbols(grids[i])
             kernels.count(contexts, symbols, flags, numbers)
@@ -66,7 +55,7 @@ def learn(
     entries = sum(len(grid.ids) for grid in grids)
     learnt = sum(len(grid.counts) for grid in grids)
     lists = list_successors(tokens, grids, ranks)
-    return make(ranks, *lists, *edges, chances, sums, learnt, bits / max(entries, 1))
+    return Tables(ranks, *lists, *edges, chances, sums, learnt, bits / max(entries, 1))
 
 
 def folds(rows: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:

@@ -5,21 +5,20 @@ They are learnt once (v3_learning) and serve many shards. All that decodes is in
 
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from storage.codec import v3_learning
 from storage.codec.frames import inflate, split_planes
 from storage.codec.root_grid import RootGrid, largest
 from storage.codec.v1 import Ranks
 from storage.codec.v2_tables import from_planes
-from storage.codec.v3_lists import compiled, list_order
-from storage.errors import CorruptPayload, FormatVersionError
+from storage.errors import CorruptPayload, FormatVersionError, StorageError
 from storage.targets import Bools, Int64s, pack_mask, positions_of
 from storage.topk import Int32s, UInt16s
 
@@ -31,6 +30,18 @@ LEARN_POSITIONS = 1 << 17  # positions that tables are learnt from
 MOST_LISTED_PER_BYTE, FREE_LISTED = 64, 1 << 20  # a table's claim; real ones: less than one a byte
 RANK_KINDS = (32, 128, 512, 2048, 8192)
 Integers = npt.NDArray[np.integer]
+
+
+@cache
+def compiled() -> ModuleType:
+    """The module storage.codec.v3_kernels. Raises StorageError without numba."""
+    try:
+        from storage.codec import v3_kernels as kernels
+    except ImportError as error:
+        raise StorageError(
+            f"payloads of version 3 need numba ({error}): pip install numba, or dump with codec: v1"
+        ) from None
+    return kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +102,6 @@ class Tables:
         `targets` bool [T] marks the tokens whose distributions are stored, None all of them.
         """
         return Row(self, np.require(input_ids, np.int32, ["C", "W"]), targets)
-
-    @classmethod
-    def learn(
-        cls,
-        rows: Sequence[tuple[Int32s, RootGrid]],
-        vocab_size: int,
-        masks: Sequence[Bools | None] | None = None,
-    ) -> "Tables":
-        """Learn from the (input_ids, grid) of rows, and their masks, see v3_learning."""
-        return v3_learning.learn(cls, rows, vocab_size, masks)
 
     def pack(self) -> bytes:
         """The tables as bytes, see FORMAT.md."""
@@ -216,6 +217,12 @@ class Row:
 def unsigned(numbers: Int32s) -> npt.NDArray[np.uint32]:
     """The same numbers, none of them negative, as the kernels index with them."""
     return np.ascontiguousarray(numbers, np.int32).view(np.uint32)
+
+
+def list_order(starts: Int32s, listed: Int32s, kinds: Integers, ranks: Ranks) -> Int64s:
+    """[n] the order in which a token's successors are asked: by descending kind, then by rank."""
+    token = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    return np.asarray(np.lexsort((ranks.rank_of[listed], -kinds.astype(np.int64), token)))
 
 
 def unpack_tables(data: bytes, vocab_size: int | None) -> Tables:
