@@ -26,6 +26,7 @@ PAGES = [
     "pipeline/models/SUPPORTED.md",
     "pipeline/study/README.md",
     "pipeline/training/README.md",
+    "scripts/benchmarks/GPU.md",
     "storage/BENCHMARKS.md",
     "storage/FORMAT.md",
 ]

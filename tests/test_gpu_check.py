@@ -143,6 +143,14 @@ def test_no_check_runs_where_cuda_is_broken(tmp_path: Path) -> None:
     assert pids[0] == pids[1] != pids[2]
 
 
+def test_the_longest_begins_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = "\n\n@pytest.mark.gpu(seconds={})\ndef test_it():\n    pass\n"
+    limits = {"a": 20, "b": 90, "c": 50}
+    run(tmp_path, **{name: check.format(seconds) for name, seconds in limits.items()})
+    order = re.findall(r"/3 (\w): it: passed", capsys.readouterr().err)
+    assert order == ["b", "c", "a"]
+
+
 def test_a_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--list", bad=BAD, good=GOOD) == (0, "")
     said = capsys.readouterr().out

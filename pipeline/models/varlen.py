@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.devices import to_device
+
 try:
     from torch.nn.attention.varlen import varlen_attn as kernel
 except ImportError:  # before torch 2.10
@@ -94,8 +96,7 @@ def attend(
         key, value = (x.repeat_interleave(many, 1) for x in (key, value))
     q, k, v = (x.to(dtype_of(x))[0].transpose(0, 1) for x in (query, key, value))
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    if q.is_cuda:  # from pinned memory, so that the copy does not wait for the GPU
-        ends = ends.pin_memory().to(q.device, non_blocking=True)
+    ends = to_device(ends, q.device)
     longest = max(lengths)
     before = -1 if window is None or window >= longest else window - 1
     found: Any = kernel(

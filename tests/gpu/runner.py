@@ -106,8 +106,9 @@ class Runner:
         for check in checks:
             if check.result is None:
                 files.setdefault((check.file, check.devices), []).append(check)
+        longest_first = sorted(files.values(), key=lambda some: -max(one.seconds for one in some))
         with ThreadPoolExecutor(processes) as pool:
-            jobs = [pool.submit(self.run_file, some, ended, give_up) for some in files.values()]
+            jobs = [pool.submit(self.run_file, some, ended, give_up) for some in longest_first]
             try:
                 for job in jobs:
                     job.result()

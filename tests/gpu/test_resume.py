@@ -13,7 +13,7 @@ from tests.gpu.measured import Measured
 from tests.gpu.runs import Job, run_script
 from tests.helpers.runs import steps
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(seconds=240)
 
 LENGTHS = [40, 30, 17, 12] * 4 if REHEARSED else [40, 300, 17, 129, 64, 200] * 4
 

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +41,7 @@ class FakeCuda(TorchDispatchMode):
         self.waits: list[str] = []
         """Copies between CPU and GPU for which the host waits, each with its place in the code."""
         self.pinned: list[Tensor] = []
+        self.memory: Memory | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -54,6 +56,8 @@ class FakeCuda(TorchDispatchMode):
             return matrix_product(*args, **kwargs)
         with self.fake:
             found = func(*args, **kwargs)
+        if self.memory is not None:
+            self.memory.add(found)
         copy = func._opname in ("_to_copy", "copy_")
         non_blocking = copy and True in (kwargs.get("non_blocking"), *args[2:])
         # A number is passed by value, except where it is what is copied.
@@ -75,6 +79,25 @@ class FakeCuda(TorchDispatchMode):
             return -1
         before, self.device = self.device, index
         return before
+
+
+class Memory:
+    """Bytes of the GPU that tensors hold: now, and at most since `peak` was set."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def add(self, made: Any) -> None:
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now())
+
+    def now(self) -> int:
+        self.held = {at: one for at, one in self.held.items() if not one[0].expired()}
+        return sum(size for _, size in self.held.values())
 
 
 def caller() -> str:
@@ -117,6 +140,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
                 "torch.cuda.is_bf16_supported": lambda *_, **__: True,
                 "torch.cuda._lazy_init": lambda: None,
                 "torch.cuda.set_device": lambda _: None,
+                "torch.cuda.get_device_capability": lambda _=None: (9, 0),
                 "torch.cuda._exchange_device": mode.exchange,
                 "torch.cuda._maybe_exchange_device": mode.exchange,
             }.items():
