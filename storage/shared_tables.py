@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from storage.codec.v3_learning import learn
 from storage.codec.v3_tables import LEARN_POSITIONS, Tables
 from storage.errors import IncompleteDump
 from storage.manifest import Partition
@@ -120,7 +121,7 @@ class SharedTables:
 
     def learnt(self, rows: Sequence[PendingRow]) -> Tables:
         given, masks = learning(rows)
-        return Tables.learn(given, self.vocab_size, masks)
+        return learn(given, self.vocab_size, masks)
 
     def published(self, tables: Tables) -> str:
         self.partition.dump.check_plan()

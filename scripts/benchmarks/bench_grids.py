@@ -23,8 +23,8 @@ import torch
 from pipeline.losses import Direction, sparse_divergence
 from pipeline.models.directory import ModelFolder
 from storage import Successors, TopK
+from storage.codec import v3_learning
 from storage.codec.codec import kept, pack, quantised, restored
-from storage.codec.v3_tables import Tables
 from storage.topk import codec_kl
 
 # (codec, parts of 1 that its step is)
@@ -52,7 +52,7 @@ def bytes_per_token(
     """Of the last quarter, by tables of the others."""
     grids = [(ids, quantised(topk, vocab, step, codec).narrow()) for ids, topk in rows]
     split = len(grids) * 3 // 4
-    learn = Successors.learn if codec == "v2" else Tables.learn
+    learn = Successors.learn if codec == "v2" else v3_learning.learn
     tables = learn(grids[:split], vocab)  # type: ignore[arg-type]
     size = sum(len(pack(grid, tables.row(ids))) for ids, grid in grids[split:])
     return size / sum(len(ids) for ids, _ in grids[split:])

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 
 from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
 from storage.codec import samples as sampled
+from storage.codec import v3_learning
 from storage.codec.codec import STEPS, pack, quantised
-from storage.codec.v3_tables import Tables
 from storage.shard_reader import ShardReader
 from storage.topk import codec_kl
 
@@ -169,7 +169,7 @@ def speeds(line: Line, rows: list[Record], vocab: int, codec: str, step: float) 
         ranks = Ranks.learn((grid for _, grid in grids), vocab)
         work = [(grid, ranks) for _, grid in grids]
     else:
-        tables = (Successors if codec == "v2" else Tables).learn(grids, vocab)
+        tables = (Successors.learn if codec == "v2" else v3_learning.learn)(grids, vocab)
         work = [(grid, tables.row(input_ids)) for input_ids, grid in grids]
     payloads = [(pack(grid, known), known) for grid, known in work]
     line.encode = speed(lambda: [pack(*one) for one in work], total_tokens(rows))
@@ -294,7 +294,7 @@ def learning(rows: list[Record], vocab: int, sizes: list[int]) -> None:
     tokens = sum(len(input_ids) for input_ids, _ in others)
     for size in sizes:
         began = time.process_time()
-        tables = Tables.learn(grids[:size], vocab)
+        tables = v3_learning.learn(grids[:size], vocab)
         spent = time.process_time() - began
         coded = sum(len(pack(grid, tables.row(input_ids))) for input_ids, grid in others)
         expected = tables.cost / 8 * sum(len(grid.ids) for _, grid in others) / tokens

@@ -5,7 +5,6 @@ They are learnt once (v3_learning) and serve many shards. All that decodes is in
 
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -103,18 +102,6 @@ class Tables:
         `targets` bool [T] marks the tokens whose distributions are stored, None all of them.
         """
         return Row(self, np.require(input_ids, np.int32, ["C", "W"]), targets)
-
-    @classmethod
-    def learn(
-        cls,
-        rows: Sequence[tuple[Int32s, RootGrid]],
-        vocab_size: int,
-        masks: Sequence[Bools | None] | None = None,
-    ) -> "Tables":
-        """Learn from the (input_ids, grid) of rows, and their masks, see v3_learning."""
-        from storage.codec import v3_learning
-
-        return v3_learning.learn(rows, vocab_size, masks)
 
     def pack(self) -> bytes:
         """The tables as bytes, see FORMAT.md."""

@@ -22,6 +22,7 @@ import numpy as np
 with atheris.instrument_imports(include=["storage"]):
     import storage  # noqa: F401
     from storage.codec import samples as sampled
+    from storage.codec import v3_learning
     from storage.codec.codec import STEPS, decode, quantised, unpack
     from storage.codec.frames import HEADER, Header, Planes, deflate, join
     from storage.codec.grid import dequantise, quantise
@@ -46,7 +47,7 @@ INPUT_IDS = np.arange(POSITIONS + 1, dtype=np.int32) % 3
 RANKS = Ranks.learn([GRID], VOCAB)
 TABLES = Successors.learn([(INPUT_IDS, GRID)], VOCAB)
 ROW = TABLES.row(INPUT_IDS)
-TABLES_3 = Tables.learn([(INPUT_IDS, ROOTS)], VOCAB)
+TABLES_3 = v3_learning.learn([(INPUT_IDS, ROOTS)], VOCAB)
 ROW_3 = TABLES_3.row(INPUT_IDS)
 LONG = np.arange(30, dtype=np.int32) % 3
 MASK = np.isin(np.arange(30), RNG.choice(29, POSITIONS, replace=False) + 1)

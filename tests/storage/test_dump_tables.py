@@ -24,6 +24,7 @@ from storage import (
 )
 from storage.__main__ import main
 from storage.codec.codec import quantised
+from storage.codec.v3_learning import learn
 from storage.codec.v3_tables import Tables
 from storage.dump_tables import DumpTables, tables_file
 from storage.store import Store
@@ -38,7 +39,7 @@ def some_tables(rows: int = 3, vocab_size: int = VOCAB) -> Tables:
     records = [random_record(number) for number in range(rows)]
     grids = [quantised(record.topk, vocab_size, STEP, "v3") for record in records]
     pairs = [(r.input_ids, grid) for r, grid in zip(records, grids, strict=True)]
-    return Tables.learn(pairs, vocab_size)  # type: ignore[arg-type]
+    return learn(pairs, vocab_size)  # type: ignore[arg-type]
 
 
 def tables_of(path: Path) -> Path:

@@ -15,6 +15,7 @@ from storage.codec.codec import STEPS, decode, encode, pack, unpack
 from storage.codec.frames import HEADER, Limits
 from storage.codec.root_grid import MIN_STEP, RootGrid, dequantise, quantise
 from storage.codec.v3_kernels import STREAMS
+from storage.codec.v3_learning import learn
 from storage.codec.v3_tables import Row, Tables
 from storage.topk import codec_kl
 from tests.helpers.records import VOCAB, random_mask, random_topk, with_samples
@@ -34,7 +35,7 @@ def learnt(
     lengths = [len(topk) + 1 for topk in topks] if masks is None else map(len, masks)
     inputs = [rng.integers(0, min(9, vocab_size), n).astype(np.int32) for n in lengths]
     grids = [quantise(topk, vocab_size, step) for topk in topks]
-    return Tables.learn(list(zip(inputs, grids, strict=True)), vocab_size, masks), inputs, grids
+    return learn(list(zip(inputs, grids, strict=True)), vocab_size, masks), inputs, grids
 
 
 def alike(positions: int, count: int, vocab_size: int = VOCAB, seed: int = 0) -> TopK:

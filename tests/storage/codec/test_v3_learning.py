@@ -5,8 +5,7 @@ import pytest
 
 from storage import TopK
 from storage.codec.root_grid import quantise
-from storage.codec.v3_learning import FOLDS, folds
-from storage.codec.v3_tables import Tables
+from storage.codec.v3_learning import FOLDS, folds, learn
 from tests.helpers.records import VOCAB, random_topk
 from tests.storage.codec.test_v3 import STEP, alike, learnt
 
@@ -56,7 +55,7 @@ def test_what_tables_expect_holds_for_other_text_of_their_kind() -> None:
         return TopK.from_dense(ids, best, np.log(1 - np.exp(best).sum(axis=1)))
 
     rows = [(ids, quantise(text(ids), 5000, STEP)) for ids in inputs]
-    tables = Tables.learn(rows[:12], 5000)
+    tables = learn(rows[:12], 5000)
     words = sum(len(tables.row(ids).write(grid)) for ids, grid in rows[12:])
     entries = sum(len(grid.ids) for _, grid in rows[12:])
     assert 16 * words / entries == pytest.approx(tables.cost, rel=0.04)

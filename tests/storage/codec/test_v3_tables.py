@@ -9,6 +9,7 @@ import pytest
 from storage import CorruptPayload, FormatVersionError
 from storage.codec.codec import pack, unpack
 from storage.codec.root_grid import quantise
+from storage.codec.v3_learning import learn
 from storage.codec.v3_tables import HEAD, Tables
 from tests.helpers.records import VOCAB
 from tests.storage.codec.test_v3 import STEP, alike, flipped, learnt
@@ -27,7 +28,7 @@ def test_tables_pack_and_unpack_the_same_everywhere() -> None:
 
 
 def test_tables_of_nothing_are_tables() -> None:
-    tables = Tables.unpack(Tables.learn([], VOCAB).pack(), VOCAB)
+    tables = Tables.unpack(learn([], VOCAB).pack(), VOCAB)
     grid = quantise(alike(20, 16), VOCAB, STEP)
     row = tables.row(np.zeros(21, np.int32))
     assert unpack(pack(grid, row), row).same(grid)
