@@ -132,9 +132,9 @@ class DumpConfig:
     Usual are 50 alone, or 32 beside k."""
     sample_seed: Seed = 0
     """Seed of the draws."""
-    min_prob: Annotated[float, Range(0, below=1)] = 0.0
+    min_prob: Annotated[float | None, Range(0, below=1)] = None
     """Keep only entries of at least this probability, and the best one. The mass of the others goes
-    to the tail. 0 keeps all k."""
+    to the tail. By default 0.0003, but 0 with samples or top_p. 0 keeps all k."""
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Keep only as many entries as hold this mass. The mass of the others goes to the tail."""
     positions: Annotated[float, Range(above=0, most=1)] = 1.0
@@ -148,11 +148,10 @@ class DumpConfig:
     """Grid of the stored probabilities, by default that of the codec. v1 and v2: nats between
     log-probabilities, 1/16. v3: steps between square roots of probabilities, 1/416, at most 0.05.
     Both cost about 7e-5 nats of KL."""
-    codec: Literal["v1", "v2", "v3"] = "v1"
-    """v2 codes ids from their context: 0.64 of the bytes of v1. But it holds a shard in memory,
-    takes some 30 microseconds of CPU per token in a thread of its own, and decodes several times
-    more slowly. v3 does so with tables that all shards share, so it holds no shard, and on a grid
-    that spends no bits on improbable entries."""
+    codec: Literal["v1", "v2", "v3"] | None = None
+    """How distributions are coded; by default v3, or as in the dump that is resumed. v1 takes about
+    twice the bytes of v3, and is read twice as fast. v2 takes more bytes than v3 and holds a shard
+    in memory."""
     max_length: Length = 2048
     """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
@@ -180,12 +179,13 @@ class DumpConfig:
         entries = self.k + self.samples
         require(entries <= 65535, f"k and samples: together at most 65535, found {entries}")
         require(
-            not self.samples or (self.min_prob == 0 and self.top_p == 1),
+            not self.samples or (not self.min_prob and self.top_p == 1),
             "samples: they are drawn from what the k entries leave, so min_prob and top_p cannot "
             "take entries away afterwards. Leave those out, and set a smaller k",
         )
+        coarse = self.step is not None and not 1 / 65535 <= self.step <= 0.05
         require(
-            self.codec != "v3" or self.step is None or 1 / 65535 <= self.step <= 0.05,
+            self.codec != "v3" or not coarse,
             f"step {self.step}: with codec v3 it is a step of the square root of a probability, "
             "from 1/65535 to 0.05; leave it out for 1/416",
         )

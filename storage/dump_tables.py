@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from storage.codec.v3_tables import Tables
@@ -47,6 +48,12 @@ class DumpTables:
         """The tables with this sha256: one request, and none while they are kept."""
         with self._lock:
             return self._kept.get(sha256, lambda: self._read(sha256), lambda found: found.nbytes)
+
+    def sizes(self, named: Iterable[str]) -> dict[str, int | None]:
+        """Bytes of the files of these tables, by name; None for one that is missing."""
+        names = sorted(map(tables_file, set(named)))
+        there = self.store.top() if names else {}
+        return {name: there[name].bytes if name in there else None for name in names}
 
     @property
     def recent(self) -> list[str]:

@@ -63,11 +63,11 @@ def tables_of(dataset: LogitDataset) -> Iterator[str]:
             users.setdefault(tables_file(shard.tables), []).append(shard.name)
     if not users:
         return
-    there = dataset.dump.store.top()
-    sizes = {name: there[name].bytes if name in there else 0 for name in users}
-    yield f"tables     {sum(sizes.values()):,} bytes more, in {len(users)} files"
+    sizes = dataset.dump.tables.sizes(shard.tables for shard in dataset.shards if shard.tables)
+    total = sum(size or 0 for size in sizes.values())
+    yield f"tables     {total:,} bytes more, in {len(users)} files"
     for name, shards in users.items():
-        size = f"{sizes[name]:,} bytes" if name in there else "missing"
+        size = "missing" if sizes[name] is None else f"{sizes[name]:,} bytes"
         yield f"  {name} {size}, {len(shards)} shards, the first is {shards[0]}"
 
 

@@ -130,7 +130,7 @@ class TopK:
         counts = (kept[ends] - kept[ends - self.counts]).astype(np.uint16)
         # Dropped entries are small: sum them alone, or rounding loses them.
         dropped = position_sums(np.where(keep, 0, p), self.counts)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # NaN of a teacher stays NaN
             tail = np.logaddexp(self.tail_logprob.astype(np.float64), np.log(dropped))
         return TopK(counts, self.ids[keep], self.logprobs[keep], tail.astype(np.float32))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipeline.config import DumpConfig
 from pipeline.dump import workers
 from pipeline.dump.partitions import Meter, write_partitions
-from pipeline.dump.plan import make_plan, open_corpus, plan_differences
+from pipeline.dump.plan import make_plan, open_corpus, plan_differences, plan_there, settled
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.trainable import check_trainable
@@ -100,6 +100,7 @@ def run_with(
     corpus = open_corpus(config, model)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
+    config = settled(config, plan_there(config.output))
     plan = make_plan(config, corpus, model)
     dump = create_dump(config.output, plan, model.tokenizer_files(), plan_differences)
     if only == "plan":
@@ -136,6 +137,8 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
         dump.finish()
     parts = [dump.partition(index) for index in wanted]
     total = Totals.of(shard.marker for part in parts for shard in part.shards)
+    named = {shard.tables for part in parts for shard in part.shards if shard.tables}
+    tables_bytes = sum(size or 0 for size in dump.tables.sizes(named).values())
     skipped = sum((part.summary or {}).get("skipped", 0) for part in parts)
     summary: Json = {
         "rows": total.rows,
@@ -145,6 +148,7 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
         "skipped": skipped,
         "shards": total.shards,
         "bytes": total.bytes,
+        "tables_bytes": tables_bytes,
         "bytes_per_token": total.bytes_per_token,
         "bytes_per_target": total.bytes_per_target,
         "kept_mass": total.kept_mass,
@@ -152,12 +156,18 @@ def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | No
         "tokens_per_s": tokens_per_s,
         "finished": complete,
     }
-    say(f"{dump.store.path}: {describe(total, dump.plan, skipped, tokens_per_s, complete)}")
+    said = describe(total, tables_bytes, dump.plan, skipped, tokens_per_s, complete)
+    say(f"{dump.store.path}: {said}")
     return summary
 
 
 def describe(
-    total: Totals, plan: Json, skipped: int, tokens_per_s: float | None, complete: bool
+    total: Totals,
+    tables_bytes: int,
+    plan: Json,
+    skipped: int,
+    tokens_per_s: float | None,
+    complete: bool,
 ) -> str:
     """One line on what was dumped."""
     k, targets = plan["k"], ""
@@ -168,6 +178,8 @@ def describe(
         parts.append(f"{total.bytes_per_token:.1f} bytes per token")
         if targets:
             parts.append(f"{total.bytes_per_target:.1f} bytes per target")
+    if tables_bytes:
+        parts.append(f"{tables_bytes:,} bytes of tables for all shards")
     if total.kept_mass is not None and k:
         parts.append(f"top-{k} hold {total.kept_mass:.3f}")
     if tokens_per_s:

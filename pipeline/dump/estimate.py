@@ -37,6 +37,8 @@ class Estimate:
     sample_tokens: int
     bytes_per_token: float
     bytes_per_target: float
+    tables_bytes: int
+    """of the tables that all shards share, see storage/dump_tables.py"""
     kept_mass: float
     """Mean probability of the stored top-k."""
     tokens_per_s: float
@@ -53,7 +55,7 @@ class Estimate:
     @property
     def disk(self) -> float:
         """Bytes. Most of them are distributions, so they follow the targets."""
-        return self.targets * self.bytes_per_target
+        return self.targets * self.bytes_per_target + self.tables_bytes
 
     @property
     def seconds(self) -> float:
@@ -104,6 +106,7 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
         sample_tokens=int(done["tokens"]),
         bytes_per_token=float(done["bytes_per_token"]),
         bytes_per_target=float(done["bytes_per_target"]),
+        tables_bytes=int(done["tables_bytes"]),
         kept_mass=float(done["kept_mass"]),
         tokens_per_s=rate,
         start_s=max(time.monotonic() - began - done["tokens"] / rate, 0.0),
@@ -158,11 +161,12 @@ def describe(of: Estimate, config: DumpConfig, run_tokens: int | None) -> str:
     speed = of.flops_per_token * of.tokens_per_s
     targets = f", {of.targets:,.0f} of them targets" if of.masked else ""
     per_target = f", {of.bytes_per_target:.1f} per target" if of.masked else ""
+    tables = f", {size(of.tables_bytes)} of tables once" if of.tables_bytes else ""
     return f"""
 corpus       {of.documents:,} documents, {of.tokens:,.0f} tokens{error}{targets}
 measured on  {of.sample_tokens:,} tokens through {config.engine}
 disk         {size(of.disk)}: {of.bytes_per_token:.1f} bytes per token{per_target} (fewer in larger
-             shards)
+             shards){tables}
 {kept(of.kept_mass, config)}
 engine       {hours(of.seconds)}: {of.tokens_per_s:,.0f} tokens/s on one engine; N engines need
              1/N of it. Add {hours(of.start_s)} per start. A small sample does not fill a GPU.

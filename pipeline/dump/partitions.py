@@ -118,8 +118,8 @@ class PartitionsWriter:
             self.finish_partition()
         if self.writer is None:
             self.writer = ShardWriter(self.todo[0].partition, self.index)
-        if self.config.min_prob > 0 or self.config.top_p < 1:
-            topk = topk.cut(self.config.min_prob, self.config.top_p)
+        if self.config.min_prob or self.config.top_p < 1:
+            topk = topk.cut(self.config.min_prob or 0.0, self.config.top_p)
         doc_id, chunk, ids = sequence.doc_id, sequence.chunk, sequence.input_ids
         self.writer.write(Record(doc_id, chunk, ids, topk, sequence.targets))
         self.documents += sequence.ends_document

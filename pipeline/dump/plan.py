@@ -1,5 +1,7 @@
 """The plan of a dump: every setting and input that decides what it holds."""
 
+from dataclasses import replace
+
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
 from pipeline.engine_args import reads_hugging_face
@@ -10,9 +12,13 @@ from pipeline.positions import Share
 from pipeline.teacher.vllm_engine import engine_version
 from pipeline.types import Json
 from storage.codec.codec import STEPS
-from storage.manifest import differences
+from storage.errors import IncompleteDump
+from storage.manifest import Dump, differences
 from storage.plan import TARGETS_VERSION
 
+MIN_PROB = 0.0003
+"""Least probability of an entry, by default: a third less on disk, and the gradient of the student
+hardly changes (storage/BENCHMARKS.md, A cut-off)."""
 NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
 """Spellings of what the plan also has the content of, as a fingerprint."""
 
@@ -23,13 +29,37 @@ def open_corpus(config: DumpConfig, model: ModelFolder) -> Corpus:
     return Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos, share)
 
 
+def plan_there(output: str) -> Json | None:
+    """The plan of the dump at `output`; None where there is none yet."""
+    try:
+        return Dump(output).plan
+    except IncompleteDump:
+        return None
+
+
+def settled(config: DumpConfig, there: Json | None) -> DumpConfig:
+    """With what the settings leave open: as in the plan of the dump that is there, or, in a new
+    dump, as this release does it. Raises ConfigError for a step that does not fit the codec.
+    """
+    if there is None:
+        cut = 0.0 if config.samples or config.top_p < 1 else MIN_PROB
+        there = {"codec": "v3", "min_prob": cut}
+    codec, cut = there.get("codec", "v1"), there.get("min_prob", 0.0)
+    return replace(
+        config,
+        codec=config.codec or codec,
+        min_prob=cut if config.min_prob is None else config.min_prob,
+    )
+
+
 def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
     """The content of plan.json; two dumps of one plan hold the same rows.
 
-    Raises ConfigError for settings that the model cannot serve.
+    The settings are `settled`. Raises ConfigError for settings that the model cannot serve.
     """
     check_fits(config, corpus, model)
     tokenizer = corpus.tokenizer
+    assert config.codec is not None
     return {
         "teacher": {
             "name": config.model,
@@ -44,7 +74,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         "step": STEPS[config.codec] if config.step is None else config.step,
         # A setting that earlier releases lacked is in the plan only where it changes something.
         **({} if config.codec == "v1" else {"codec": config.codec}),
-        **({"min_prob": config.min_prob} if config.min_prob > 0 else {}),
+        **({"min_prob": config.min_prob} if config.min_prob else {}),
         **({"top_p": config.top_p} if config.top_p < 1 else {}),
         **(
             {"samples": config.samples, "sample_seed": config.sample_seed} if config.samples else {}

@@ -28,12 +28,15 @@ def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) 
 
 
 def rows(path: Path | str) -> dict[tuple[str, int], bytes]:
-    """The content of every row, by document and chunk."""
+    """The content of every row, by document and chunk; equally likely ids by ascending id."""
     found = {}
     for record in LogitDataset(path):
         topk = record.topk
         ids, at = record.input_ids, record.positions
-        parts = [ids, at, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob]
+        place = np.repeat(np.arange(len(topk)), topk.counts)
+        order = np.lexsort((topk.ids, -topk.logprobs, place))
+        entries = topk.ids[order], topk.logprobs[order]
+        parts = [ids, at, topk.counts, *entries, topk.tail_logprob]
         key = (record.doc_id, record.chunk)
         assert key not in found
         found[key] = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CorpusConfig, DumpConfig
-from pipeline.dump.plan import make_plan, open_corpus, plan_differences
+from pipeline.dump.plan import MIN_PROB, make_plan, open_corpus, plan_differences, settled
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.types import Json
@@ -16,10 +16,15 @@ from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 
 
 def plan_of(
-    model: Path | str, corpus: Path | str, settings: Json | None = None, **more: str
+    model: Path | str,
+    corpus: Path | str,
+    settings: Json | None = None,
+    there: Json | None = None,
+    **more: str,
 ) -> Json:
     given: Json = {"k": 8, **(settings or {})}
     config = DumpConfig(str(model), CorpusConfig(str(corpus), **more), "unused", **given)  # type: ignore[arg-type]
+    config = settled(config, there)
     folder = ModelFolder.find(config.model)
     opened = open_corpus(config, folder)
     return dict(json.loads(json.dumps(make_plan(config, opened, folder))))
@@ -114,15 +119,34 @@ def test_targets_are_in_the_plan_only_where_they_are_chosen(model: Path, chats: 
 
 def test_the_step_is_the_codecs_and_old_plans_have_the_same(model: Path, tmp_path: Path) -> None:
     corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
-    there = plan_of(model, corpus)
-    assert (there["step"], "codec" in there) == (1 / 16, False)
-    assert plan_of(model, corpus, {"step": 1 / 16}) == there
-    assert plan_of(model, corpus, {"codec": "v2"}) == {**there, "codec": "v2"}
-    found = plan_of(model, corpus, {"codec": "v3"})
+    there = plan_of(model, corpus, {"codec": "v1", "min_prob": 0})
+    assert (there["step"], "codec" in there, "min_prob" in there) == (1 / 16, False, False)
+    assert plan_of(model, corpus, {"step": 1 / 16, "codec": "v1", "min_prob": 0}) == there
+    assert plan_of(model, corpus, {"codec": "v2", "min_prob": 0}) == {**there, "codec": "v2"}
+    found = plan_of(model, corpus, {"codec": "v3", "min_prob": 0})
     assert found == {**there, "codec": "v3", "step": STEPS["v3"]}
-    assert plan_differences(found, plan_of(model, corpus, {"codec": "v3", "step": 0.01})) == [
-        f"step: {STEPS['v3']} in the dump, 0.01 asked for"
-    ]
+    assert plan_differences(
+        found, plan_of(model, corpus, {"codec": "v3", "step": 0.01, "min_prob": 0})
+    ) == [f"step: {STEPS['v3']} in the dump, 0.01 asked for"]
+
+
+def test_what_is_left_open_is_as_in_the_dump_that_is_there(model: Path, tmp_path: Path) -> None:
+    """So the command of an earlier release resumes its dump."""
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    new = plan_of(model, corpus)
+    assert (new["codec"], new["min_prob"], new["step"]) == ("v3", MIN_PROB, STEPS["v3"])
+    old = plan_of(model, corpus, {"codec": "v1", "min_prob": 0})
+    assert plan_of(model, corpus, there=old) == old
+    for settings in ({"codec": "v2", "min_prob": 0.01}, {"codec": "v2", "step": 0.5}):
+        there = plan_of(model, corpus, settings)
+        given = {name: settings[name] for name in settings if name == "step"}
+        assert plan_of(model, corpus, given, there=there) == there
+    assert plan_differences(old, plan_of(model, corpus, {"codec": "v3"}, there=old))
+    # What a cut-off does not go with has none by default.
+    for given in ({"samples": 4}, {"top_p": 0.9}):
+        assert "min_prob" not in plan_of(model, corpus, given)
+    with pytest.raises(ConfigError, match="leave it out for 1/416"):
+        plan_of(model, corpus, {"step": 1 / 16})
 
 
 @pytest.mark.parametrize("step", [1 / 16, 1, 1e-5])

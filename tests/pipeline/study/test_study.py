@@ -39,7 +39,7 @@ def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
             "other": {**other, "limit": 6},
         },
         "max_length": 64,
-        "dumps": {"all": {"k": 512, "engine": "transformers"}},
+        "dumps": {"all": {"k": 512, "min_prob": 0, "codec": "v1", "engine": "transformers"}},
         "seeds": [0, 1],
         "learning_rates": [1e-3],
         "training": {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1},
