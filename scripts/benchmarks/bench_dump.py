@@ -111,7 +111,8 @@ def multiplied(model: str) -> tuple[int, int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights():
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = made.get_output_embeddings().weight
     embeddings = made.get_input_embeddings().weight
     others = {id(one): one.numel() for one in made.parameters() if one.ndim > 1}
