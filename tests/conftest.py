@@ -11,10 +11,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, also for what the tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers.paths import ROOT
+
+hypothesis.settings.register_profile("no time", deadline=None)  # no test is one of speed
+hypothesis.settings.load_profile("no time")
 
 ENGINES = {
     str(file.relative_to(ROOT))
