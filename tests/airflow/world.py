@@ -4,13 +4,14 @@ python -m tests.airflow.world make FOLDER   make a tiny model, corpora, configs 
 python -m tests.airflow.world rows DUMP     print all rows as JSON; fails on a damaged dump
 """
 
-import hashlib
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 
-from storage import LogitDataset, verify
+from storage import verify
 from tests.helpers.corpora import write_texts
+from tests.helpers.dumps import rows as contents
 from tests.helpers.models import TEXTS, tiny_model
 
 DOCUMENTS = 600
@@ -71,14 +72,8 @@ def rows(dump: str) -> None:
     report = verify(dump)
     if not report.ok:
         sys.exit("\n".join(report.faults))
-    found = {}
-    for record in LogitDataset(dump):
-        topk = record.topk
-        digest = hashlib.sha256()
-        for part in (record.input_ids, topk.counts, topk.ids, topk.logprobs, topk.tail_logprob):
-            digest.update(part.tobytes())
-        found[f"{record.doc_id}/{record.chunk}"] = digest.hexdigest()
-    print(json.dumps(found))
+    found = contents(dump).items()
+    print(json.dumps({f"{doc}/{chunk}": sha256(row).hexdigest() for (doc, chunk), row in found}))
 
 
 if __name__ == "__main__":
