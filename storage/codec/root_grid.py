@@ -3,6 +3,7 @@
 The KL that rounding costs is 2 Σ (Δ√p)² to second order, so equal steps of √p spend it evenly.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,9 @@ def kept(topk: TopK, step: float) -> TopK:
     The best entry of a position stays. So do all entries of a record with samples, because these
     are drawn from the tail as it is.
     """
-    return topk if topk.samples is not None else topk.cut((step / 2) ** 2)
+    if topk.samples is not None or topk.logprobs.min(initial=0) >= 2 * math.log(step / 2):
+        return topk  # as after a cut-off, which is higher
+    return topk.cut((step / 2) ** 2)
 
 
 def quantise(topk: TopK, vocab_size: int, step: float) -> RootGrid:

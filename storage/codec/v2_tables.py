@@ -181,24 +181,8 @@ class Successors:
             at += size
         leading, length_planes, gap_planes, kinds, level_kinds, probabilities = parts
         ranks = Ranks(leading.view("<i4"), vocab)
-        lengths = from_planes(length_planes, 2)
-        if int(lengths.max()) > MOST_LISTED:
-            raise CorruptPayload(f"table of successors: {lengths.max()} listed after one token")
-        if int(lengths.sum()) != total:
-            raise CorruptPayload(
-                f"table of successors: {lengths.sum()} listed ids, header says {total}"
-            )
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        gaps = from_planes(gap_planes, 3)
-        sums = np.cumsum(gaps)
-        before = np.concatenate([[0], sums])[starts[:-1]]
-        listed = sums - np.repeat(before, lengths)
-        inside = np.ones(total, bool)
-        inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
-        if total and (int(listed.max()) >= vocab or int(gaps[inside].min(initial=1)) < 1):
-            raise CorruptPayload(
-                "table of successors: an id outside the vocabulary, or an id twice"
-            )
+        lengths, gaps = from_planes(length_planes, 2), from_planes(gap_planes, 3)
+        starts, listed = unpack_lists(lengths, gaps, ranks, total, MOST_LISTED)
         chances = from_planes(probabilities[: 2 * kernels.FLAGS], 2)
         widths = from_planes(probabilities[2 * kernels.FLAGS :], 2).reshape(tables, kernels.SYMBOLS)
         if (
@@ -212,7 +196,7 @@ class Successors:
         cumulative = np.zeros((tables, kernels.SYMBOLS + 1), np.uint16)
         cumulative[:, 1:] = np.cumsum(widths, axis=1)
         return cls(
-            ranks, starts, ranks.order[listed], kinds, level_kinds, shift,
+            ranks, starts, listed, kinds, level_kinds, shift,
             chances.astype(np.uint16), cumulative,
         )  # fmt: skip
 
@@ -232,22 +216,13 @@ class Row:
     positions: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
-        vocab, read = self.successors.ranks.vocab_size, self.input_ids[:-1]
-        if len(read) and not 0 <= read.min() <= read.max() < vocab:
-            raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
-        if self.targets is not None and len(self.targets) != len(self.input_ids):
-            raise CorruptPayload(
-                f"a mask of {len(self.targets)} tokens for {len(self.input_ids)} input ids"
-            )
-        positions = positions_of(self.targets, len(self.input_ids))
+        vocab = self.successors.ranks.vocab_size
+        positions = positions_within(vocab, self.input_ids, self.targets)
         object.__setattr__(self, "positions", positions)
 
     @property
     def checksum(self) -> int:
-        checksum = zlib.crc32(self.input_ids[:-1].astype("<i4").tobytes(), self.successors.checksum)
-        if self.targets is not None:
-            checksum = zlib.crc32(pack_mask(self.targets), checksum)
-        return checksum or 1
+        return checksum_of_row(self.successors.checksum, self.input_ids, self.targets)
 
     def symbols(self, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(contexts, symbols) [n] that encode the grid."""
@@ -350,3 +325,44 @@ def from_planes(raw: npt.NDArray[np.uint8], planes: int) -> npt.NDArray[np.int64
     """The inverse of split_planes."""
     parts = raw.reshape(planes, -1).astype(np.int64)
     return np.asarray(sum(parts[plane] << (8 * plane) for plane in range(planes)))
+
+
+def unpack_lists(
+    lengths: Int64s, gaps: Int64s, ranks: Ranks, total: int, most: int
+) -> tuple[Int32s, Int32s]:
+    """(starts [V + 1], listed [total]) of tables: each token's successors by ascending rank.
+
+    lengths [V]; gaps [total] between ranks; most: successors of one token. Raises CorruptPayload.
+    """
+    if int(lengths.max()) > most or int(lengths.sum()) != total:
+        raise CorruptPayload(
+            f"tables: {lengths.max()} listed after one token and {lengths.sum()} in all, header "
+            f"says {total}"
+        )
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    sums = np.cumsum(gaps)
+    before = np.concatenate([[0], sums])[starts[:-1]]
+    listed = sums - np.repeat(before, lengths)
+    inside = np.ones(total, bool)
+    inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
+    if total and (int(listed.max()) >= ranks.vocab_size or int(gaps[inside].min(initial=1)) < 1):
+        raise CorruptPayload("tables: an id outside the vocabulary, or an id twice")
+    return starts, ranks.order[listed]
+
+
+def positions_within(vocab: int, input_ids: Int32s, targets: Bools | None) -> Int64s:
+    """The positions [P] of a sequence [T]. Raises CorruptPayload for a foreign id or mask."""
+    read = input_ids[:-1]
+    if len(read) and not 0 <= read.min() <= read.max() < vocab:
+        raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
+    if targets is not None and len(targets) != len(input_ids):
+        raise CorruptPayload(f"a mask of {len(targets)} tokens for {len(input_ids)} input ids")
+    return positions_of(targets, len(input_ids))
+
+
+def checksum_of_row(tables: int, input_ids: Int32s, targets: Bools | None) -> int:
+    """CRC-32 of the tables (`tables`), the ids that were read and the mask; never 0."""
+    checksum = zlib.crc32(input_ids[:-1].astype("<i4").tobytes(), tables)
+    if targets is not None:
+        checksum = zlib.crc32(pack_mask(targets), checksum)
+    return checksum or 1

@@ -9,6 +9,9 @@ nearly say. Writer and reader share `ask` and `settle`, so both see the same con
 The writer lists contexts and symbols. The reader takes them from STREAMS interleaved rANS states
 (Giesen, arXiv 1402.3392) with 16-bit words and probabilities in 1/32768: symbol i is of state
 i mod STREAMS, so that their long operations overlap. All arithmetic is on integers, or is exact.
+
+This is one file because numba keeps compiled functions on disk, and makes them again where their
+own file has changed, but not where one that they call has.
 """
 
 from typing import NamedTuple

@@ -17,9 +17,14 @@ import zstandard
 from storage.codec.frames import inflate, split_planes
 from storage.codec.root_grid import RootGrid, largest
 from storage.codec.v1 import Ranks
-from storage.codec.v2_tables import from_planes
+from storage.codec.v2_tables import (
+    checksum_of_row,
+    from_planes,
+    positions_within,
+    unpack_lists,
+)
 from storage.errors import CorruptPayload, FormatVersionError, StorageError
-from storage.targets import Bools, Int64s, pack_mask, positions_of
+from storage.targets import Bools, Int64s
 from storage.topk import Int32s, UInt16s
 
 MAGIC, VERSION = b"MoLt", 1
@@ -151,22 +156,14 @@ class Row:
     positions: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
-        vocab, read = self.tables.ranks.vocab_size, self.input_ids[:-1]
-        if len(read) and not 0 <= read.min() <= read.max() < vocab:
-            raise CorruptPayload(f"input ids outside the vocabulary of {vocab}")
-        if self.targets is not None and len(self.targets) != len(self.input_ids):
-            raise CorruptPayload(
-                f"a mask of {len(self.targets)} tokens for {len(self.input_ids)} input ids"
-            )
-        object.__setattr__(self, "positions", positions_of(self.targets, len(self.input_ids)))
+        vocab = self.tables.ranks.vocab_size
+        positions = positions_within(vocab, self.input_ids, self.targets)
+        object.__setattr__(self, "positions", positions)
 
     @property
     def checksum(self) -> int:
         """CRC-32 of the tables, the ids that were read and the mask; never 0."""
-        checksum = zlib.crc32(self.input_ids[:-1].astype("<i4").tobytes(), self.tables.checksum)
-        if self.targets is not None:
-            checksum = zlib.crc32(pack_mask(self.targets), checksum)
-        return checksum or 1
+        return checksum_of_row(self.tables.checksum, self.input_ids, self.targets)
 
     def _walked(self) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
         """(tokens [P], place and length [P] of their matches)."""
@@ -262,7 +259,11 @@ def unpack_tables(data: bytes, vocab_size: int | None) -> Tables:
     leading, length_planes, gap_planes, kinds, probabilities = parts
     ranks = Ranks(leading.view("<i4"), vocab)
     starts, listed = unpack_lists(
-        from_planes(length_planes, 2), from_planes(gap_planes, 3), ranks, total
+        from_planes(length_planes, 2),
+        from_planes(gap_planes, 3),
+        ranks,
+        total,
+        kernels.MOST_LISTED,
     )
     if int(kinds.max(initial=0)) >= 64:
         raise CorruptPayload("tables: impossible kinds")
@@ -272,24 +273,6 @@ def unpack_tables(data: bytes, vocab_size: int | None) -> Tables:
         ranks, starts, listed[order], kinds[order], scales.astype(np.int64),
         roots.astype(np.int64), chances, sums, learnt, cost,
     )  # fmt: skip
-
-
-def unpack_lists(lengths: Int64s, gaps: Int64s, ranks: Ranks, total: int) -> tuple[Int32s, Int32s]:
-    """(starts, listed) by ascending rank. Raises CorruptPayload."""
-    if int(lengths.max()) > compiled().MOST_LISTED or int(lengths.sum()) != total:
-        raise CorruptPayload(
-            f"tables: {lengths.max()} listed after one token and {lengths.sum()} in all, header "
-            f"says {total}"
-        )
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    sums = np.cumsum(gaps)
-    before = np.concatenate([[0], sums])[starts[:-1]]
-    listed = sums - np.repeat(before, lengths)
-    inside = np.ones(total, bool)
-    inside[starts[:-1][lengths > 0]] = False  # gaps within a list are at least 1
-    if total and (int(listed.max()) >= ranks.vocab_size or int(gaps[inside].min(initial=1)) < 1):
-        raise CorruptPayload("tables: an id outside the vocabulary, or an id twice")
-    return starts, ranks.order[listed]
 
 
 def unpack_probabilities(raw: npt.NDArray[np.uint8]) -> tuple[UInt16s, UInt16s]:
