@@ -115,7 +115,9 @@ class RowMaker:
                 f"{where}: {len(ids)} tokens{learnt} need {positions} distributions, "
                 f"found {len(record.topk)}"
             )
-        broken = ~np.isfinite(record.topk.kept_mass()) | np.isnan(record.topk.tail_logprob)
+        broken = np.isnan(record.topk.tail_logprob)
+        if not (record.topk.logprobs <= 1).all():  # NaN is not
+            broken |= ~np.isfinite(record.topk.kept_mass())
         if broken.any():
             at = int(np.flatnonzero(broken)[0])
             raise InvalidRecord(

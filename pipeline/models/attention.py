@@ -168,13 +168,14 @@ def fine(model: PreTrainedModel) -> Iterator[None]:
     """Holds the weights in float32 where their own dtype is too rough to tell ways apart.
 
     A deep model in bfloat16 can make any rounding as large as its logits. The weights come back
-    as they were: bfloat16 and float16 are within float32.
+    as they were: bfloat16 and float16 are within float32. Quantised layers stay rough.
     """
-    probes = probes_of(model, None)[:1]
-    rough = roundings(model) > FLOAT32
-    rough = rough and ROUNDINGS * noise(model, probes, alone(model, probes)) > MOST
-    tensors = [*model.parameters(), *model.buffers()] if rough else []
-    dtypes = {tensor: tensor.dtype for tensor in tensors if tensor.dtype in HALF}
+    dtypes: dict[Tensor, torch.dtype] = {}
+    if model.dtype in HALF and not own_dtypes(model):
+        probes = probes_of(model, None)[:1]
+        if ROUNDINGS * noise(model, probes, alone(model, probes)) > MOST:
+            tensors = (*model.parameters(), *model.buffers())
+            dtypes = {tensor: tensor.dtype for tensor in tensors if tensor.dtype in HALF}
     for tensor in dtypes:
         tensor.data = tensor.data.float()
     try:
@@ -253,9 +254,14 @@ def tolerance(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) ->
 
 
 def roundings(model: PreTrainedModel) -> float:
-    """Size of a rounding in the model. Quantised layers may round in a dtype of their own."""
-    layers = {getattr(module, "compute_dtype", None) for module in model.modules()} - {None}
-    return max(FLOAT32, *(torch.finfo(dtype).eps for dtype in {model.dtype, *layers}))
+    """Size of a rounding in the model."""
+    return max(FLOAT32, *(torch.finfo(dtype).eps for dtype in {model.dtype, *own_dtypes(model)}))
+
+
+def own_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
+    """What quantised layers compute in, which may be a dtype of their own."""
+    found = {getattr(module, "compute_dtype", None) for module in model.modules()}
+    return {dtype for dtype in found if dtype is not None}
 
 
 def noise(model: PreTrainedModel, probes: list[Tensor], expected: Tensor) -> float:

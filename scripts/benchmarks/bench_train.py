@@ -35,6 +35,7 @@ from pipeline.data.packing import collate
 from pipeline.token_sequences import Tokens
 from pipeline.training.forward import add_distill_forward
 from storage import LogitDataset, Record, ShardWriter, TopK, create_dump
+from storage.codec.codec import STEPS
 
 CASES = ["cross-entropy", "mol from disk", "live teacher"]
 
@@ -56,7 +57,7 @@ class Domain:
 def make_dump(folder: Path, given: argparse.Namespace) -> None:
     """Write a dump whose distributions have the shape of a language model's, with random ids."""
     rng = np.random.default_rng(1)
-    plan = {"vocab_size": given.vocabulary, "step": 1 / 16, "partitions": 1}
+    plan = {"vocab_size": given.vocabulary, "codec": "v3", "step": STEPS["v3"], "partitions": 1}
     dump = create_dump(folder, plan)
     writer = ShardWriter(dump.partition(0))
     shape = (given.length - 1, given.k)
