@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
+from pipeline.dump.sizing import Size
 from pipeline.models.directory import ModelFolder
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
@@ -42,6 +43,11 @@ def test_estimate_is_near_the_finished_dump(
     assert found.disk == pytest.approx(done["bytes"] + done["tables_bytes"], rel=0.3)
     assert found.seconds == pytest.approx(found.tokens / found.tokens_per_s)
     assert found.break_even(found.tokens / 4) == pytest.approx(4)
+    of = estimate.engine_of(found, settings)
+    assert Size(found.tokens, 1, 1, of).disk == pytest.approx(found.disk)
+    assert Size(found.tokens, 1, 1, of).seconds >= found.seconds + found.start_s
+    masked = replace(found, masked=True, targets=found.tokens / 4)
+    assert estimate.engine_of(masked, settings).shard_tokens == 4 * of.shard_tokens
     monkeypatch.setattr(estimate, "COUNTED", 1000)
     assert estimate.measure(settings, 2).tokens == done["tokens"]
 
@@ -90,6 +96,9 @@ def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_pat
     assert f"after {found['tokens'] / 1000:.3g} runs" in done.stdout
     assert f"{found['bytes_per_token']:.1f} bytes per token" in done.stdout
     assert "110 documents" in done.stdout
+    assert "on several machines, of workers: 1 each" in done.stdout
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["machines", "---", "1", "4", "16", "64"]
     assert f"the top 8 hold {found['kept_mass']:.1%} of the probability; the rest" in done.stdout
 
 
