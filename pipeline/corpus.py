@@ -1,6 +1,7 @@
 """Documents -> token sequences.
 
 Files are read by corpus_files.py, corpus_readers.py and corpus_cache.py; hub names by `datasets`.
+tokenizing.py makes token ids of a document's text.
 
 One sequence is one document, or one chunk of a long one; no sequence holds two documents.
 """
@@ -23,20 +24,20 @@ from pipeline.conversation_source import TOOLS, ConversationSource, parts_of
 from pipeline.corpus_cache import cached_documents, local_copy
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
+from pipeline.document_ids import DocumentIds
 from pipeline.errors import ConfigError
 from pipeline.outside import failure
 from pipeline.positions import Share
 from pipeline.progress import say
-from pipeline.spans import Text, TokenPlaces, mask_of
-from pipeline.special_tokens import CannotMask, SpecialTokens
+from pipeline.spans import Text
+from pipeline.special_tokens import SpecialTokens
 from pipeline.token_columns import Marked, TokenColumns
 from pipeline.token_source import OPTION, TokenSource, guess_mask, mask_of_schema
+from pipeline.tokenizing import Tokenizing
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
-
-IDS_AT_ONCE = 10_000
 SAMPLED, SAMPLED_CHARACTERS = 16, 10_000  # documents whose tokens a plan holds the hash of
 
 
@@ -107,7 +108,9 @@ class Corpus:
         self.special = SpecialTokens(tokenizer, chat) if split else None
         self.chat = self.chat_template() if chat else None
         self.check_targets()
-        self.places = TokenPlaces(tokenizer) if self.masked and self.tokens is None else None
+        self.tokenized = Tokenizing(
+            tokenizer, config.path, chat, self.masked, self.special, add_eos
+        )
 
     @property
     def targets(self) -> Literal["all", "assistant", "completion", "mask"]:
@@ -344,40 +347,16 @@ class Corpus:
         (value,) = self.values(document, document + 1)
         return self.render(value, document)
 
-    def ids(self, start: int, stop: int) -> list[str]:
-        """A different id for each document: its own, or its number where it has none.
-
-        Of documents with one id, such as ids that begin anew in each file, the first one keeps it;
-        the others get their number behind it, as 7#1003.
-        """
-        found = self.own_ids(start, stop)
-        repeats, known = self.repeats
-        for at in np.flatnonzero(repeats[start:stop]).tolist():
-            found[at] += f"#{start + at}"
-            while is_in(short_hash(found[at]), known):
-                found[at] += "#"
-        return found
-
-    def own_ids(self, start: int, stop: int) -> list[str]:
-        """The ids as the corpus has them; two documents may have the same."""
-        own = [None] * (stop - start)
-        if self.column != "id" and "id" in self.documents.column_names:
-            own = self.arrow[start:stop]["id"].to_pylist()
-        return [str(at if value is None else value) for at, value in enumerate(own, start)]
-
     @cached_property
-    def repeats(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """([documents]: whether an earlier document has the id; sorted hashes of all ids)."""
-        repeats = np.zeros(len(self), bool)
+    def ids(self) -> DocumentIds:
+        """The documents' ids: `ids(start, stop)`."""
         if self.column == "id" or "id" not in self.documents.column_names:
-            return repeats, np.zeros(0, np.uint64)
-        spans = range(0, len(self), IDS_AT_ONCE)
-        ids = (each for at in spans for each in self.own_ids(at, min(at + IDS_AT_ONCE, len(self))))
-        hashes = np.fromiter(map(short_hash, ids), np.uint64, len(self))
-        known, first = np.unique(hashes, return_index=True)
-        repeats[:] = True
-        repeats[first] = False
-        return repeats, known
+            return DocumentIds(len(self), None)
+        return DocumentIds(len(self), self.own_ids)
+
+    def own_ids(self, start: int, stop: int) -> list[str | None]:
+        found: list[str | None] = self.arrow[start:stop]["id"].to_pylist()
+        return found
 
     def render(self, value: Any, document: int) -> Text:
         """A document's text; empty for null."""
@@ -410,81 +389,12 @@ class Corpus:
             raise self.wrong(document, f"rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
-    def tokenized(self, texts: list[Text]) -> Iterator[tuple[Int32s, Bools | None]]:
-        """Yield the token ids of each text, int32 [T], and which of them are learnt, bool [T]; None
-        for all. A chat template adds its own special tokens."""
-        plain = self.chat is None
-        # Chats that spell special tokens are masked; the template's own are tokens in any case.
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=plain,
-            split_special_tokens=True if self.special and plain else None,
-            return_offsets_mapping=self.masked,
-            verbose=False,
-        )
-        for at, text in enumerate(texts):
-            ids = encoded["input_ids"][at] if text else []
-            mask = None
-            if text.spelled:
-                ids, places = self.encode_spelled(text)
-            elif self.places is not None:
-                places = self.places.of(text, ids, encoded["offset_mapping"][at] if text else [])
-            if text.spans is not None:
-                mask = mask_of(text.spans, places)
-            if plain and text:
-                ids, mask = self.with_ends(ids, mask)
-            yield np.asarray(ids, np.int32), mask
-
-    def encode_spelled(self, text: Text) -> tuple[list[int], Int64s]:
-        assert self.special is not None
-        try:
-            return self.special.encode(text)
-        except CannotMask as error:
-            raise ConfigError(
-                f"corpus {self.config.path}, the chat that begins {text[:80]!r}: {error}"
-            ) from None
-
-    def with_ends(self, ids: list[int], mask: Bools | None) -> tuple[list[int], Bools | None]:
-        """One begin-of-text and one end-of-text token, also where the text spells them itself. The
-        end is learnt."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        first = int(self.adds_bos and ids[:2] == [bos, bos])
-        ids = ids[first:]
-        last = len(ids) - int(self.adds_eos and ids[-2:] == [eos, eos])
-        end = [eos] if self.add_eos and eos is not None and ids[last - 1 : last] != [eos] else []
-        ids = [*ids[:last], *end]
-        if mask is not None:
-            mask = np.append(mask[first : first + last], [True] * len(end)).astype(bool)
-            mask[-1:] |= ids[-1:] == [eos]
-        return ids, mask
-
-    @cached_property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer itself begins each text with the begin-of-text token."""
-        ids = self.tokenizer("a", verbose=False)["input_ids"]
-        return bool(ids[:1] == [self.tokenizer.bos_token_id])
-
-    @cached_property
-    def adds_eos(self) -> bool:
-        ids = self.tokenizer("a", verbose=False)["input_ids"]
-        return bool(ids[-1:] == [self.tokenizer.eos_token_id])
-
 
 def columns_of(config: CorpusConfig) -> tuple[str, ...]:
     """The columns that documents are made of; those of masks and ids are beside them."""
     if config.prompt_column is not None and config.completion_column is not None:
         return config.prompt_column, config.completion_column
     return (config.tokens_column or config.messages_column or config.text_column,)
-
-
-def short_hash(text: str) -> int:
-    """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def is_in(value: int, ordered: npt.NDArray[np.uint64]) -> bool:
-    at = int(np.searchsorted(ordered, np.uint64(value)))
-    return at < len(ordered) and int(ordered[at]) == value
 
 
 def hub_documents(config: CorpusConfig) -> datasets.Dataset:
