@@ -33,19 +33,37 @@ def cached_documents(
 ) -> tuple[datasets.Dataset, list[str]]:
     """(all documents, memory-mapped, with the sources' fields and `id`; sha256 of each file).
 
-    `reread` reads the files whole, also large ones that are known from before.
+    Raises what `digests_of` and `documents_of` do.
+    """
+    digests = digests_of(sources, reread)
+    return documents_of(sources, digests, reread), digests
+
+
+def digests_of(sources: list[Source], reread: bool = False) -> list[str]:
+    """sha256 of each file. `reread` reads them whole, also large ones that are known from before.
+
+    Raises ConfigError for a file that cannot be read, and FailedError where the cache cannot be
+    written.
+    """
+    memory = None if reread else cache_folder("digests")
+    return [digest_of_source(source, memory) for source in sources]
+
+
+def documents_of(
+    sources: list[Source], digests: list[str], reread: bool = False
+) -> datasets.Dataset:
+    """All documents, memory-mapped, of files that have these digests.
+
     Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
     cache cannot be written.
     """
-    memory = None if reread else cache_folder("digests")
-    digests = [digest_of_source(source, memory) for source in sources]
     kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
     found = [READERS, *sources[0].key, kinds, digests]
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     path = cache_folder("corpora") / f"{key}.arrow"
     if not path.exists():
-        build(path, sources, digests, memory)
-    return datasets.Dataset.from_file(str(path)), digests
+        build(path, sources, digests, reread)
+    return datasets.Dataset.from_file(str(path))
 
 
 def cache_folder(name: str) -> Path:
@@ -66,7 +84,7 @@ def digest_of_source(source: Source, memory: Path | None) -> str:
         raise source.wrong(f"cannot be read: {error}") from None
 
 
-def build(path: Path, sources: list[Source], digests: list[str], memory: Path | None) -> None:
+def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -> None:
     """Write the Arrow file: complete, or not at all."""
     kind = sources[0]
     schema = pa.schema({"id": pa.string()} | kind.fields)  # a column `id` may be the text itself
@@ -82,8 +100,10 @@ def build(path: Path, sources: list[Source], digests: list[str], memory: Path | 
                     stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
             file.flush()
             os.fsync(file.fileno())
-        for source, digest in zip(sources, digests, strict=True):
-            if digest_of_source(source, memory) != digest:
+        for source, before, after in zip(
+            sources, digests, digests_of(sources, reread), strict=True
+        ):
+            if before != after:
                 raise source.wrong("changed while it was read; wait until it is complete")
         os.replace(own / path.name, path)
     except OSError as error:  # the readers' own are ConfigErrors by now
