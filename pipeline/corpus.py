@@ -310,13 +310,18 @@ class Corpus:
         if self.store is not None:
             known: Json = self.store.facts["rendering"]
             return known
+        found = {"sample": self.sample}
+        return found | ({"chat_template": self.chat.identity()} if self.chat else {})
+
+    @cached_property
+    def sample(self) -> str:
+        """sha256 over the first tokens of some documents."""
         number = min(SAMPLED, len(self))
         found = [
             tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
             for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
         ]
-        sample = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def heads(self, documents: list[int]) -> Iterator[Marked]:
         """The first tokens of some documents."""
