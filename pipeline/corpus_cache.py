@@ -17,6 +17,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.cache_use import in_use, use
 from pipeline.corpus_files import compression_of, format_of
 from pipeline.corpus_readers import MIB, Document, Source
 from pipeline.errors import FailedError
@@ -61,8 +62,9 @@ def documents_of(
     found = [READERS, *sources[0].key, kinds, digests]
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     path = cache_folder("corpora") / f"{key}.arrow"
-    if not path.exists():
+    if not use(path):
         build(path, sources, digests, reread)
+        use(path)
     return datasets.Dataset.from_file(str(path))
 
 
@@ -91,6 +93,7 @@ def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -
     own = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
     try:
         with open(own / path.name, "wb") as file:
+            in_use(file.fileno())
             with pa.ipc.new_stream(file, schema) as stream:
                 documents = (document for each in sources for document in each.documents())
                 for batch in batches(documents, kind.size):
@@ -148,12 +151,13 @@ def local_copy(file: str) -> str:
         version = hashlib.sha256(f"{file} {tags}".encode()).hexdigest()[:20]
         folder = cache_folder("remote")
         copy = folder / version / os.path.basename(root)
-        if tags and copy.exists():
+        if tags and use(copy):
             return str(copy)
         copy.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder) as own:
             fs.get_file(root, os.path.join(own, "content"))
             os.replace(os.path.join(own, "content"), copy)
+        use(copy)
     except FailedError:
         raise
     except Exception as error:  # every file system library raises its own types

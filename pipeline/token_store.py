@@ -6,6 +6,7 @@ same in any store, and takes no memory of its own: processes of one machine shar
 
 import contextlib
 import os
+import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.cache_use import use
 from pipeline.json_files import read_object, write_json
 from pipeline.token_columns import Marked
 from pipeline.types import Int32s, Int64s, Json
@@ -25,6 +27,10 @@ from storage.targets import Bools, positions_of
 VERSION = 1
 """Raise it where documents become other tokens, or parts have another layout."""
 STORE = "store.json"
+LOCKS = ".locks"
+"""The file of the locks of those who write parts."""
+PART = re.compile(r"\d+-\d+\.arrow|\.\d+-\d+\.arrow\..+\.draft")
+"""Names of parts and their drafts."""
 SMALL_IDS = 1 << 16
 """Ids below it are stored in 2 bytes, others in 4."""
 BATCH_TOKENS = 1 << 20
@@ -257,11 +263,12 @@ class TokenStore:
 
 
 def find_store(folder: Path) -> TokenStore | None:
-    """The store in a folder; None where there is none, or one that lacks a part or a piece of one.
+    """The store in a folder, which this process uses from now on; None where there is none, or one
+    that lacks a part or a piece of one.
 
     Costs one small file and one listing, whatever the store holds.
     """
-    content = read_object(folder / STORE)
+    content = read_object(folder / STORE) if use(folder / STORE) else None
     if content is None:
         return None
     with contextlib.suppress(KeyError, TypeError, ValueError), os.scandir(folder) as entries:
@@ -276,4 +283,5 @@ def finish(folder: Path, parts: list[PartSums], identity: Json, facts: Json) -> 
     """Write store.json, which makes the parts a store."""
     content = {"identity": identity, "facts": facts, "parts": [asdict(part) for part in parts]}
     write_json(folder / STORE, content)
+    use(folder / STORE)
     return TokenStore(folder, content)

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, FailedError
 from pipeline.progress import REPORT_TO, Progress
 from pipeline.signals import die_with_parent
 from pipeline.token_store import (
+    LOCKS,
     PartSums,
     Row,
     TokenStore,
@@ -36,7 +37,6 @@ from pipeline.token_store import (
 
 PART_BYTES = 32 << 20
 """Text of a part: seconds of work, and a thousand parts for 32 GB."""
-LOCKS = ".locks"
 HELPED = 4
 """Missing parts from which on helpers are started, which takes each of them seconds."""
 ONE_BUILD = threading.Lock()  # the kernel's locks are a process's, not a thread's
@@ -105,9 +105,11 @@ class Build:
         write_part(span.path, self.counted(span), self.schema)
 
     def finish(self) -> TokenStore:
-        facts = {"documents": len(self.corpus), "rendering": self.corpus.rendering()}
+        corpus = self.corpus
+        facts = {"documents": len(corpus), "rendering": corpus.rendering()}
+        facts["path"] = corpus.config.path  # for people
         parts = [self.checked(span) for span in self.spans]
-        return finish(self.folder, parts, self.corpus.identity(), facts)
+        return finish(self.folder, parts, corpus.identity(), facts)
 
     def checked(self, span: Span) -> PartSums:
         """What a part holds; a damaged one is written anew."""
