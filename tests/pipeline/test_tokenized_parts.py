@@ -12,7 +12,6 @@ import datasets
 import pytest
 from tokenizers import AddedToken
 
-from pipeline import corpus as corpus_module
 from pipeline import tokenized_parts
 from pipeline.config import CorpusConfig
 from pipeline.corpus import Corpus
@@ -24,7 +23,7 @@ from pipeline.token_store import STORE
 from pipeline.tokenized_parts import LOCKS, spans_of, start_helper, stored
 from storage.targets import positions_of
 from tests.helpers.chat_templates import CHATML, tokenizer_with
-from tests.helpers.corpora import some_texts, write_jsonl, write_texts
+from tests.helpers.corpora import no_document, some_texts, write_jsonl, write_texts
 
 CHATS = [
     [{"role": "user", "content": "ask " * at}, {"role": "assistant", "content": "say " * 9}]
@@ -84,20 +83,6 @@ def test_the_store_holds_the_sequences_of_the_corpus(tmp_path: Path, texts: Any)
         assert [one.input_ids.tolist() for one in few] == [
             text[at].input_ids.tolist() for at in chosen
         ]
-
-
-def no_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on nothing may open the documents or tokenize a text."""
-
-    def refused(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a document was read")
-
-    for module, name in [
-        (corpus_module, "documents_of"),
-        (corpus_module.Tokenizing, "__call__"),
-        (datasets.Dataset, "from_file"),
-    ]:
-        monkeypatch.setattr(module, name, refused)
 
 
 def test_the_second_start_reads_no_document(
