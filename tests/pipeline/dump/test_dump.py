@@ -347,6 +347,21 @@ def test_a_killed_and_an_interrupted_script_resume(
     assert rows(tmp_path / "killed") == rows(tmp_path / "dump")
 
 
+def test_a_lost_marker_is_written_again(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+    """The last marker alone does not tell that one before it is gone."""
+    config = settings(tmp_path, model_path, corpus)
+    dump.run(config)
+    before, path = rows(tmp_path / "dump"), tmp_path / "dump"
+    shards = Dump(path).shards()
+    assert len(shards) > 2
+    for file in (path / "manifest.json", path / "00000/complete.json", *path.glob("rows-*")):
+        file.unlink()
+    (path / f"{shards[1].name}.json").unlink()
+    dump.run(config)
+    assert rows(path) == before
+    assert len(Dump(path).shards()) == len(shards)
+
+
 def test_another_plan_is_refused_and_the_difference_named(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
