@@ -109,13 +109,13 @@ def run_ranks(ranks: int, name: str | Path, *words: object) -> subprocess.Comple
         Script(name, *words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    failed = 0
-    while running := [script for script in started if script.poll() is None]:
+    failed, running = 0, list(started)
+    while running:
         multiprocessing.connection.wait([script.process.sentinel for script in running])
-        failed = failed or next((script.poll() or 0 for script in started if script.poll()), 0)
-        for script in started if failed else []:
+        failed = failed or next((code for script in started if (code := script.poll())), 0)
+        running = [script for script in running if script.poll() is None]
+        for script in running if failed else []:
             script.kill()
-    failed = failed or next((script.poll() or 0 for script in started if script.poll()), 0)
     found = [script.done() for script in started]
     texts = ["".join(getattr(one, name) for one in found) for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(started[0].command, failed, *texts)
@@ -145,6 +145,8 @@ def end(work: Callable[[], Any]) -> None:
         work()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
