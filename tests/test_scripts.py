@@ -64,6 +64,7 @@ def test_the_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert (found.returncode, found.stderr) == (1, "2 ranks\n")
 
 
+@pytest.mark.skipif(not scripts.FORKS, reason="CUDA does not survive a fork")
 def test_it_has_imported_before(tmp_path: Path) -> None:
     file = tmp_path / "modules.py"
     file.write_text("import sys\nprint('pipeline.training.train' in sys.modules)\n")
