@@ -1,16 +1,18 @@
 """The demo with few steps: all stages through the real scripts, with vLLM."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline import demo
+from pipeline import demo, script_files
 from pipeline.errors import RefusedError
 from storage import LogitDataset, verify
+from tests.helpers import scripts
 from tests.helpers.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "quickstart.py"
@@ -28,24 +30,38 @@ SHORT = [
 ]
 
 
-def quickstart(folder: Path) -> "subprocess.CompletedProcess[str]":
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str]:
+    """A function that runs the demo with its real scripts, and returns what they wrote."""
     options = [part for setting in SHORT for part in ("--set", setting)]
-    command = [sys.executable, str(SCRIPT), "--output", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output", str(tmp_path), *options])
+
+    def run() -> str:
+        written = []
+
+        def run_script(name: str, *words: str, folder: Path | None = None) -> None:
+            done = scripts.run(name, *words, cwd=folder)
+            assert done.returncode == 0, done.stderr
+            written.append(done.stdout + done.stderr)
+
+        monkeypatch.setattr(script_files, "run_script", run_script)
+        assert runpy.run_path(str(SCRIPT))["main"]() == 0
+        return "".join(written)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_the_whole_job(tmp_path: Path) -> None:
-    done = quickstart(tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_whole_job(tmp_path: Path, quickstart: Callable[[], str]) -> None:
+    written = quickstart()
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["models"]) == ["base", "ce", "mol"]
     for model in results["models"].values():
         assert {"domain_perplexity", "general_perplexity", "kl_to_base"} <= set(model)
     assert results["models"]["base"]["kl_to_base"] == 0
     assert results["models"]["ce"]["kl_to_base"] > 0
-    assert "perplexity" in done.stdout  # the table
+    assert "perplexity" in written  # the table
     assert (tmp_path / "perplexities.png").stat().st_size > 10_000
     dataset = LogitDataset(tmp_path / "dump")
     assert dataset.plan["engine"]["name"] == "vllm"
@@ -53,9 +69,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "mol" / "summary.json").read_text())
     assert 0 <= summary["null_test_kl"] < 2e-3
 
-    again = quickstart(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("nothing left to do") == 4
+    assert quickstart().count("nothing left to do") == 4
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 

@@ -20,7 +20,9 @@ from typing import Any
 
 from tests.helpers.paths import SCRIPTS
 
-SERVER = multiprocessing.get_context("forkserver")
+# CUDA does not survive a fork: where there is a GPU, each script has an interpreter of its own.
+FORKS = not Path("/dev/nvidiactl").exists()
+SERVER = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 SERVER.set_forkserver_preload(
     [
         "pipeline.dump.dump",
@@ -90,15 +92,23 @@ def run(
     return Script(name, *words, env=env, cwd=cwd).done()
 
 
-def run_ranks(ranks: int, name: str | Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in several processes, with the variables and the store that torchrun gives them.
+def run_ranks(
+    ranks: int, name: str | Path, *words: object, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in several processes, by torchrun or with the variables and store it gives them.
 
     The exit code is that of the first rank that fails; the others are then ended.
     """
+    if not FORKS:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *launcher, str(SCRIPTS / name), *map(str, words)]
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
+        **(env or {}),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -109,13 +119,13 @@ def run_ranks(ranks: int, name: str | Path, *words: object) -> subprocess.Comple
         Script(name, *words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    failed = 0
-    while running := [script for script in started if script.poll() is None]:
+    failed, running = 0, list(started)
+    while running:
         multiprocessing.connection.wait([script.process.sentinel for script in running])
-        failed = failed or next((script.poll() or 0 for script in started if script.poll()), 0)
-        for script in started if failed else []:
+        failed = failed or next((code for script in started if (code := script.poll())), 0)
+        running = [script for script in running if script.poll() is None]
+        for script in running if failed else []:
             script.kill()
-    failed = failed or next((script.poll() or 0 for script in started if script.poll()), 0)
     found = [script.done() for script in started]
     texts = ["".join(getattr(one, name) for one in found) for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(started[0].command, failed, *texts)
@@ -145,6 +155,8 @@ def end(work: Callable[[], Any]) -> None:
         work()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from pipeline.dump import dump
 from pipeline.errors import ConfigError, Interrupted, RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.progress import Progress
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import settings
-from tests.helpers.paths import SCRIPTS
 
 EOS = 0
 
@@ -128,18 +126,17 @@ STEP = "{max_num_batched_tokens: 64}"
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_the_engine_writes_a_corpus_that_stage_one_reads(tmp_path: Path, model_path: Path) -> None:
-    script = SCRIPTS / "generate_corpus.py"
-    command = [sys.executable, str(script), f"--model={model_path}", f"--output={tmp_path / 'out'}"]
+    command = ["generate_corpus.py", f"--model={model_path}", f"--output={tmp_path / 'out'}"]
     command += ["--tokens=1500", "--batch=16", "--max_length=64"]
     prompts = write_texts(tmp_path / "prompts.jsonl", some_texts(8))
     # More than a step takes: a prompt that begins in one and ends in the next kills the engine.
     command += [f"--prompts.path={prompts}", "--prompt_tokens=30", f"--engine_args={STEP}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = scripts.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     documents = written(tmp_path / "out")
     assert sum(document["tokens"] for document in documents) >= 1500
     assert len({document["text"] for document in documents}) == len(documents)
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = scripts.run(*command)
     assert again.returncode == 0
     assert written(tmp_path / "out") == documents
     summary = dump.run(settings(tmp_path, model_path, tmp_path / "out"))

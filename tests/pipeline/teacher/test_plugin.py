@@ -1,8 +1,5 @@
 """A vLLM without this project's plug-in is refused, with what to do."""
 
-import os
-import subprocess
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -10,8 +7,8 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.teacher import plugin
+from tests.helpers import scripts
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
 
 pytest.importorskip("vllm")
 
@@ -61,11 +58,9 @@ def test_a_dump_does_not_take_the_slower_way_silently(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "some words that are long enough"}\n')
-    command = [sys.executable, str(SCRIPTS / "dump_logits.py"), f"--model={model}"]
-    command += [f"--corpus.path={corpus}", f"--output={tmp_path / 'dump'}", "--k=8"]
-    command += ["--max_length=64"]
-    environment = {**os.environ, "VLLM_PLUGINS": "another"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = [f"--model={model}", f"--corpus.path={corpus}", f"--output={tmp_path / 'dump'}"]
+    words += ["--k=8", "--max_length=64"]
+    done = scripts.run("dump_logits.py", *words, env={"VLLM_PLUGINS": "another"})
     assert done.returncode == 2, done.stderr[-2000:]
     assert "VLLM_PLUGINS is 'another'. Add mol_topk to it, or unset it" in done.stderr
     assert not list((tmp_path / "dump").rglob("*.parquet"))

@@ -275,26 +275,27 @@ def plugin_agrees(model: Path, given: list[Sequence], how: Sampling = NO_SAMPLES
 
 @real_engine
 def test_two_ranks_split_the_vocabulary(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallelism: each rank takes the top-k of its own columns, then they are merged."""
+    """Tensor parallelism: each rank takes the top-k of its own columns and draws from their tail,
+    then they are merged."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    given = with_masks(sequences([2, 40, 333, 900]))
-    with engine(long_model, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=128) as teacher:
+    given, how = sequences([2, 40, 333, 900]), Sampling(40, seed=3)
+    options = {"max_num_batched_tokens": 128, "tensor_parallel_size": 2}
+    with VllmTeacher(ModelFolder(long_model), K, 2048, "float32", 64, options, how) as teacher:
         found = answers(teacher, given)
+        masked = answers(teacher, with_masks(given))
     assert_agree(found, by_transformers(long_model, given))
+    assert_agree(masked, by_transformers(long_model, with_masks(given)))
+    reference = TransformersTeacher(ModelFolder(long_model), 512, "float32")
+    assert_drawn_from(found, answers(reference, given), K, how.draws)
 
 
 @real_engine
-@pytest.mark.parametrize(("k", "ranks"), [(K, 1), (0, 1), (K, 2)])
-def test_samples_come_from_the_tail_that_transformers_computes(
-    long_model: Path, monkeypatch: pytest.MonkeyPatch, k: int, ranks: int
-) -> None:
+@pytest.mark.parametrize("k", [K, 0])
+def test_samples_come_from_the_tail_that_transformers_computes(long_model: Path, k: int) -> None:
     """An id of probability p in the tail is drawn N · p times, rounded down or up."""
     draws, given = 40, sequences([2, 40, 333])
     how = Sampling(draws, seed=3)
-    options: dict[str, Any] = {"max_num_batched_tokens": 128}
-    if ranks > 1:
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        options["tensor_parallel_size"] = ranks
+    options = {"max_num_batched_tokens": 128}
     with VllmTeacher(ModelFolder(long_model), k, 2048, "float32", 64, options, how) as teacher:
         found = answers(teacher, given)
     reference = TransformersTeacher(ModelFolder(long_model), 512, "float32")
