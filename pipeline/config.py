@@ -71,7 +71,7 @@ class CorpusConfig:
     limit: Limit = None
     """Use at most this many documents."""
     reread: bool = False
-    """Read files of 16 MiB and more whole to know their content again. By default it is taken to be
+    """Read the files whole to know their content again. By default, 16 MiB and more are taken to be
     the same where place, size, inode, times and a sample of the bytes are."""
 
     def __post_init__(self) -> None:

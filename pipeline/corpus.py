@@ -180,7 +180,7 @@ class Corpus:
             "version": VERSION,
             "readers": READERS,
             "documents": self.fingerprint(),
-            "option": self.option,
+            "source": self.sources[0].key if self.files else self.option,
             "targets": self.targets,
             "special_tokens": config.special_tokens,
             "max_length": self.max_length,

@@ -17,11 +17,11 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import file_digests
 from pipeline.cache_use import in_use, use
 from pipeline.corpus_files import compression_of, format_of
 from pipeline.corpus_readers import MIB, Document, Source
 from pipeline.errors import FailedError
-from pipeline.file_digests import digest_of
 from pipeline.outside import failure
 
 READERS = 1  # raise it where a reader gives other documents for the same bytes
@@ -47,7 +47,13 @@ def digests_of(sources: list[Source], reread: bool = False) -> list[str]:
     written.
     """
     memory = None if reread else cache_folder("digests")
-    return [digest_of_source(source, memory) for source in sources]
+    try:
+        return file_digests.digests_of([source.path for source in sources], memory)
+    except OSError as error:
+        for source in sources:
+            if error.filename == source.path:
+                raise source.wrong(f"cannot be read: {error}") from None
+        raise FailedError(f"corpus cache {memory}: {error}. Set HF_DATASETS_CACHE") from error
 
 
 def documents_of(
@@ -75,15 +81,6 @@ def cache_folder(name: str) -> Path:
     except OSError as error:
         raise FailedError(f"corpus cache {folder}: {error}. Set HF_DATASETS_CACHE") from error
     return folder
-
-
-def digest_of_source(source: Source, memory: Path | None) -> str:
-    try:
-        return digest_of(source.path, memory)
-    except OSError as error:
-        if error.filename != source.path:  # the memory's own
-            raise FailedError(f"corpus cache {memory}: {error}. Set HF_DATASETS_CACHE") from error
-        raise source.wrong(f"cannot be read: {error}") from None
 
 
 def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -> None:

@@ -271,10 +271,14 @@ def find_store(folder: Path) -> TokenStore | None:
     content = read_object(folder / STORE) if use(folder / STORE) else None
     if content is None:
         return None
-    with contextlib.suppress(KeyError, TypeError, ValueError), os.scandir(folder) as entries:
+    with (
+        contextlib.suppress(AttributeError, KeyError, TypeError, ValueError),
+        os.scandir(folder) as entries,
+    ):
         found = TokenStore(folder, content)
         sizes = {entry.name: entry.stat().st_size for entry in entries}
-        if all(sizes.get(part.name) == part.bytes for part in found.parts):
+        whole = all(sizes.get(part.name) == part.bytes for part in found.parts)
+        if whole and {"documents", "rendering"} <= found.facts.keys():
             return found
     return None
 

@@ -126,7 +126,7 @@ class Build:
         if os.environ.get("RANK", "0") != "0" or REPORT_TO in os.environ:
             yield
             return
-        self.progress = Progress(len(self.corpus), "document")
+        self.progress = Progress(len(self.corpus), "document", self.documents_there())
         self.progress.status = f"tokenizing {self.corpus.config.path}"
         try:
             yield
@@ -138,9 +138,12 @@ class Build:
         rows = self.corpus.rows(span.start, span.stop)
         if self.progress is None:
             return rows
+        return self.counting(rows, self.progress, self.documents_there() - span.start)
+
+    def documents_there(self) -> int:
+        """Documents of the parts that are written."""
         there = {path.name for path in self.folder.glob("*.arrow")}
-        done = sum(each.stop - each.start for each in self.spans if each.path.name in there)
-        return self.counting(rows, self.progress, done - span.start)
+        return sum(each.stop - each.start for each in self.spans if each.path.name in there)
 
     @staticmethod
     def counting(rows: Iterator[Row], progress: Progress, done: int) -> Iterator[Row]:

@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_start_reads_each_document_once_and_the_second_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, documents: int
 ) -> None:
-    monkeypatch.setattr(file_digests, "LARGE", 1)
+    monkeypatch.setattr(file_digests, "LARGE", 1000)  # many are large together
     monkeypatch.setattr(file_digests, "SETTLED", -1e9)
     whole, digest = list[str](), file_digests.hashlib.file_digest
 

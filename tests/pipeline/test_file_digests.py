@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import file_digests
-from pipeline.file_digests import SAMPLE, SAMPLES, digest_of
+from pipeline.file_digests import SAMPLE, SAMPLES, digest_of, digests_of
 
 
 @pytest.fixture
@@ -137,3 +137,60 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     monkeypatch.undo()
     assert not (tmp_path / "memory").exists()
     assert digest_of(str(large), tmp_path / "memory") == truth(large)
+
+
+@pytest.fixture
+def many(tmp_path: Path, large: Path) -> list[str]:
+    """Small files that are as much as a large one, and a large one."""
+    paths = [tmp_path / f"{number}.jsonl" for number in range(200)]
+    for path in paths:
+        path.write_bytes(os.urandom((1 << 20) // 200 + 1))
+    return [*map(str, paths), str(large)]
+
+
+def test_many_small_files_are_read_once(tmp_path: Path, many: list[str], read: list[str]) -> None:
+    expected = [truth(Path(path)) for path in many]
+    for _ in range(3):
+        assert digests_of(many, tmp_path / "memory") == expected
+    assert sorted(read) == sorted(Path(path).name for path in many)
+    assert len(list((tmp_path / "memory").iterdir())) == 2
+    assert digests_of(many[1:], tmp_path / "memory") == expected[1:]
+    assert len(read) == 2 * len(many) - 2, "another corpus is known by itself"
+
+
+@pytest.mark.parametrize("which", [0, 77, 199])
+def test_one_changed_among_many_small_files(
+    tmp_path: Path, many: list[str], read: list[str], which: int
+) -> None:
+    digests_of(many, tmp_path / "memory")
+    path = Path(many[which])
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digests_of(many, tmp_path / "memory") == [truth(Path(path)) for path in many]
+    assert "large.jsonl" not in read[len(many) :]
+
+
+def test_a_young_one_among_many_is_not_remembered(
+    tmp_path: Path, many: list[str], read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_digests, "SETTLED", 10.0)
+    for _ in range(2):
+        digests_of(many, tmp_path / "memory")
+    assert len(read) == 2 * len(many)
+
+
+def test_a_sample_lies_over_all_files(tmp_path: Path) -> None:
+    """Its first and its last bytes, and those of most files between."""
+    paths = [tmp_path / str(number) for number in range(32)]
+    for path in paths:
+        path.write_bytes(b"x" * SAMPLE)
+    before = file_digests.sample_of(*map(str, paths))
+    for path in paths:
+        path.write_bytes(b"y" * SAMPLE)
+        assert file_digests.sample_of(*map(str, paths)) != before
+        path.write_bytes(b"x" * SAMPLE)
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_digests.sample_of(str(tmp_path / "empty"))

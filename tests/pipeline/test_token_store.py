@@ -42,7 +42,7 @@ def write(
         found = sums_of(path, schema)
         assert found is not None
         sums.append(found)
-    return finish(folder, sums, {}, {"documents": 9})
+    return finish(folder, sums, {}, {"documents": 9, "rendering": {}})
 
 
 @given(st.lists(st.lists(ids, max_size=5), max_size=4), st.booleans(), st.integers(1, 12))
@@ -122,7 +122,9 @@ def test_a_store_that_lacks_something_is_none(tmp_path: Path, name: str, harm) -
     assert find_store(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"facts": 1, "parts": [{}]}', '{"parts": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"facts": 1, "parts": []}', '{"facts": {}, "parts": []}']
+)
 def test_a_store_json_of_something_else_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / STORE).write_text(content)
     assert find_store(tmp_path) is None
