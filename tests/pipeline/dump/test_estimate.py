@@ -1,8 +1,6 @@
 """Estimates against the finished dump."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +11,9 @@ from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
 from pipeline.dump.sizing import Size
 from pipeline.models.directory import ModelFolder
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
-
-SCRIPT = SCRIPTS / "dump_logits.py"
 
 
 def config(tmp_path: Path, model: Path) -> DumpConfig:
@@ -84,12 +80,10 @@ def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) 
 
 def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_path: Path) -> None:
     settings = config(tmp_path, model_path)
-    command = [sys.executable, str(SCRIPT), "--model", settings.model, "--k", "8"]
-    command += ["--corpus.path", settings.corpus.path, "--output", settings.output]
-    command += ["--engine", "transformers", "--estimate", "20", "--run_tokens", "1000"]
-    done = subprocess.run(
-        [*command, "--summary", str(tmp_path / "s.json")], capture_output=True, text=True
-    )
+    words = ["--model", settings.model, "--k", "8", "--corpus.path", settings.corpus.path]
+    words += ["--output", settings.output, "--engine", "transformers", "--estimate", "20"]
+    words += ["--run_tokens", "1000", "--summary", str(tmp_path / "s.json")]
+    done = scripts.run("dump_logits.py", *words)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "dump").exists()
     found = json.loads((tmp_path / "s.json").read_text())
