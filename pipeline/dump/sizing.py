@@ -38,8 +38,9 @@ LAWS = {
     "CPU beside the engine": Law(17.0, "µs a token", "pipeline/dump/README.md"),
     "requests, v3": Law(11, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests, v1 and v2": Law(7, "a shard", "tests/pipeline/dump/test_sizing.py"),
-    "requests of its start and end": Law(9, "a partition", "tests/pipeline/dump/test_sizing.py"),
-    "requests of the manifest": Law(2, "a shard", "tests/pipeline/dump/test_sizing.py"),
+    "requests of starts and ends": Law(21, "a partition", "tests/pipeline/dump/test_sizing.py"),
+    "requests of the manifest": Law(1, "a shard", "tests/pipeline/dump/test_sizing.py"),
+    "requests of the manifest, too": Law(2, "a partition", "tests/pipeline/dump/test_sizing.py"),
 }
 """Bytes are those of 64 entries of 32,768 ids. An id of V takes log2(V / 32,768) bits more."""
 
@@ -116,13 +117,14 @@ class Size:
     def requests_per_s(self) -> float:
         """of all machines to the store, while they write."""
         law = LAWS["requests, v3" if self.of.shared_tables else "requests, v1 and v2"]
-        each = LAWS["requests of its start and end"]
+        each = LAWS["requests of starts and ends"]
         return (law.value * self.shards + each.value * self.partitions) / self.seconds
 
     @property
     def manifest_requests(self) -> float:
         """to finish the dump."""
-        return LAWS["requests of the manifest"].value * self.shards
+        each, part = LAWS["requests of the manifest"], LAWS["requests of the manifest, too"]
+        return each.value * self.shards + part.value * self.partitions
 
 
 Cell = Callable[[Size], str]

@@ -37,7 +37,7 @@ from pipeline.progress import Progress
 from storage import Dump, StoreError, TopK, create_dump
 from storage.dump_tables import tables_file
 from storage.gc import DEFAULT_HOURS, leftovers, remove
-from storage.index_files import dump_index, shard_index
+from storage.index_files import dump_index, partition_index, shard_index
 
 HOUR = 3600.0
 LENGTH = 5  # tokens of a sequence
@@ -405,8 +405,10 @@ class Host:
     def attempt(self, number: int) -> None:
         """What a run of stage one does for a partition, around the engine."""
         partition = create_dump(URL, self.fleet.plan).partition(number)
+        again = False
         while partition.summary is None:
-            span = partitions.what_is_missing(partition, self.month.documents)
+            span = partitions.what_is_missing(partition, self.month.documents, again)
+            again = True
             writer = PartitionsWriter(self.fleet.config, [span], Uncounted())
             writer.thread = self.commits = Beside(self.clock)  # type: ignore[assignment]
             try:
@@ -484,7 +486,8 @@ def audit(bucket: Bucket, report: Report) -> None:
     report.shards, report.rows = len(manifest.shards), found.total()
     report.lost = len(wanted - found.keys())
     report.doubled = report.rows - len(found)
-    named |= {f"dump/{number:05d}/complete.json" for number in range(report.month.partitions)}
+    for number in range(report.month.partitions):
+        named |= {f"dump/{number:05d}/complete.json", f"dump/{partition_index(number)}"}
     named.add(f"dump/{dump_index(manifest.fingerprint)}")
     report.left = len(bucket.objects.keys() - named)
 

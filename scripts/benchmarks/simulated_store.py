@@ -10,7 +10,7 @@ import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,6 +128,14 @@ class Bucket:
         del self.folders[folder][name]
         self.watch(name, None)
 
+    def below(self, folder: str, prefix: str = "") -> Iterator[str]:
+        """The objects in a folder, and in its folders, whose names there begin so."""
+        for name in self.folders.get(folder, ()):
+            if name in self.folders and name.startswith(f"{folder}/{prefix}"):
+                yield from self.below(name)
+            elif name.startswith(f"{folder}/{prefix}"):
+                yield name
+
     def info(self, name: str) -> dict[str, Any]:
         if name in self.folders:
             return {"name": name, "type": "directory", "size": 0}
@@ -197,17 +205,17 @@ class SimulatedFileSystem(AbstractFileSystem):  # type: ignore[misc]
         maxdepth: int | None = None,
         withdirs: bool = False,
         detail: bool = False,
+        prefix: str = "",
         **_: Any,
     ) -> Any:
         assert maxdepth is None
         assert not withdirs
-        bucket, under = self.bucket, self._strip_protocol(path) + "/"
-
-        def listed() -> dict[str, dict[str, Any]]:
-            names = sorted(name for name in bucket.objects if name.startswith(under))
-            return {name: bucket.info(name) for name in names}
-
-        there = bucket.request("LIST", listed, pages(len(bucket.objects)))
+        bucket, folder = self.bucket, self._strip_protocol(path)
+        there = bucket.request(
+            "LIST",
+            lambda: {name: bucket.info(name) for name in sorted(bucket.below(folder, prefix))},
+            pages(sum(1 for _ in bucket.below(folder, prefix))),
+        )
         return there if detail else list(there)
 
 
