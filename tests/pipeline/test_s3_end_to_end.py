@@ -1,7 +1,5 @@
 """Stage one on an object store: a real S3 server, a store that fails, and training from it."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +20,9 @@ from storage import CorruptShard, Dump, LogitDataset, StoreError, create_dump, v
 from storage.__main__ import main as storage_main
 from storage.gc import leftovers
 from storage.index_files import dump_index
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
-from tests.helpers.dumps import SCRIPT, rows, settings
+from tests.helpers.dumps import rows, settings
 from tests.helpers.s3 import FAULTS, FaultyProxy, MotoServer, environment
 
 BUCKET = "bucket"
@@ -79,10 +78,10 @@ def test_dump_resume_verify_and_gc_on_s3(
     dump.run(settings(tmp_path, model_path, corpus, codec=codec))
     client.upload_file(str(corpus), BUCKET, "texts/corpus.jsonl")
     output = f"s3://{BUCKET}/dump"
-    words = [sys.executable, str(SCRIPT), f"--model={model_path}", f"--output={output}", "--k=8"]
+    words = [f"--model={model_path}", f"--output={output}", "--k=8", "--engine=transformers"]
     words += [f"--corpus.path={corpus}", "--max_length=100", "--shard_tokens=500"]
     words.append(f"--codec={codec}")
-    process = subprocess.Popen([*words, "--engine=transformers"], stderr=subprocess.DEVNULL)
+    process = scripts.Script("dump_logits.py", *words)
     deadline = time.monotonic() + 120
     while "dump/00000/00001.json" not in keys(client):
         assert time.monotonic() < deadline
