@@ -38,8 +38,8 @@ LAWS = {
     "CPU beside the engine": Law(17.0, "µs a token", "pipeline/dump/README.md"),
     "requests, v3": Law(11, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests, v1 and v2": Law(7, "a shard", "tests/pipeline/dump/test_sizing.py"),
-    "requests of its start and end": Law(9, "a partition", "tests/pipeline/dump/test_sizing.py"),
-    "requests of the manifest": Law(2, "a shard", "tests/pipeline/dump/test_sizing.py"),
+    "requests of its start and end": Law(21, "a partition", "tests/pipeline/dump/test_sizing.py"),
+    "requests of the manifest": Law(1, "a shard", "tests/pipeline/dump/test_sizing.py"),
 }
 """Bytes are those of 64 entries of 32,768 ids. An id of V takes log2(V / 32,768) bits more."""
 

@@ -35,9 +35,10 @@ from pipeline.corpus import Sequence
 from pipeline.dump.partitions import Meter, Overtaken, PartitionsWriter
 from pipeline.progress import Progress
 from storage import Dump, StoreError, TopK, create_dump
+from storage.committed import complete
 from storage.dump_tables import tables_file
 from storage.gc import DEFAULT_HOURS, leftovers, remove
-from storage.index_files import dump_index, shard_index
+from storage.index_files import dump_index, partition_index, shard_index
 
 HOUR = 3600.0
 LENGTH = 5  # tokens of a sequence
@@ -484,7 +485,8 @@ def audit(bucket: Bucket, report: Report) -> None:
     report.shards, report.rows = len(manifest.shards), found.total()
     report.lost = len(wanted - found.keys())
     report.doubled = report.rows - len(found)
-    named |= {f"dump/{number:05d}/complete.json" for number in range(report.month.partitions)}
+    for number in range(report.month.partitions):
+        named |= {f"dump/{complete(number)}", f"dump/{partition_index(number)}"}
     named.add(f"dump/{dump_index(manifest.fingerprint)}")
     report.left = len(bucket.objects.keys() - named)
 
