@@ -22,6 +22,11 @@ def main() -> int:
     )
     parser.add_argument("dump", help="directory of the dump, local or s3://…")
     parser.add_argument(
+        "--jobs",
+        type=within(Range(1, MOST)),
+        help="processes that read shards at the same time (default: one for each core)",
+    )
+    parser.add_argument(
         "--against", metavar="MODEL", help="recompute rows with this model, which made the dump"
     )
     parser.add_argument(
@@ -44,7 +49,8 @@ def main() -> int:
         help="exit with 0 where the engines compute the model differently, beyond rounding",
     )
     given = parser.parse_args()
-    code = storage_main(["verify", "--", given.dump])
+    jobs = [f"--jobs={given.jobs}"] if given.jobs else []
+    code = storage_main(["verify", *jobs, "--", given.dump])
     if code or not given.against:
         return code
     from pipeline import cli

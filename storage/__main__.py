@@ -11,16 +11,18 @@ import pyarrow as pa
 
 from storage.dataset import LogitDataset
 from storage.errors import IncompleteDump, StorageError, StoreError, Unindexable
-from storage.export import export
+from storage.export import export, is_folder
 from storage.gc import DEFAULT_HOURS, leftovers, remove
 from storage.index_files import dump_index, index_in_dump
 from storage.inspect import describe, describe_row, token_decoder
 from storage.manifest import Dump
+from storage.parallel import cores
 from storage.scan import index_dump
 from storage.text import one_line, printable
 from storage.verify import verify
 
-FAILED, BAD_INPUT, DAMAGED = 1, 2, 4  # exit codes: the store fails, wrong input, damaged data
+# exit codes: the store fails, wrong input, damaged data, stopped by Ctrl-C
+FAILED, BAD_INPUT, DAMAGED, INTERRUPTED = 1, 2, 4, 75
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # an export may work later
 
 
@@ -53,7 +55,7 @@ def inspect_command(args: argparse.Namespace) -> int:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    report = verify(args.dump, partial=args.partial)
+    report = verify(args.dump, partial=args.partial, jobs=args.jobs or cores())
     for note in report.notes:
         say(one_line(f"note   {note}"))
     for fault in report.faults:
@@ -68,7 +70,14 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    rows = export(LogitDataset(args.dump), args.target, args.per)
+    if not is_folder(args.target) and (args.jobs or 1) > 1:
+        say(
+            f"--jobs {args.jobs}: one process writes the one file {args.target}; for several files "
+            f"name a folder, such as {args.target.removesuffix('.parquet')}/",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    rows = export(LogitDataset(args.dump), args.target, args.per, args.jobs or cores())
     say(f"{args.target}: {rows:,} rows, one per {args.per}")
     return 0
 
@@ -114,6 +123,13 @@ def place(path: str) -> str:
     return path
 
 
+def at_least_one(text: str) -> int:
+    """A whole number above 0."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m storage", description="Inspect, verify, export, index or clean a dump."
@@ -126,6 +142,10 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def jobs(sub: argparse.ArgumentParser) -> None:
+        text = "processes that work at the same time (default: one for each core)"
+        sub.add_argument("--jobs", type=at_least_one, metavar="N", help=text)
+
     sub = command(
         "inspect", inspect_command, "show plan, size and kept mass; with --row, one row as text"
     )
@@ -137,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
         verify_command,
         "read every byte and decode every row; exit code 4 if a fault is found",
     )
+    jobs(sub)
     sub.add_argument(
         "--partial",
         action="store_true",
@@ -161,7 +182,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "export", export_command, "write plain Parquet columns for DuckDB, Polars and pandas"
     )
-    sub.add_argument("target", type=place, help="the Parquet file to write")
+    sub.add_argument(
+        "target", type=place, help="the Parquet file to write, or DIR/ for one file for each shard"
+    )
+    jobs(sub)
     sub.add_argument(
         "--per",
         choices=["position", "sequence"],
@@ -175,6 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+    except KeyboardInterrupt:
+        say("interrupted: run the same command again", file=sys.stderr)
+        return INTERRUPTED
     except IncompleteDump as error:
         say(error, file=sys.stderr)
         return BAD_INPUT

@@ -16,6 +16,7 @@ from storage.manifest import Dump, Manifest, Shard
 from storage.places import Group, Places, start
 from storage.row_head import RowHead
 from storage.shard_reader import ShardReader, gate, target_counts, targets_of
+from storage.store import mapped
 from storage.topk import Int32s
 from storage.whole_files import cached
 
@@ -27,7 +28,7 @@ def scan(
 
     Raises CorruptShard, also where a row's head says other than its columns, and Unindexable.
     """
-    reader = reader or ShardReader(dump, shard)
+    reader = reader or ShardReader(dump, shard, data=data)
     groups = [
         group_of(reader.read_group(number), shard, dump, int(first), reader.has_samples)
         for number, first in enumerate(reader.starts[:-1])
@@ -106,21 +107,20 @@ def scan_file(dump: Dump, shard: Shard) -> Part:
 
 
 @contextlib.contextmanager
-def file_bytes(dump: Dump, shard: Shard) -> Iterator[bytes | mmap.mmap]:
-    """All bytes of a data file, mapped where it is local or cached.
+def file_bytes(dump: Dump, shard: Shard, use_cache: bool = True) -> Iterator[bytes | mmap.mmap]:
+    """All bytes of a data file, mapped. A remote one is downloaded once, or is in the cache.
 
     Raises FileNotFoundError, CorruptShard and StoreError.
     """
     store = dump.store
     local: str | Path | None = store.regular(shard.file) if store.local else None
-    local = local or cached(store, shard.file, shard.marker["sha256"])
+    if use_cache:
+        local = local or cached(store, shard.file, shard.marker["sha256"])
     if local is None:
-        data = store.attempt("read", shard.file, lambda: store.fs.cat_file(store / shard.file))
+        data = store.fetched(shard.file)
+    else:
+        with store.explaining("read", shard.file, but=FileNotFoundError):
+            data = mapped(local)
+    with gate(shard.file):
         check_size(shard, len(data))
-        yield data
-        return
-    with store.explaining("read", shard.file, but=FileNotFoundError), open(local, "rb") as file:
-        size = file.seek(0, 2)
-        check_size(shard, size)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+    yield data

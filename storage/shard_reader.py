@@ -10,6 +10,7 @@ marker and its plan before memory is allocated for it:
 """
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,18 +44,26 @@ ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the others can give any number of 
 class ShardReader:
     """The rows of one committed data file; `samples=False` does not read their samples.
 
+    `data` are the bytes of the file, where the caller has them.
     Raises CorruptShard that names the file, and the row where one row is damaged;
     FormatVersionError for the format of a later release; StoreError.
     """
 
-    def __init__(self, dump: Dump, shard: Shard, samples: bool = True) -> None:
+    def __init__(
+        self,
+        dump: Dump,
+        shard: Shard,
+        samples: bool = True,
+        data: bytes | mmap.mmap | None = None,
+    ) -> None:
         self.dump, self.shard, self.name = dump, shard, shard.file
         self.decoder = RowDecoder(shard, dump.plan, samples)
         self.vocab_size, self.has_samples = self.decoder.vocab_size, self.decoder.has_samples
         self._tables: AnyTables | None = None
         with gate(self.name):
             try:
-                source = open_source(dump.store, shard)
+                given = data is not None
+                source = pa.BufferReader(data) if given else open_source(dump.store, shard)
             except FileNotFoundError:
                 raise CorruptShard(MISSING) from None
             expected = shard.marker.get("footer_crc32")

@@ -1,6 +1,8 @@
 """verify: read a whole dump again and name every fault."""
 
+import contextlib
 import hashlib
+import mmap
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +19,11 @@ from storage.errors import (
 from storage.gc import MARKER
 from storage.index import Index, agrees
 from storage.index_files import DUMP_INDEX, SHARD_INDEX, index_in_dump, shard_index
-from storage.manifest import Dump, Shard
+from storage.manifest import Dump, Manifest, Shard
+from storage.parallel import in_order
 from storage.parsing import MARKER_BYTES, to_json
-from storage.scan import scan_file
+from storage.row_keys import RowKeys, key_of
+from storage.scan import file_bytes, scan
 from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
@@ -43,43 +47,58 @@ class Report:
     def ok(self) -> bool:
         return not self.faults
 
+    def add(self, shard: Shard, fault: str | None) -> None:
+        """Count a shard, with its rows if nothing is wrong with it."""
+        self.shards += 1
+        if fault:
+            self.faults.append(fault)
+            return
+        self.rows += shard.rows
+        self.tokens += shard.tokens
+        self.targets += shard.positions if shard.masked else 0
+
 
 def verify(
     path: str | os.PathLike[str],
     progress: Callable[[Shard], None] | None = None,
     *,
     partial: bool = False,
+    jobs: int = 1,
 ) -> Report:
     """Read a finished dump again; check hashes, plan, every row, duplicate rows and stray files.
 
-    `partial=True` checks the shards committed so far of an unfinished dump. Damage raises nothing:
-    each fault is one line of the report, which names the file and, if known, the row. Raises
-    IncompleteDump if the dump is missing or not finished, and StoreError.
+    `partial=True` checks the shards committed so far of an unfinished dump. `jobs` processes check
+    the shards, each of which is downloaded once. Memory does not grow with the dump; temporary
+    files take 24 bytes a row, and a remote shard for each process.
+
+    Damage raises nothing: each fault is one line of the report, which names the file and, if known,
+    the row. Raises IncompleteDump if the dump is missing or not finished, and StoreError.
     """
     report = Report()
     try:
         dump = Dump(path)
-        shards = dump.shards() if partial else list(dump.manifest().shards)
+        manifest = None if partial else dump.manifest()
+        shards = list(manifest.shards) if manifest else dump.shards()
     except (IncompleteDump, StoreError):
         raise
     except StorageError as error:
         report.faults.append(str(error))
         return report
     files = {name: entry.bytes for name, entry in dump.store.entries().items()}
-    seen: dict[tuple[str, int], str] = {}
-    index = checked_index(dump, len(shards), report) if not partial else None
-    damaged = damaged_tables(dump, shards, report)
-    for number, shard in enumerate(shards):
-        if shard.tables in damaged:
-            fault = missing(dump.store, shard, files)
-        else:
-            fault = check_shard(dump, shard, files, seen, report)
-            fault = fault or check_places(dump, shard, index, number)
-        if fault:
-            report.faults.append(fault)
-        report.shards += 1
-        if progress:
-            progress(shard)
+    index = checked_index(dump, manifest, report) if manifest else None
+    check = ShardCheck(dump, index, damaged_tables(dump, shards, report))
+    items = [(number, shard, files.get(shard.file)) for number, shard in enumerate(shards)]
+    faults: dict[int, str | None] = {}
+    with RowKeys() as keys, contextlib.closing(in_order(check, items, jobs)) as results:
+        for (number, shard, _), (fault, hashes) in zip(items, results, strict=True):
+            faults[number] = fault
+            keys.add(number, hashes)
+            if progress:
+                progress(shard)
+        for number, (row, first) in keys.repeated().items():
+            faults[number] = doubled(dump, shards[number], row, shards[first].file)
+    for shard, fault in zip(shards, faults.values(), strict=True):
+        report.add(shard, fault)
     named = {shard.file for shard in shards}
     markers = {f"{shard.name}.json" for shard in shards}
     tables = {tables_file(shard.tables) for shard in shards if shard.tables}
@@ -102,22 +121,45 @@ def verify(
     return report
 
 
-def check_shard(
-    dump: Dump,
-    shard: Shard,
-    files: dict[str, int],
-    seen: dict[tuple[str, int], str],
-    report: Report,
-) -> str | None:
-    """One line that says what is wrong with the shard, or None."""
-    try:
-        return missing(dump.store, shard, files) or check_rows(dump, shard, seen, report)
-    except StoreError:
-        raise
-    except StorageError as error:
-        return str(error)
-    except FileNotFoundError:
-        return f"{shard.file}: removed while it was read"
+@dataclass(frozen=True)
+class ShardCheck:
+    """Checks one shard, given with its number and the bytes of its file in the listing, None where
+    it has none.
+
+    Returns one line that says what is wrong with it, or None, and the keys of its rows up to there.
+    """
+
+    dump: Dump
+    index: Index | None
+    damaged: set[str | None]
+
+    def __call__(self, item: tuple[int, Shard, int | None]) -> tuple[str | None, bytes]:
+        number, shard, size = item
+        keys: list[bytes] = []
+        try:
+            fault = missing(self.dump.store, shard, size)
+            if fault is None and shard.tables not in self.damaged:
+                with file_bytes(self.dump, shard, use_cache=False) as data:
+                    fault = check_rows(self.dump, shard, data, keys)
+                    fault = fault or check_places(self.dump, shard, data, self.index, number)
+        except StoreError:
+            raise
+        except StorageError as error:
+            fault = str(error)
+        except FileNotFoundError:
+            fault = f"{shard.file}: removed while it was read"
+        return fault, b"".join(keys)
+
+
+def doubled(dump: Dump, shard: Shard, row: int, first: str) -> str:
+    """One line that says that the file `first` has a row of this shard already."""
+    reader = ShardReader(dump, shard)
+    group = reader.group_of(row)
+    record = reader.record(reader.read_group(group), group, row)
+    return (
+        f"{shard.file}, row {row}: document {record.doc_id!r}, chunk {record.chunk} is already in "
+        f"{first}"
+    )
 
 
 def damaged_tables(dump: Dump, shards: list[Shard], report: Report) -> set[str | None]:
@@ -136,13 +178,14 @@ def damaged_tables(dump: Dump, shards: list[Shard], report: Report) -> set[str |
     return damaged
 
 
-def checked_index(dump: Dump, shards: int, report: Report) -> Index | None:
+def checked_index(dump: Dump, manifest: Manifest, report: Report) -> Index | None:
     """The index in the dump's directory, if there is one; a damaged one is a fault."""
     try:
-        key = dump.manifest().fingerprint
-        index = index_in_dump(dump.store, key, dump.plan_sha256)
-        if index is not None and len(index.shards) != shards:
-            raise index.damaged(f"{len(index.shards)} shards, the manifest has {shards}")
+        index = index_in_dump(dump.store, manifest.fingerprint, dump.plan_sha256)
+        if index is not None and len(index.shards) != len(manifest.shards):
+            raise index.damaged(
+                f"{len(index.shards)} shards, the manifest has {len(manifest.shards)}"
+            )
     except StoreError:
         raise
     except StorageError as error:
@@ -151,57 +194,43 @@ def checked_index(dump: Dump, shards: int, report: Report) -> Index | None:
     return index
 
 
-def check_places(dump: Dump, shard: Shard, index: Index | None, number: int) -> str | None:
+def check_places(
+    dump: Dump, shard: Shard, data: bytes | mmap.mmap, index: Index | None, number: int
+) -> str | None:
     """What is wrong with the heads of a good shard's rows, or with the index, or None."""
-    if index is None and not dump.store.local:
-        return None  # its bytes would be read once more
     try:
-        found = scan_file(dump, shard)
+        found = scan(dump, shard, data)
         if index is not None:
             index.check_shard(number, *shard.counts)
             if not agrees(index, number, found):
                 return f"{index.name}: other places than the rows of {shard.file} have"
     except Unindexable as error:
-        return str(error) if index is not None else None
-    except StoreError:
-        raise
-    except StorageError as error:
-        return str(error)
+        return f"{shard.file}: {error}" if index is not None else None
     return None
 
 
-def missing(store: Store, shard: Shard, files: dict[str, int]) -> str | None:
-    """What is wrong with marker and size, or None."""
+def missing(store: Store, shard: Shard, size: int | None) -> str | None:
+    """What is wrong with the marker, or with a file of `size` bytes, or None."""
     marker = store.read(f"{shard.name}.json", MARKER_BYTES)
-    if marker is None and shard.file not in files:
+    if marker is None and size is None:
         return f"{shard.name}.json: missing, and so is its data file {shard.file}"
     if marker is None:
         return f"{shard.name}.json: missing, though its data file {shard.file} exists"
     if marker != to_json(shard.marker):
         return f"{shard.name}.json: the marker differs from the one in manifest.json"
-    if shard.file not in files:
+    if size is None:
         return f"{shard.file}: missing, though {shard.name}.json names it"
-    if files[shard.file] != shard.marker["bytes"]:
-        return f"{shard.file}: {files[shard.file]} bytes, the marker says {shard.marker['bytes']}"
+    if size != shard.marker["bytes"]:
+        return f"{shard.file}: {size} bytes, the marker says {shard.marker['bytes']}"
     return None
 
 
-def check_rows(
-    dump: Dump, shard: Shard, seen: dict[tuple[str, int], str], report: Report
-) -> str | None:
-    """What is wrong with the data file, or None; adds what was read to the report."""
-    store = dump.store
-    sha256 = store.attempt("read", shard.file, lambda: sha256_of(store, shard.file))
-    reader = ShardReader(dump, shard)
+def check_rows(dump: Dump, shard: Shard, data: bytes | mmap.mmap, keys: list[bytes]) -> str | None:
+    """What is wrong with the data file, or None; adds the keys of the rows that were read."""
+    reader = ShardReader(dump, shard, data=data)
     found: Counter[str] = Counter()
     for number, record in enumerate(reader):
-        key = (record.doc_id, record.chunk)
-        if key in seen:
-            return (
-                f"{shard.file}, row {number}: document {record.doc_id!r}, chunk "
-                f"{record.chunk} is already in {seen[key]}"
-            )
-        seen[key] = shard.file
+        keys.append(key_of(record.doc_id, record.chunk))
         try:  # readers skip these slow checks, such as an id that appears twice
             check_topk(record.topk, reader.vocab_size)
         except InvalidRecord as error:
@@ -209,21 +238,9 @@ def check_rows(
         found["tokens"] += len(record.input_ids)
         found["positions"] += len(record.topk)
         found["entries"] += len(record.topk.ids)
-    if sha256 != shard.marker["sha256"]:
+    if hashlib.sha256(data).hexdigest() != shard.marker["sha256"]:
         return f"{shard.file}: the sha256 is not the marker's: the file was changed after commit"
     for what in ("tokens", "positions", "entries"):
         if found[what] != shard.marker[what]:
             return f"{shard.file}: {found[what]} {what}, the marker says {shard.marker[what]}"
-    report.rows += shard.rows
-    report.tokens += shard.tokens
-    report.targets += shard.positions if shard.masked else 0
     return None
-
-
-def sha256_of(store: Store, name: str) -> str:
-    digest = hashlib.sha256()
-    path = store.regular(name) if store.local else store / name
-    with store.fs.open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cli
@@ -95,7 +96,7 @@ def test_dump_resume_verify_and_gc_on_s3(
     assert before <= keys(client)
     assert any("/tables-" in key for key in keys(client)) == (codec == "v3")
     assert rows(output) == rows(tmp_path / "dump")
-    report = verify(output)
+    report = verify(output, jobs=2)
     assert report.ok
     assert any("feedbeef" in note for note in report.notes)
     assert storage_main(["gc", output, "--older-than=-1"]) == 0
@@ -103,6 +104,9 @@ def test_dump_resume_verify_and_gc_on_s3(
     assert storage_main(["gc", output, "--older-than=-1", "--delete"]) == 0
     assert not verify(output).notes
     assert rows(output) == rows(tmp_path / "dump")
+    assert storage_main(["export", output, f"{tmp_path}/rows/", "--jobs=2"]) == 0
+    files = sorted((tmp_path / "rows").iterdir())
+    assert sum(pq.read_metadata(file).num_rows for file in files) == report.tokens - report.rows
     assert not list(LogitDataset(output).dump.store.remote_staging.glob("*"))
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from storage import ShardWriter, create_dump, verify
+from storage import LogitDataset, ShardWriter, create_dump, verify
 from storage.manifest import Dump
+from tests.helpers.linked import Counted, counted
 from tests.helpers.records import cut_short, flip_byte, make_dump, plan, random_record
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
@@ -123,6 +124,66 @@ def test_verify_names_each_planted_fault(tmp_path: Path, damage, codec: str) -> 
     name = damage(dump, tmp_path / "dump")
     report = verify(tmp_path / "dump")
     assert any(name in fault for fault in report.faults), report
+
+
+def planted(path: Path) -> list[str]:
+    """A dump of six shards with four faults; what names them, in order."""
+    dump = make_dump(path, shards=6)
+    shards = dump.shards()
+    flip_byte(path / shards[1].file)
+    (path / shards[3].file).unlink()
+    (path / f"{shards[4].name}.json").unlink()
+    writer = ShardWriter(dump.partition(0), 6)
+    writer.write(random_record(99))
+    writer.commit({})
+    return [shards[1].file, shards[3].file, f"{shards[4].name}.json", "00000/00006.json"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_faults_come_in_order_whoever_finds_them(tmp_path: Path, jobs: int) -> None:
+    expected, seen = planted(tmp_path), []
+    report = verify(tmp_path, lambda shard: seen.append(shard.index), jobs=jobs)
+    assert len(report.faults) == len(expected)
+    for name, fault in zip(expected, report.faults, strict=True):
+        assert fault.startswith(name)
+    assert (report.shards, report.rows, report.tokens) == (6, 15, 300)
+    assert seen == list(range(6))
+    assert report == verify(tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_row_that_came_before_is_named_with_both_files(tmp_path: Path, jobs: int) -> None:
+    """The rest of its shard is not read: rows behind it are not the first ones of others."""
+    dump = create_dump(tmp_path, plan())
+    for numbers in ([1, 2], [3, 2, 4, 1], [4, 5], [3, 3]):
+        writer = ShardWriter(dump.partition(0))
+        for number in numbers:
+            writer.write(random_record(number))
+        writer.commit({})
+    dump.partition(0).finish({})
+    first, second, _, last = dump.finish().shards
+    report = verify(tmp_path, jobs=jobs)
+    assert report.faults == [
+        f"{second.file}, row 1: document 'doc-2', chunk 0 is already in {first.file}",
+        f"{last.file}, row 0: document 'doc-3', chunk 0 is already in {second.file}",
+    ]
+    assert (report.rows, report.shards) == (4, 4)
+
+
+def test_a_remote_shard_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a marker, and besides plan, manifest, index and listing. Not from the cache."""
+    dump = make_dump(tmp_path / "dump", shards=5)
+    monkeypatch.setenv("MOL_CACHE", str(tmp_path / "cache"))
+    address = counted(tmp_path / "dump")
+    list(LogitDataset(address))
+    Counted.reset()
+    assert verify(address).ok
+    assert Counted.requests == {"GET": 2 * 5 + 3, "LIST": 1}
+    size = sum(file.stat().st_size for file in (tmp_path / "dump").rglob("*.parquet"))
+    assert size < Counted.bytes < 2 * size
+    flip_byte(tmp_path / "dump" / dump.shards()[2].file)
+    (fault,) = verify(address).faults
+    assert fault.startswith(dump.shards()[2].file)
 
 
 def test_verify_finds_an_id_that_appears_twice(tmp_path: Path) -> None:
