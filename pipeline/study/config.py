@@ -1,6 +1,5 @@
 """The settings of a study: arms × learning rates × seeds."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,13 +11,10 @@ from pipeline.config import (
     HeldOutConfig,
     Length,
     Limit,
+    check_names,
     require,
 )
 from pipeline.ranges import Range, check_ranges
-
-LONGEST_NAME = 100
-# Of an arm or a dump: no path, no hidden file, no option of a command.
-NAME = re.compile(rf"\w[\w .+=,@-]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass
@@ -103,13 +99,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in [*self.arms, *self.dumps]:
-            require(
-                NAME.fullmatch(str(name)) is not None,
-                f"arms and dumps: a name becomes part of a directory's. It starts with a letter or "
-                f"digit, has . _ - + = , @ or spaces inside, and at most {LONGEST_NAME} "
-                f"characters; found {name!r}",
-            )
+        check_names("arms and dumps", [*self.arms, *self.dumps])
         held = self.held_out
         require(
             held.domain is not None and held.general is not None,
