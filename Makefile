@@ -10,7 +10,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-models test-kill test-airflow gpu-check gpu-bench gpu-compile fuzz lint types \
+.PHONY: help setup demo test test-fast test-models test-kill simulate test-airflow gpu-check gpu-bench gpu-compile fuzz lint types \
 	types-airflow lock clean airflow airflow-setup
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ test-kill: setup  ## kill a dump 450 times, also with a second live writer, and 
 	$(PYTHON) -m tests.helpers.kills --kills 50 --positions 0.3
 	$(PYTHON) -m tests.helpers.kills --kills 200 --codec v3
 	$(PYTHON) -m pytest -m long
+
+simulate: setup  ## a month of a dump by 1,000 preempted workers, on a virtual clock; takes minutes
+	PYTHONPATH=. $(PYTHON) scripts/benchmarks/simulate_month.py
 
 test-models: setup  ## every family of models through the whole pipeline; writes pipeline/models/SUPPORTED.md
 	$(PYTHON) -m tests.helpers.matrix --table

@@ -1,6 +1,7 @@
 """Documents -> token sequences.
 
 Files are read by corpus_files.py, corpus_readers.py and corpus_cache.py; hub names by `datasets`.
+tokenizing.py makes token ids of a document's text, tokenized_parts.py keeps those of a corpus.
 
 One sequence is one document, or one chunk of a long one; no sequence holds two documents.
 """
@@ -20,23 +21,25 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.chats import BadChat, ChatTemplate, listed
 from pipeline.config import CorpusConfig
 from pipeline.conversation_source import TOOLS, ConversationSource, parts_of
-from pipeline.corpus_cache import cached_documents, local_copy
+from pipeline.corpus_cache import READERS, cache_folder, digests_of, documents_of, local_copy
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
+from pipeline.document_ids import DocumentIds
 from pipeline.errors import ConfigError
+from pipeline.models.tokenizers import behaviour
 from pipeline.outside import failure
 from pipeline.positions import Share
 from pipeline.progress import say
-from pipeline.spans import Text, TokenPlaces, mask_of
-from pipeline.special_tokens import CannotMask, SpecialTokens
+from pipeline.spans import Text
+from pipeline.special_tokens import SpecialTokens
 from pipeline.token_columns import Marked, TokenColumns
 from pipeline.token_source import OPTION, TokenSource, guess_mask, mask_of_schema
+from pipeline.token_store import VERSION, Row, find_store
+from pipeline.tokenizing import Tokenizing
 from pipeline.types import Int32s, Int64s, Json
 from storage.targets import Bools, positions_of
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
-
-IDS_AT_ONCE = 10_000
 SAMPLED, SAMPLED_CHARACTERS = 16, 10_000  # documents whose tokens a plan holds the hash of
 
 
@@ -63,7 +66,8 @@ class Sequence:
 class Corpus:
     """The documents of one CorpusConfig, tokenized on demand.
 
-    Raises ConfigError that names a path, column or file that cannot be read.
+    Where their tokens are in the cache, no document is read before it is asked for. Raises
+    ConfigError that names a path, column or file that cannot be read.
     """
 
     def __init__(
@@ -82,32 +86,107 @@ class Corpus:
         """Where documents are token ids already."""
         self.files = find_files(config.path, config.split)
         if self.files:
-            documents, self.digests = cached_documents(self.sources(), config.reread)
-        else:
-            documents = hub_documents(config)
-            if config.tokens_column is not None:
-                schema = documents.features.arrow_schema
-                self.tokens = self.token_columns(partial(mask_of_schema, schema))
-        stop = len(documents) if config.limit is None else config.skip + config.limit
-        self.documents = documents.select(range(config.skip, min(stop, len(documents))))
-        self.arrow = self.documents.with_format("arrow")
+            self.sources = self.make_sources()
+            self.digests = digests_of(self.sources, config.reread)
+        elif config.tokens_column is not None:
+            schema = self.every_document.features.arrow_schema
+            self.tokens = self.token_columns(partial(mask_of_schema, schema))
+        key = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()
+        self.store_folder = cache_folder("tokens") / key
+        self.store = find_store(self.store_folder)
+        """The token sequences, where they were made before."""
+        if self.store is None:
+            self.check_documents()
+        self.check_tokenizer()
+
+    @cached_property
+    def every_document(self) -> datasets.Dataset:
+        """Those that are skipped, too; memory-mapped."""
+        if self.files:
+            return documents_of(self.sources, self.digests, self.config.reread)
+        return hub_documents(self.config)
+
+    @cached_property
+    def documents(self) -> datasets.Dataset:
+        config, every = self.config, self.every_document
+        stop = len(every) if config.limit is None else config.skip + config.limit
+        return every.select(range(config.skip, min(stop, len(every))))
+
+    @cached_property
+    def arrow(self) -> datasets.Dataset:
+        return self.documents.with_format("arrow")
+
+    def check_documents(self) -> None:
+        """ConfigError where there are none, or none that can be tokenized as it is asked for."""
+        config, names = self.config, self.documents.column_names
         if not len(self.documents):
             raise ConfigError(
                 f"corpus {config.path}: no documents"
-                + (f" after skip={config.skip}" if len(documents) else "; is the file empty?")
+                + (
+                    f" after skip={config.skip}"
+                    if len(self.every_document)
+                    else "; is the file empty?"
+                )
             )
         for name in self.needed:
-            if name not in self.documents.column_names:
+            if name not in names:
                 raise ConfigError(
                     f"corpus {config.path}: no column {name!r}; it has "
-                    f"{', '.join(self.documents.column_names)}. Set corpus.{self.option}"
+                    f"{', '.join(names)}. Set corpus.{self.option}"
                 )
-        chat = self.holds_messages()
-        split = config.special_tokens == "split" and self.tokens is None
-        self.special = SpecialTokens(tokenizer, chat) if split else None
-        self.chat = self.chat_template() if chat else None
-        self.check_targets()
-        self.places = TokenPlaces(tokenizer) if self.masked and self.tokens is None else None
+        _ = self.special, self.chat
+        if self.targets == "assistant" and self.chat is None:
+            raise ConfigError(
+                f"corpus {config.path}: targets assistant: only chats have an assistant, and the "
+                f"first document has text in column {self.column!r}, not messages. Leave targets "
+                "out to learn the completions"
+            )
+
+    @property
+    def splits_special(self) -> bool:
+        """Whether special tokens that a document spells are text."""
+        return self.config.special_tokens == "split" and self.tokens is None
+
+    @cached_property
+    def special(self) -> SpecialTokens | None:
+        return SpecialTokens(self.tokenizer, self.holds_messages) if self.splits_special else None
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """Where documents are conversations."""
+        return self.chat_template() if self.holds_messages else None
+
+    @cached_property
+    def tokenized(self) -> Tokenizing:
+        """Makes token ids of texts."""
+        return Tokenizing(
+            self.tokenizer,
+            self.config.path,
+            self.chat is not None,
+            self.masked,
+            self.special,
+            self.add_eos,
+        )
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The tokenizer's ids are below it."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+
+    def identity(self) -> Json:
+        """What decides the token sequences, as plain JSON; the share of targets does not."""
+        config = self.config
+        return {
+            "version": VERSION,
+            "readers": READERS,
+            "documents": self.fingerprint(),
+            "option": self.option,
+            "targets": self.targets,
+            "special_tokens": config.special_tokens,
+            "max_length": self.max_length,
+            "add_eos": self.add_eos,
+            "tokenizer": self.vocabulary if self.tokens else behaviour(self.tokenizer),
+        }
 
     @property
     def targets(self) -> Literal["all", "assistant", "completion", "mask"]:
@@ -128,6 +207,7 @@ class Corpus:
             return self.tokens.names
         return self.columns[:1] if self.files else self.columns
 
+    @cached_property
     def holds_messages(self) -> bool:
         """Whether documents are conversations. Prompts may be, and the first one shows it."""
         if self.config.prompt_column is None:
@@ -148,18 +228,13 @@ class Corpus:
         """How learnt tokens are chosen, for a plan; nothing where all are learnt."""
         return {"which": self.targets} if self.masked else {}
 
-    def check_targets(self) -> None:
-        """ConfigError where the targets that are asked for cannot be known."""
-        name = f"corpus {self.config.path}: targets {self.targets}"
-        if self.targets == "assistant" and self.chat is None:
-            raise ConfigError(
-                f"{name}: only chats have an assistant, and the first document has text in column "
-                f"{self.column!r}, not messages. Leave targets out to learn the completions"
-            )
+    def check_tokenizer(self) -> None:
+        """ConfigError where it cannot tell which tokens are learnt."""
         if self.masked and self.tokens is None and not self.tokenizer.is_fast:
             raise ConfigError(
-                f"{name}: needs a fast tokenizer, which says where its tokens stand in the text; "
-                f"{type(self.tokenizer).__name__} does not. Convert it to a tokenizer.json"
+                f"corpus {self.config.path}: targets {self.targets}: needs a fast tokenizer, which "
+                f"says where its tokens stand in the text; {type(self.tokenizer).__name__} does "
+                "not. Convert it to a tokenizer.json"
             )
 
     @property
@@ -171,7 +246,7 @@ class Corpus:
             return "prompt_column, completion_column"
         return "messages_column" if self.config.messages_column else "text_column"
 
-    def sources(self) -> list[Source]:
+    def make_sources(self) -> list[Source]:
         """What reads each file."""
         config, copies = self.config, [(file, local_copy(file)) for file in self.files]
         if self.structured:
@@ -199,8 +274,7 @@ class Corpus:
                 f"corpus {config.path}: the column {mask} says which tokens are learnt; "
                 "corpus.targets: all learns all of them"
             )
-        size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
-        return TokenColumns(self.column, mask, size)
+        return TokenColumns(self.column, mask, self.vocabulary)
 
     def chat_template(self) -> ChatTemplate:
         try:
@@ -213,7 +287,7 @@ class Corpus:
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self.documents)
+        return int(self.store.facts["documents"]) if self.store else len(self.documents)
 
     def fingerprint(self) -> str:
         """sha256 over the content of every file (or the hub's own fingerprint) and the selection.
@@ -233,13 +307,21 @@ class Corpus:
 
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
+        if self.store is not None:
+            known: Json = self.store.facts["rendering"]
+            return known
+        found = {"sample": self.sample}
+        return found | ({"chat_template": self.chat.identity()} if self.chat else {})
+
+    @cached_property
+    def sample(self) -> str:
+        """sha256 over the first tokens of some documents."""
         number = min(SAMPLED, len(self))
         found = [
             tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
             for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
         ]
-        sample = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        return {"sample": sample} | ({"chat_template": self.chat.identity()} if self.chat else {})
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def heads(self, documents: list[int]) -> Iterator[Marked]:
         """The first tokens of some documents."""
@@ -256,19 +338,26 @@ class Corpus:
 
         A sequence that predicts no learnt token is left out, and a document without any other.
         """
-        stop = len(self) if stop is None else stop
+        for first, found in self.marked(start, len(self) if stop is None else stop):
+            ids = self.ids(first, first + len(found))
+            for document, (doc_id, one) in enumerate(zip(ids, found, strict=True), first):
+                yield from self.chunks(document, doc_id, *one, self.share)
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """The sequences of documents `start` to `stop` for a store: with all of their targets."""
+        for first, found in self.marked(start, stop):
+            for document, one in enumerate(found, first):
+                for each in self.chunks(document, "", *one, share=None):
+                    yield Row.of(document, each.chunk, each.input_ids, each.targets, self.masked)
+
+    def marked(self, start: int, stop: int) -> Iterator[tuple[int, list[Marked]]]:
+        """(number of the first document, tokens of some consecutive documents), in order."""
         if self.tokens is not None:
             for at in range(start, stop, DOCUMENTS_AT_ONCE):
-                span = at, min(at + DOCUMENTS_AT_ONCE, stop)
-                documents = zip(self.ids(*span), self.token_documents(*span), strict=True)
-                for document, (doc_id, (tokens, targets)) in enumerate(documents, at):
-                    yield from self.chunks(document, doc_id, tokens, targets)
+                yield at, list(self.token_documents(at, min(at + DOCUMENTS_AT_ONCE, stop)))
             return
         for batch in self.batches(start, stop):
-            numbers, doc_ids, texts = zip(*batch, strict=True)
-            tokenized = self.tokenized(list(texts))
-            for document, doc_id, (tokens, mask) in zip(numbers, doc_ids, tokenized, strict=True):
-                yield from self.chunks(document, doc_id, tokens, mask)
+            yield batch[0][0], list(self.tokenized([text for _, text in batch]))
 
     def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
         """The documents of a token corpus. Those of files were checked as they were read."""
@@ -286,7 +375,12 @@ class Corpus:
         return ConfigError(f"corpus {self.config.path}, document {document}: {what}")
 
     def chunks(
-        self, document: int, doc_id: str, tokens: Int32s, targets: Bools | None
+        self,
+        document: int,
+        doc_id: str,
+        tokens: Int32s,
+        targets: Bools | None,
+        share: Share | None,
     ) -> list[Sequence]:
         """A document's sequences, of max_length tokens at most, that predict a learnt token.
 
@@ -298,26 +392,25 @@ class Corpus:
         for number, at in enumerate(range(0, len(tokens), self.max_length)):
             part = slice(at, at + self.max_length)
             mask = None if targets is None else targets[part]
-            if self.share is not None:
-                mask = self.share.draw(doc_id, number, mask, len(tokens[part]))
+            if share is not None:
+                mask = share.draw(doc_id, number, mask, len(tokens[part]))
             sequence = Sequence(doc_id, document, number, tokens[part], False, mask)
             if len(sequence.positions):
                 found.append(sequence)
         return [*found[:-1], *(replace(last, ends_document=True) for last in found[-1:])]
 
-    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, str, Text]]]:
-        """(document, its id, its text) in groups of bounded number and size."""
-        batch: list[tuple[int, str, Text]] = []
+    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, Text]]]:
+        """(document, its text) in groups of bounded number and size."""
+        batch: list[tuple[int, Text]] = []
         size = 0
         for first in range(start, stop, DOCUMENTS_AT_ONCE):
-            last = min(first + DOCUMENTS_AT_ONCE, stop)
-            rows = zip(self.ids(first, last), self.values(first, last), strict=True)
-            for document, (doc_id, value) in enumerate(rows, first):
+            values = self.values(first, min(first + DOCUMENTS_AT_ONCE, stop))
+            for document, value in enumerate(values, first):
                 text = self.render(value, document)
                 if batch and size + len(text) > CHARACTERS_AT_ONCE:
                     yield batch
                     batch, size = [], 0
-                batch.append((document, doc_id, text))
+                batch.append((document, text))
                 size += len(text)
             yield batch
             batch, size = [], 0
@@ -344,40 +437,16 @@ class Corpus:
         (value,) = self.values(document, document + 1)
         return self.render(value, document)
 
-    def ids(self, start: int, stop: int) -> list[str]:
-        """A different id for each document: its own, or its number where it has none.
-
-        Of documents with one id, such as ids that begin anew in each file, the first one keeps it;
-        the others get their number behind it, as 7#1003.
-        """
-        found = self.own_ids(start, stop)
-        repeats, known = self.repeats
-        for at in np.flatnonzero(repeats[start:stop]).tolist():
-            found[at] += f"#{start + at}"
-            while is_in(short_hash(found[at]), known):
-                found[at] += "#"
-        return found
-
-    def own_ids(self, start: int, stop: int) -> list[str]:
-        """The ids as the corpus has them; two documents may have the same."""
-        own = [None] * (stop - start)
-        if self.column != "id" and "id" in self.documents.column_names:
-            own = self.arrow[start:stop]["id"].to_pylist()
-        return [str(at if value is None else value) for at, value in enumerate(own, start)]
-
     @cached_property
-    def repeats(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """([documents]: whether an earlier document has the id; sorted hashes of all ids)."""
-        repeats = np.zeros(len(self), bool)
+    def ids(self) -> DocumentIds:
+        """The documents' ids: `ids(start, stop)`."""
         if self.column == "id" or "id" not in self.documents.column_names:
-            return repeats, np.zeros(0, np.uint64)
-        spans = range(0, len(self), IDS_AT_ONCE)
-        ids = (each for at in spans for each in self.own_ids(at, min(at + IDS_AT_ONCE, len(self))))
-        hashes = np.fromiter(map(short_hash, ids), np.uint64, len(self))
-        known, first = np.unique(hashes, return_index=True)
-        repeats[:] = True
-        repeats[first] = False
-        return repeats, known
+            return DocumentIds(len(self), None)
+        return DocumentIds(len(self), self.own_ids)
+
+    def own_ids(self, start: int, stop: int) -> list[str | None]:
+        found: list[str | None] = self.arrow[start:stop]["id"].to_pylist()
+        return found
 
     def render(self, value: Any, document: int) -> Text:
         """A document's text; empty for null."""
@@ -410,81 +479,12 @@ class Corpus:
             raise self.wrong(document, f"rendered to more than {DOCUMENT_BYTES // MIB} MiB of text")
         return text
 
-    def tokenized(self, texts: list[Text]) -> Iterator[tuple[Int32s, Bools | None]]:
-        """Yield the token ids of each text, int32 [T], and which of them are learnt, bool [T]; None
-        for all. A chat template adds its own special tokens."""
-        plain = self.chat is None
-        # Chats that spell special tokens are masked; the template's own are tokens in any case.
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=plain,
-            split_special_tokens=True if self.special and plain else None,
-            return_offsets_mapping=self.masked,
-            verbose=False,
-        )
-        for at, text in enumerate(texts):
-            ids = encoded["input_ids"][at] if text else []
-            mask = None
-            if text.spelled:
-                ids, places = self.encode_spelled(text)
-            elif self.places is not None:
-                places = self.places.of(text, ids, encoded["offset_mapping"][at] if text else [])
-            if text.spans is not None:
-                mask = mask_of(text.spans, places)
-            if plain and text:
-                ids, mask = self.with_ends(ids, mask)
-            yield np.asarray(ids, np.int32), mask
-
-    def encode_spelled(self, text: Text) -> tuple[list[int], Int64s]:
-        assert self.special is not None
-        try:
-            return self.special.encode(text)
-        except CannotMask as error:
-            raise ConfigError(
-                f"corpus {self.config.path}, the chat that begins {text[:80]!r}: {error}"
-            ) from None
-
-    def with_ends(self, ids: list[int], mask: Bools | None) -> tuple[list[int], Bools | None]:
-        """One begin-of-text and one end-of-text token, also where the text spells them itself. The
-        end is learnt."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        first = int(self.adds_bos and ids[:2] == [bos, bos])
-        ids = ids[first:]
-        last = len(ids) - int(self.adds_eos and ids[-2:] == [eos, eos])
-        end = [eos] if self.add_eos and eos is not None and ids[last - 1 : last] != [eos] else []
-        ids = [*ids[:last], *end]
-        if mask is not None:
-            mask = np.append(mask[first : first + last], [True] * len(end)).astype(bool)
-            mask[-1:] |= ids[-1:] == [eos]
-        return ids, mask
-
-    @cached_property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer itself begins each text with the begin-of-text token."""
-        ids = self.tokenizer("a", verbose=False)["input_ids"]
-        return bool(ids[:1] == [self.tokenizer.bos_token_id])
-
-    @cached_property
-    def adds_eos(self) -> bool:
-        ids = self.tokenizer("a", verbose=False)["input_ids"]
-        return bool(ids[-1:] == [self.tokenizer.eos_token_id])
-
 
 def columns_of(config: CorpusConfig) -> tuple[str, ...]:
     """The columns that documents are made of; those of masks and ids are beside them."""
     if config.prompt_column is not None and config.completion_column is not None:
         return config.prompt_column, config.completion_column
     return (config.tokens_column or config.messages_column or config.text_column,)
-
-
-def short_hash(text: str) -> int:
-    """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def is_in(value: int, ordered: npt.NDArray[np.uint64]) -> bool:
-    at = int(np.searchsorted(ordered, np.uint64(value)))
-    return at < len(ordered) and int(ordered[at]) == value
 
 
 def hub_documents(config: CorpusConfig) -> datasets.Dataset:

@@ -17,6 +17,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.cache_use import in_use, use
 from pipeline.corpus_files import compression_of, format_of
 from pipeline.corpus_readers import MIB, Document, Source
 from pipeline.errors import FailedError
@@ -33,19 +34,38 @@ def cached_documents(
 ) -> tuple[datasets.Dataset, list[str]]:
     """(all documents, memory-mapped, with the sources' fields and `id`; sha256 of each file).
 
-    `reread` reads the files whole, also large ones that are known from before.
+    Raises what `digests_of` and `documents_of` do.
+    """
+    digests = digests_of(sources, reread)
+    return documents_of(sources, digests, reread), digests
+
+
+def digests_of(sources: list[Source], reread: bool = False) -> list[str]:
+    """sha256 of each file. `reread` reads them whole, also large ones that are known from before.
+
+    Raises ConfigError for a file that cannot be read, and FailedError where the cache cannot be
+    written.
+    """
+    memory = None if reread else cache_folder("digests")
+    return [digest_of_source(source, memory) for source in sources]
+
+
+def documents_of(
+    sources: list[Source], digests: list[str], reread: bool = False
+) -> datasets.Dataset:
+    """All documents, memory-mapped, of files that have these digests.
+
     Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
     cache cannot be written.
     """
-    memory = None if reread else cache_folder("digests")
-    digests = [digest_of_source(source, memory) for source in sources]
     kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
     found = [READERS, *sources[0].key, kinds, digests]
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     path = cache_folder("corpora") / f"{key}.arrow"
-    if not path.exists():
-        build(path, sources, digests, memory)
-    return datasets.Dataset.from_file(str(path)), digests
+    if not use(path):
+        build(path, sources, digests, reread)
+        use(path)
+    return datasets.Dataset.from_file(str(path))
 
 
 def cache_folder(name: str) -> Path:
@@ -66,13 +86,14 @@ def digest_of_source(source: Source, memory: Path | None) -> str:
         raise source.wrong(f"cannot be read: {error}") from None
 
 
-def build(path: Path, sources: list[Source], digests: list[str], memory: Path | None) -> None:
+def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -> None:
     """Write the Arrow file: complete, or not at all."""
     kind = sources[0]
     schema = pa.schema({"id": pa.string()} | kind.fields)  # a column `id` may be the text itself
     own = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
     try:
         with open(own / path.name, "wb") as file:
+            in_use(file.fileno())
             with pa.ipc.new_stream(file, schema) as stream:
                 documents = (document for each in sources for document in each.documents())
                 for batch in batches(documents, kind.size):
@@ -82,8 +103,10 @@ def build(path: Path, sources: list[Source], digests: list[str], memory: Path | 
                     stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
             file.flush()
             os.fsync(file.fileno())
-        for source, digest in zip(sources, digests, strict=True):
-            if digest_of_source(source, memory) != digest:
+        for source, before, after in zip(
+            sources, digests, digests_of(sources, reread), strict=True
+        ):
+            if before != after:
                 raise source.wrong("changed while it was read; wait until it is complete")
         os.replace(own / path.name, path)
     except OSError as error:  # the readers' own are ConfigErrors by now
@@ -128,12 +151,13 @@ def local_copy(file: str) -> str:
         version = hashlib.sha256(f"{file} {tags}".encode()).hexdigest()[:20]
         folder = cache_folder("remote")
         copy = folder / version / os.path.basename(root)
-        if tags and copy.exists():
+        if tags and use(copy):
             return str(copy)
         copy.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder) as own:
             fs.get_file(root, os.path.join(own, "content"))
             os.replace(os.path.join(own, "content"), copy)
+        use(copy)
     except FailedError:
         raise
     except Exception as error:  # every file system library raises its own types

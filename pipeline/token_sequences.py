@@ -1,4 +1,4 @@
-"""A tokenized corpus in memory, with the masks of what is learnt."""
+"""A tokenized corpus by sequence number, with the masks of what is learnt."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
 from pipeline.progress import say
+from pipeline.tokenized_parts import stored
 from pipeline.types import Int32s, Int64s
 from storage.targets import Bools, positions_of
 
@@ -32,59 +33,69 @@ class Tokens:
 
 
 class TokenSequences:
-    """A tokenized corpus in memory: flat arrays of ids and marks, and the start of each sequence.
+    """The token sequences of a corpus: `self[i]` gives the Tokens of sequence i.
 
-    `self[i]` gives the Tokens of sequence i.
+    They stay on disk, in the store of tokenized_parts.py, and so do `lengths`, `documents` and
+    `target_counts` until they are asked for.
     """
 
     def __init__(self, corpus: Corpus) -> None:
-        sequences = list(corpus.sequences())
-        self.documents = np.array([sequence.document for sequence in sequences], np.int64)
-        """[len]: document number of each sequence."""
-        self._join([Tokens(sequence.input_ids, sequence.targets) for sequence in sequences])
-
-    def _join(self, parts: list[Tokens]) -> None:
-        self.ids = np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)])
-        self.starts = np.cumsum([0, *map(len, parts)])
-        self.targets: Bools | None = None
-        """bool [tokens of all]: which are learnt; None for all."""
-        self.target_counts = self.lengths
-        """int64 [len]: targets of each sequence; its tokens, where all are learnt."""
-        if any(part.targets is not None for part in parts):
-            self.targets = np.concatenate([marks(part) for part in parts])
-            self.target_counts = np.array([len(part.positions) for part in parts], np.int64)
+        """Tokenizes the corpus where that was not done before."""
+        self.store = stored(corpus)
+        self.chosen: Int64s | None = None
+        """Numbers of the store's sequences that are meant; None for all."""
 
     def spread(self, number: int | None) -> "TokenSequences":
         """At most `number` sequences, evenly spread over the corpus; all for None."""
         if number is None or number >= len(self):
             return self
-        chosen = np.arange(number) * len(self) // number
         found = copy(self)
-        found.documents = self.documents[chosen]
-        found._join([self[int(index)] for index in chosen])
+        found.chosen = np.arange(len(self)) if self.chosen is None else self.chosen
+        found.chosen = found.chosen[np.arange(number) * len(self) // number]
         return found
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.store) if self.chosen is None else len(self.chosen)
 
     def __iter__(self) -> Iterator[Tokens]:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Tokens:
-        part = slice(self.starts[index], self.starts[index + 1])
-        return Tokens(self.ids[part], None if self.targets is None else self.targets[part])
+        return Tokens(*self.store[index if self.chosen is None else int(self.chosen[index])])
+
+    @property
+    def documents(self) -> Int64s:
+        """int64 [len]: document number of each sequence."""
+        return self.column("document")
 
     @property
     def lengths(self) -> Int64s:
-        """Number of tokens of each sequence."""
-        return np.diff(self.starts)
+        """int64 [len]: number of tokens of each sequence."""
+        return self.column("length")
 
+    @property
+    def target_counts(self) -> Int64s:
+        """int64 [len]: targets of each sequence; its tokens, where all are learnt."""
+        return self.column("target_count")
 
-def marks(tokens: Tokens) -> Bools:
-    """bool [tokens]: which tokens are learnt, without the first one, which nothing predicts."""
-    found = np.zeros(len(tokens), bool)
-    found[tokens.positions + 1] = True
-    return found
+    def column(self, name: str) -> Int64s:
+        found = self.store.column(name)
+        return found if self.chosen is None else found[self.chosen]
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all sequences."""
+        return self.store.total("tokens") if self.chosen is None else int(self.lengths.sum())
+
+    @property
+    def target_count(self) -> int:
+        """The sum of `target_counts`."""
+        return self.store.total("targets") if self.chosen is None else int(self.target_counts.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.store.longest if self.chosen is None else int(self.lengths.max())
 
 
 def read_tokens(corpus: Corpus) -> TokenSequences:
@@ -99,7 +110,7 @@ def read_tokens(corpus: Corpus) -> TokenSequences:
             "learn. A document needs two tokens or more, and a target behind the first one, within "
             f"its first {corpus.max_length:,} tokens"
         )
-    left_out = len(corpus) - len(np.unique(text.documents))
+    left_out = len(corpus) - text.store.total("documents")
     if corpus.masked and left_out:
         say(
             f"corpus {corpus.config.path}: {left_out:,} of {len(corpus):,} documents have nothing "

@@ -1,7 +1,8 @@
 """Find the files that dead writers left behind, and remove them on request.
 
-This is safe while writers run. Files are listed before markers are read, so a file without a marker
-had none when its age was measured. The files of a running writer are younger than the limit: it
+This is safe while writers run. Files are listed before markers are read, and each shard's marker is
+read, also where the listing has none. So a file that no marker names had none when its age was
+measured. The files of a running writer are younger than the limit: it
 writes to an open shard with every row group, and names a closed one in a marker within one commit.
 Tables that shards share may be named at any time until a dump is finished.
 """
@@ -26,6 +27,7 @@ OURS = re.compile(rf"{DATA_FILE}|{SHARD_INDEX.pattern}|{DUMP_INDEX.pattern}", re
 FINISHED_OURS = re.compile(rf"{OURS.pattern}|{TABLES_FILE.pattern}", re.ASCII)
 WRITING = r"\.writing-\d{5,9}-\d{5,9}-[0-9a-f]{32}"  # ShardWriter.flush
 CREATING = r"((\d{5,9}|tokenizer)/)?\.creating-[a-z0-9_]{8}"  # create_local
+OF_SHARD = re.compile(rf"({SHARD_NAME.pattern})(-[0-9a-f]+\.(parquet|index)|\.json)", re.ASCII)
 OPEN_FILE = re.compile(rf"\d{{5,9}}/{WRITING}|{CREATING}", re.ASCII)
 STAGED_FILE = re.compile(WRITING, re.ASCII)
 
@@ -51,7 +53,7 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
     """
     dump = Dump(path)
     store = dump.store
-    first, entries = store.entries(), store.entries()
+    entries = store.entries()
     shards: list[Shard] = []
     named, ours = set[str](), OURS
     with contextlib.suppress(IncompleteDump):
@@ -59,20 +61,18 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
         shards += manifest.shards
         named.add(dump_index(manifest.fingerprint))
         ours = FINISHED_OURS
-    for name in entries:  # every marker, also those after a missing one
-        match = MARKER.fullmatch(name)
-        data = store.read(name, MARKER_BYTES) if match else None
-        if match and data is not None:
-            shards.append(dump.committed(match[1], from_json(data, name)))
+    markers = dict.fromkeys(name for file in entries if (name := marker_of(file)))
+    for name, data in store.read_many(markers, MARKER_BYTES).items():
+        if data is not None:
+            shards.append(dump.committed(name.removesuffix(".json"), from_json(data, name)))
     for shard in shards:
         named |= {shard.file, shard_index(shard.file)}
         named |= {tables_file(shard.tables)} if shard.tables else set()
     found = [
-        Leftover(name, entries[name].bytes, entry.age)
-        for name, entry in sorted(first.items())
+        Leftover(name, entry.bytes, entry.age)
+        for name, entry in sorted(entries.items())
         if entry.age > 3600 * hours
-        and name in entries
-        and not (entry.link or entries[name].link)
+        and not entry.link
         and (OPEN_FILE.fullmatch(name) or (ours.fullmatch(name) and name not in named))
     ]
     if not store.local and is_own_folder(store.remote_staging):
@@ -81,6 +81,12 @@ def leftovers(path: str | os.PathLike[str], hours: float = DEFAULT_HOURS) -> lis
                 file = str(store.remote_staging / name)
                 found.append(Leftover(file, entry.bytes, entry.age, staged=True))
     return found
+
+
+def marker_of(name: str) -> str | None:
+    """The marker that is or may name this file: 00003/00007-9f1c.index -> 00003/00007.json."""
+    match = OF_SHARD.fullmatch(name)
+    return f"{match[1]}.json" if match else None
 
 
 def remove(path: str | os.PathLike[str], found: list[Leftover]) -> None:

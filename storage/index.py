@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import CorruptIndex, FormatVersionError
+from storage.store import mapped
 from storage.topk import Int32s
 
 MAGIC, VERSION = b"MoLindex", 1
@@ -104,10 +105,7 @@ class Index:
     @classmethod
     def open(cls, path: str | os.PathLike[str], name: str, key: str, plan_sha256: str) -> "Index":
         """Map a local file. Raises FileNotFoundError, OSError, and as the class."""
-        with open(path, "rb") as file:
-            empty = os.fstat(file.fileno()).st_size == 0
-            data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return cls(data, name, key, plan_sha256)
+        return cls(mapped(path), name, key, plan_sha256)
 
     def damaged(self, what: str) -> CorruptIndex:
         return CorruptIndex(
@@ -211,11 +209,25 @@ class Part(NamedTuple):
 
 
 def parts_of(index: Index) -> list[Part]:
-    """The shards of an index of one shard, as pack_index takes them."""
+    """The shards of an index, as pack_index takes them.
+
+    Raises CorruptIndex for damaged entries, and for several shards whose heads are in the index.
+    """
+    return [part_of(index, number) for number in range(len(index.shards))]
+
+
+def part_of(index: Index, number: int) -> Part:
+    """One of the shards of an index."""
+    here, table = slice(*index.starts[number : number + 2].tolist()), index.shards[number]
     heads = index.data[index.heads_at : index.heads_at + index.heads_size]
-    tables = int(index.shards["tables"][0]), int(index.shards["tables_size"][0])
-    targets = index.target_counts if index.masked else None
-    return [Part(index.lengths, index.entries, tables, heads, targets)]
+    if heads and len(index.shards) > 1:
+        raise index.damaged("the heads of several shards, which no writer keeps apart")
+    entries = index.entries[here]
+    if zlib.crc32(entries.tobytes()) != int(table["crc32"]):
+        raise index.damaged(f"the checksum of shard {number} does not match")
+    targets = index.target_counts[here] if index.masked else None
+    tables = int(table["tables"]), int(table["tables_size"])
+    return Part(index.lengths[here], entries, tables, heads, targets)
 
 
 def agrees(index: Index, number: int, part: Part) -> bool:

@@ -1,7 +1,9 @@
 """Where indexes are kept: beside each shard, beside the manifest, and in a cache on this machine.
 
-    00003/00007-9f1c….index   written before the shard's marker; `Dump.finish` joins them
-    rows-41d0….index          of the finished dump, named by the sha256 of its manifest.json
+    00003/00007-9f1c….index   of a shard; written before its marker
+    00003/complete.index      of a complete partition of a remote dump, joined from those
+    rows-41d0….index          of the finished dump, joined from those; named by the sha256 of its
+                              manifest.json
 
 A dump of before gets its index in the cache. A remote index is copied there, to be mapped. The
 cache is MOL_CACHE or, without it, a folder of the user's.
@@ -9,16 +11,17 @@ cache is MOL_CACHE or, without it, a folder of the user's.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
-from storage.errors import StorageError, StoreError
+from storage.errors import CorruptShard, StorageError
 from storage.index import VERSION, Index, Part, pack_index, parts_of
 from storage.store import Store, cache_folder
 
-SHARD_INDEX_BYTES = 256 << 20
+SHARD_INDEX_BYTES, PARTITION_INDEX_BYTES = 256 << 20, 4 << 30  # most that is read
 DUMP_INDEX = re.compile(r"rows-[0-9a-f]{16}\.index", re.ASCII)
 SHARD_INDEX = re.compile(r"\d{5,9}/\d{5,9}-[0-9a-f]{12}\.index", re.ASCII)
 
@@ -33,6 +36,16 @@ def dump_index(fingerprint: str) -> str:
     return f"rows-{fingerprint[:16]}.index"
 
 
+def partition_index(partition: int) -> str:
+    """The name of the index of a complete partition."""
+    return f"{partition:05d}/complete.index"
+
+
+def shards_key(sha256s: Iterable[str]) -> str:
+    """What the index of several shards is of: the sha256 of those of their data files."""
+    return hashlib.sha256("\n".join(sha256s).encode()).hexdigest()
+
+
 def committed_part(
     store: Store, file: str, sha256: str, plan_sha256: str, masked: bool
 ) -> Part | None:
@@ -43,45 +56,83 @@ def committed_part(
     name = shard_index(file)
     try:
         data = store.read(name, SHARD_INDEX_BYTES)
-        index = Index(data, name, sha256, plan_sha256) if data is not None else None
-        if index is None or len(index.shards) != 1 or index.masked != masked:
+    except CorruptShard:
+        return None
+    found = usable(data, name, sha256, plan_sha256, masked, 1)
+    return found[0] if found else None
+
+
+def usable(
+    data: bytes | None, name: str, key: str, plan_sha256: str, masked: bool, shards: int
+) -> list[Part] | None:
+    """The parts of an index of so many shards; None for one that cannot be used."""
+    try:
+        index = Index(data, name, key, plan_sha256) if data is not None else None
+        if index is None or len(index.shards) != shards or index.masked != masked:
             return None
-        return parts_of(index)[0]
-    except StoreError:
-        raise
-    except StorageError:  # derived data: the shard says it all
+        return parts_of(index)
+    except StorageError:  # derived data: the shards say it all
         return None
 
 
 def joined(
-    store: Store, shards: Sequence[tuple[str, str]], key: str, plan_sha256: str, masked: bool
+    store: Store,
+    shards: Sequence[tuple[str, str]],
+    names: Set[str],
+    key: str,
+    plan_sha256: str,
+    masked: bool,
 ) -> bytes | None:
-    """The index over shards, given as (data file, sha256), from those beside them; None if one
-    has none. Reads no shard."""
-    parts = []
-    for file, sha256 in shards:
-        part = committed_part(store, file, sha256, plan_sha256, masked)
+    """The index over shards, given as (data file, sha256), in order; None if one has none.
+
+    It is joined from those of complete partitions and, where a partition has none, of its shards,
+    as far as they are among the `names` of the store. Reads no shard.
+    """
+    partitions: dict[str, list[tuple[str, str]]] = {}
+    for shard in shards:
+        partitions.setdefault(shard[0].split("/")[0], []).append(shard)
+    kept = [name for name in map(partition_index, map(int, partitions)) if name in names]
+    data = indexes(store, kept, PARTITION_INDEX_BYTES)
+    found: dict[str, list[Part] | None] = {}
+    for name, these in partitions.items():
+        file = partition_index(int(name))
+        whole = shards_key(sha256 for _, sha256 in these)
+        found[name] = usable(data.get(file), file, whole, plan_sha256, masked, len(these))
+    left = [shard for name, these in partitions.items() if not found[name] for shard in these]
+    own = [shard_index(file) for file, _ in left]
+    if not names >= set(own):
+        return None
+    data = indexes(store, own, SHARD_INDEX_BYTES)
+    for name, (_, sha256) in zip(own, left, strict=True):
+        part = usable(data.get(name), name, sha256, plan_sha256, masked, 1)
         if part is None:
             return None
-        parts.append(part)
-    return pack_index(parts, key, plan_sha256)
+        of = name.split("/")[0]
+        found[of] = [*(found[of] or []), *part]
+    return pack_index([part for parts in found.values() for part in parts or []], key, plan_sha256)
+
+
+def indexes(store: Store, names: Sequence[str], most: int) -> dict[str, bytes | None]:
+    """These files; without any where one is no index of ours: shards say all that indexes do."""
+    try:
+        return store.read_many(names, most)
+    except CorruptShard:
+        return {}
 
 
 def index_in_dump(store: Store, key: str, plan_sha256: str) -> Index | None:
     """The index beside the manifest with this sha256; None if there is none.
 
-    A local one is mapped. Raises CorruptIndex, FormatVersionError and StoreError.
+    It is mapped. Raises CorruptIndex, FormatVersionError and StoreError.
     """
     name = dump_index(key)
-    if not store.local:
-        data = store.read(name)
-        return None if data is None else Index(data, name, key, plan_sha256)
-    try:
+    with contextlib.suppress(FileNotFoundError):
+        if not store.local:
+            return Index(store.fetched(name), name, key, plan_sha256)
         path = store.regular(name)
         with store.explaining("read", name, but=FileNotFoundError):
             return Index.open(path, name, key, plan_sha256)
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def open_index(store: Store, key: str, plan_sha256: str) -> Index | None:

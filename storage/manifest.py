@@ -14,24 +14,24 @@ and any process may die at any time. Readers use only data files that a marker n
 The indexes beside them are derived data, see index_files.py.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from storage.committed import Committed, Shard, Totals, complete, shard_of, summary_of
 from storage.dump_tables import DumpTables
-from storage.errors import IncompleteDump, PlanMismatch, StoreError
-from storage.index_files import dump_index, joined
+from storage.errors import CorruptShard, IncompleteDump, PlanMismatch, StoreError
+from storage.index_files import dump_index, joined, partition_index, shards_key
 from storage.parsing import (
     MANIFEST_BYTES,
     MARKER_BYTES,
     PLAN_BYTES,
     SHA256,
     Json,
-    check_marker,
     check_names,
     check_summary,
     from_json,
@@ -39,131 +39,12 @@ from storage.parsing import (
     objects,
     to_json,
 )
-from storage.plan import check_readable, format_version, masked, shares_tables
+from storage.plan import check_readable, format_version, masked
 from storage.store import Store
 
+__all__ = ["Dump", "Manifest", "Partition", "Shard", "Totals", "create_dump", "differences"]
 
-@dataclass(frozen=True)
-class Shard:
-    """A committed shard: its name ("00003/00007") and its marker, checked.
-
-    masked  whether each of its rows says which of its tokens are learnt
-    shared  whether its rows are decoded with tables of the dump, see dump_tables.py
-
-    Raises CorruptShard for a marker that no writer can have made.
-    """
-
-    name: str
-    marker: Json
-    masked: bool = False
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        check_marker(self.marker, self.name, self.masked, self.shared)
-
-    @property
-    def file(self) -> str:
-        return f"{self.name.split('/')[0]}/{self.marker['file']}"
-
-    @property
-    def rows(self) -> int:
-        return int(self.marker["rows"])
-
-    @property
-    def tokens(self) -> int:
-        return int(self.marker["tokens"])
-
-    @property
-    def positions(self) -> int:
-        return int(self.marker["positions"])
-
-    @property
-    def tables(self) -> str | None:
-        """The sha256 of the tables of the dump that decode its rows; None if it holds its own."""
-        return self.marker.get("tables") if self.shared else None
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Rows and tokens and, if `masked`, positions: what an index counts."""
-        counts = self.rows, self.tokens
-        return (*counts, self.positions) if self.masked else counts
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the markers of committed shards.
-
-    shards        markers counted
-    rows, tokens  stored rows and their input ids
-    positions     distributions: as many as there are targets
-    entries       kept ids of all positions
-    bytes         of the data files
-    mass          probability of the kept ids, summed over positions
-    kl_sum        KL in nats that the codec costs, summed over positions
-    kl_max        the largest such KL of one position
-    documents     0 unless the markers count them, as those of the pipeline do
-    sampled_ids   different ids drawn from the tails; 0 without samples
-    sample_bytes  of the encoded samples; 0 without samples
-    """
-
-    shards: int = 0
-    rows: int = 0
-    tokens: int = 0
-    positions: int = 0
-    entries: int = 0
-    bytes: int = 0
-    mass: float = 0.0
-    kl_sum: float = 0.0
-    kl_max: float = 0.0
-    documents: int = 0
-    sampled_ids: int = 0
-    sample_bytes: int = 0
-
-    @classmethod
-    def of(cls, markers: Iterable[Json]) -> "Totals":
-        """Add up these markers; no markers give zeros."""
-        found = list(markers)
-
-        def total(name: str) -> int:
-            return sum(int(marker[name]) for marker in found)
-
-        def optional(name: str) -> int:
-            return sum(int(marker.get(name, 0)) for marker in found)
-
-        return cls(
-            shards=len(found),
-            rows=total("rows"),
-            tokens=total("tokens"),
-            positions=total("positions"),
-            entries=total("entries"),
-            bytes=total("bytes"),
-            mass=sum((float(marker["mass"]) for marker in found), 0.0),
-            kl_sum=sum((float(marker["kl_sum"]) for marker in found), 0.0),
-            kl_max=max((float(marker["kl_max"]) for marker in found), default=0.0),
-            documents=optional("documents"),
-            sampled_ids=optional("sampled_ids"),
-            sample_bytes=optional("sample_bytes"),
-        )
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """None without tokens."""
-        return self.bytes / self.tokens if self.tokens else None
-
-    @property
-    def bytes_per_target(self) -> float | None:
-        """None without positions."""
-        return self.bytes / self.positions if self.positions else None
-
-    @property
-    def kept_mass(self) -> float | None:
-        """Mean probability of a position's kept ids; None without positions."""
-        return self.mass / self.positions if self.positions else None
-
-    @property
-    def codec_kl(self) -> float | None:
-        """Mean KL in nats that the codec costs a position; None without positions."""
-        return self.kl_sum / self.positions if self.positions else None
+BLOCK, BLOCKS = 100, 1024  # shards whose names begin alike; blocks that most partitions stay under
 
 
 @dataclass(frozen=True)
@@ -197,16 +78,41 @@ class Partition:
     @property
     def shards(self) -> list[Shard]:
         """The shards committed now, in order; reads their markers again."""
-        found: list[Shard] = []
-        with contextlib.suppress(IncompleteDump):
-            while True:
-                found.append(self.shard(len(found)))
-        return found
+        return self.dump.now(f"{self.name}/").shards([self.index])
+
+    def latest(self, most: int = 1) -> list[Shard]:
+        """The last of the shards committed now, at most `most`, in order.
+
+        Takes 12 requests and one for each, however many shards there are: their numbers have no
+        gap, so the block of the last one is found by halves, and only that block is listed. Where
+        a marker was lost, they may be shards before or behind that one.
+        """
+        low, high = 0, BLOCKS
+        while self.marker(high * BLOCK) is not None:
+            low, high = high, 2 * high
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.marker(middle * BLOCK) is None else (middle, high)
+        names = set(self.dump.store.names(f"{self.name}/{low * BLOCK:05d}"[:-2]))
+        index = low * BLOCK
+        while f"{self.name}/{index:05d}.json" in names:
+            index += 1
+        return [self.shard(number) for number in range(max(0, index - most), index)]
+
+    @property
+    def next(self) -> int:
+        """The number of the shard after the last one committed now, see `latest`."""
+        latest = self.latest()
+        return latest[-1].index + 1 if latest else 0
+
+    def marker(self, index: int) -> bytes | None:
+        """The marker of a shard; None if it is not committed."""
+        return self.dump.store.read(f"{self.name}/{index:05d}.json", MARKER_BYTES)
 
     def shard(self, index: int) -> Shard:
         """One committed shard. Raises IncompleteDump if it is not committed."""
         name = f"{self.name}/{index:05d}"
-        data = self.dump.store.read(f"{name}.json", MARKER_BYTES)
+        data = self.marker(index)
         if data is None:
             raise IncompleteDump(f"{name}.json: not committed yet")
         return self.dump.committed(name, from_json(data, f"{name}.json"))
@@ -214,24 +120,34 @@ class Partition:
     @property
     def summary(self) -> Json | None:
         """Contents of complete.json, or None while the partition is not complete."""
-        name = f"{self.name}/complete.json"
+        name = complete(self.index)
         data = self.dump.store.read(name, MARKER_BYTES)
-        if data is None:
-            return None
-        summary = from_json(data, name)
-        check_summary(summary, name)
-        return summary
+        return None if data is None else summary_of(data, name)
 
-    def finish(self, summary: Json) -> None:
-        """Mark the partition complete: no more shards follow. `summary` adds entries."""
-        shards = self.shards
+    def finish(self, summary: Json, shards: Sequence[Shard] | None = None) -> None:
+        """Mark the partition complete: no more shards follow. `summary` adds entries.
+
+        `shards` are those of the partition, if they are known. Of a remote dump, their indexes are
+        joined before, so that `Dump.finish` need not ask for each.
+        """
+        shards = self.shards if shards is None else shards
         marker = {
             **summary,
             "shards": len(shards),
             "rows": sum(shard.rows for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
         }
-        self.dump.store.create(f"{self.name}/complete.json", to_json(marker))
+        if not self.dump.store.local:
+            self.join(shards)
+        self.dump.store.create(complete(self.index), to_json(marker))
+
+    def join(self, shards: Sequence[Shard]) -> None:
+        """Create the index of the partition, if its shards have theirs."""
+        key = shards_key(str(shard.marker["sha256"]) for shard in shards)
+        names = set(self.dump.store.names(f"{self.name}/"))
+        index = self.dump.joined(shards, names, key)
+        if index is not None:
+            self.dump.store.create(partition_index(self.index), index)
 
 
 class Dump:
@@ -256,7 +172,7 @@ class Dump:
 
     def committed(self, name: str, marker: Json) -> Shard:
         """The shard with this marker. Raises CorruptShard, see Shard."""
-        return Shard(name, marker, masked(self.plan), shares_tables(self.plan))
+        return shard_of(self.plan, name, marker)
 
     def check_plan(self) -> None:
         """Raise StoreError if plan.json is gone, PlanMismatch if it has changed.
@@ -289,22 +205,29 @@ class Dump:
 
     def shards(self) -> list[Shard]:
         """All shards committed now, in order."""
-        return [shard for partition in self.partitions for shard in partition.shards]
+        return self.now().shards()
 
-    def finish(self) -> Manifest:
-        """Write the index and manifest.json.
+    def now(self, prefix: str = "") -> Committed:
+        """What is committed now, of a partition where `prefix` is its folder, such as "00003/"."""
+        return Committed(self.store, self.plan, prefix)
 
-        Raises IncompleteDump that names the missing partitions. A dump with shards of a release
-        that wrote no indexes gets none here, see `scan.index_dump`.
+    def finish(self, committed: Committed | None = None) -> Manifest:
+        """Write the index and manifest.json; `committed` is what is there, if it is known.
+
+        Raises IncompleteDump that names the missing partitions, CorruptShard where a complete one
+        lacks a marker. A dump with shards of a release that wrote no indexes gets none here, see
+        `scan.index_dump`.
         """
-        summaries = [partition.summary for partition in self.partitions]
+        committed = self.now() if committed is None else committed
+        summaries = committed.summaries()
         missing = [str(index) for index, summary in enumerate(summaries) if summary is None]
         if missing:
             raise IncompleteDump(
                 f"{self.store.path}: {len(missing)} of {len(summaries)} partitions are not "
                 f"complete: {', '.join(missing[:20])}; run scripts/dump_logits.py for them"
             )
-        shards = self.shards()
+        shards = committed.shards()
+        check_numbers(shards, summaries)
         body = {
             "format_version": format_version(self.plan),
             "plan_sha256": self.plan_sha256,
@@ -315,14 +238,17 @@ class Dump:
         }
         data = to_json(body)
         fingerprint = hashlib.sha256(data).hexdigest()
-        if not self.store.exists(dump_index(fingerprint)):
-            files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
-            masks = masked(self.plan)
-            index = joined(self.store, files, fingerprint, self.plan_sha256, masks)
+        if dump_index(fingerprint) not in committed.names:
+            index = self.joined(shards, committed.names, fingerprint)
             if index is not None:
                 self.store.create(dump_index(fingerprint), index)
         self.store.create("manifest.json", data)
         return self.manifest()
+
+    def joined(self, shards: Sequence[Shard], names: Set[str], key: str) -> bytes | None:
+        """The index over these shards, see `index_files.joined`."""
+        files = [(shard.file, str(shard.marker["sha256"])) for shard in shards]
+        return joined(self.store, files, names, key, self.plan_sha256, masked(self.plan))
 
     def manifest(self) -> Manifest:
         """The finished dump.
@@ -379,7 +305,8 @@ def create_dump(
     store = Store(path)
     check_readable(plan, store.path)
     store.make_root()
-    store.create("plan.json", to_json(plan))
+    if store.read("plan.json", PLAN_BYTES) is None:
+        store.create("plan.json", to_json(plan))
     dump = Dump(path)
     lines = (compare or differences)(dump.plan, json.loads(to_json(plan)))
     if lines:
@@ -388,10 +315,24 @@ def create_dump(
             + "\n".join(f"  {line}" for line in lines)
             + "\nUse the old settings to resume it, or choose another output directory."
         )
+    there = store.names("tokenizer/") if tokenizer_files else []
     for name, data in (tokenizer_files or {}).items():
-        if not store.exists(f"tokenizer/{name}"):
+        if f"tokenizer/{name}" not in there:
             store.create(f"tokenizer/{name}", data)
     return dump
+
+
+def check_numbers(shards: Sequence[Shard], summaries: Sequence[Json | None]) -> None:
+    """Raise CorruptShard if a complete partition has fewer shards than it says."""
+    found = Counter(shard.name.split("/")[0] for shard in shards)
+    for index, summary in enumerate(summaries):
+        number = found[f"{index:05d}"]
+        if summary is not None and number != summary["shards"]:
+            raise CorruptShard(
+                f"{complete(index)}: expected markers of {summary['shards']} shards, found "
+                f"{number}: restore {index:05d}/{number:05d}.json from a copy or, to write the "
+                f"shards from there on again, remove {complete(index)} and run the dump again"
+            )
 
 
 def differences(there: Any, here: Any, name: str = "", place: str = "dump") -> list[str]:

@@ -13,7 +13,7 @@ from storage.errors import CorruptShard, InvalidRecord
 from storage.parsing import MASS_BINS, MOST_K, Json
 from storage.plan import masked
 from storage.targets import Bools, positions_of
-from storage.topk import Int32s, Record, TopK, codec_kl
+from storage.topk import Int32s, Record, TopK, codec_cost
 
 
 class PendingRow(NamedTuple):
@@ -50,7 +50,7 @@ class Sums:
 
     def add(self, row: PendingRow, topk: TopK) -> None:
         """Count a row that stores these distributions."""
-        kl, mass = codec_kl(topk, restored(row.grid)), topk.kept_mass()
+        kl, mass = codec_cost(topk, restored(row.grid))
         self.rows += 1
         self.tokens += len(row.input_ids)
         self.positions += len(topk)

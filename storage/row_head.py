@@ -49,8 +49,8 @@ class RowHead:
     samples_crc: int = 0
     targets: Bools | None = None
 
-    def pack(self, before: bytes, after: bytes) -> bytes:
-        """The head of the payload `before` + `after`, with its checksum."""
+    def body(self) -> bytes:
+        """The head without its checksum, which also covers the payload."""
         compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
         planes = split_planes(self.input_ids)
         masks = [] if self.targets is None else [pack_mask(self.targets)]
@@ -63,7 +63,11 @@ class RowHead:
         fields = FIELDS.pack(MAGIC, version, len(planes), *numbers, self.samples_crc, plan)
         lengths = struct.pack(f"<{len(frames)}I", *map(len, frames))
         body = b"".join([fields, lengths, doc_id, *frames])
-        body += struct.pack("<I", len(body) + END.size)
+        return body + struct.pack("<I", len(body) + END.size)
+
+    def pack(self, before: bytes, after: bytes) -> bytes:
+        """The head of the payload `before` + `after`, with its checksum."""
+        body = self.body()
         return body + struct.pack("<I", checksum(body, before, after))
 
     @classmethod
@@ -143,12 +147,12 @@ def checksum(body: bytes, before: bytes | memoryview, after: bytes | memoryview)
 def insert(payload: bytes, head: RowHead) -> bytes:
     """The payload with the head in its first part."""
     start, end = first_part(payload)
-    size = len(head.pack(b"", b"")) + 8
-    before = payload[: HEADER.size] + struct.pack("<I", end - start + size)
+    body, after = head.body(), payload[end:]
+    size = len(body) + 4
+    before = payload[: HEADER.size] + struct.pack("<I", end - start + 8 + size)
     before += payload[HEADER.size + 4 : end]
-    after = payload[end:]
-    packed = head.pack(before, after)
-    value = b"".join([before, SKIPPABLE, struct.pack("<I", len(packed)), packed, after])
+    packed = body + struct.pack("<I", checksum(body, before, after))
+    value = b"".join([before, SKIPPABLE, struct.pack("<I", size), packed, after])
     if value[4] == 2:  # version 2 ends with a checksum of all before it
         value = value[:-4] + struct.pack("<I", zlib.crc32(value[:-4]))
     return value

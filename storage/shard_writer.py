@@ -58,7 +58,7 @@ class ShardWriter:
 
     def __init__(self, partition: Partition, index: int | None = None) -> None:
         self.partition = partition
-        self.index = len(partition.shards) if index is None else index
+        self.index = partition.next if index is None else index
         self.name = f"{partition.name}/{self.index:05d}"
         plan = partition.dump.plan
         self.draws, self.masked = int(plan.get("samples", 0)), masked(plan)

@@ -11,12 +11,14 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import math
+import mmap
 import os
 import random
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +31,8 @@ PATIENCE = float(
     os.environ.get("MOL_STORE_PATIENCE", 300)
 )  # seconds of retries while a remote store fails
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+AT_ONCE = 32  # requests of a bulk read
+BATCH = 1024  # files of a bulk read that are asked for before their answers are looked at
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -108,7 +112,7 @@ class Store:
                 raise
             except Exception as error:  # every file system library raises its own types
                 left = deadline - time.monotonic()
-                if self.local or isinstance(error, FINAL) or left <= 0:
+                if self.local or isinstance(error, FINAL) or is_full(error) or left <= 0:
                     raise self.failure(doing, name, error) from error
             time.sleep(min(pause * random.uniform(0.5, 1), left))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -117,25 +121,97 @@ class Store:
         """The StoreError for a failed operation: the file, and what to do."""
         if self.local:
             advice = ADVICE.get(getattr(error, "errno", None) or 0, str(error))
+        elif is_full(error):
+            advice = f"the disk of this machine is full ({error}): free some space, also in TMPDIR"
         elif isinstance(error, PermissionError):
             advice = f"the store denies access ({error}): check credentials and bucket policy"
         else:
             advice = f"the store did not answer for {PATIENCE:.0f} s ({describe(error)})"
         return StoreError(f"cannot {doing} {self.path.rstrip('/')}/{name}: {advice}")
 
-    def read(self, name: str, most: int = 1 << 30) -> bytes | None:
+    def read(self, name: str, most: int | None = None) -> bytes | None:
         """A file's bytes, or None if it does not exist.
 
-        Raises CorruptShard for a local file of more than `most` bytes, and for what is not a
-        regular file.
+        `most` is for small files: one request is made, without asking for the size first. Raises
+        CorruptShard for a file of more than `most` bytes, and for a local one that is not a regular
+        file.
         """
         try:
-            if self.local and os.path.getsize(self.regular(name)) > most:
-                raise CorruptShard(f"{name}: expected at most {most:,} bytes, found more: not ours")
-            data: bytes = self.attempt("read", name, lambda: self.fs.cat_file(self / name))
+            if self.local and os.path.getsize(self.regular(name)) > (most or math.inf):
+                raise too_large(name, most)
+            data = self.attempt("read", name, lambda: self._bytes(name, most))
         except FileNotFoundError:
             return None
-        return data
+        return checked(name, data, most)
+
+    def _bytes(self, name: str, most: int | None) -> bytes:
+        if self.local or most is None:
+            return bytes(self.fs.cat_file(self / name))
+        try:
+            return bytes(self.fs.cat_file(self / name, start=0, end=most + 1))
+        except FileNotFoundError:
+            raise
+        except Exception:
+            if self.fs.info(self / name)["size"] == 0:  # an empty file has no range
+                return b""
+            raise
+
+    def read_many(self, names: Iterable[str], most: int) -> dict[str, bytes | None]:
+        """As `read`, of many small files, by name. AT_ONCE requests to a remote store run at a
+        time; those that fail are repeated one by one."""
+        found: dict[str, bytes | None] = {}
+        wanted = list(names)
+        for start in range(0, len(wanted), BATCH):
+            batch = wanted[start : start + BATCH]
+            answers: dict[str, Any] = (
+                dict.fromkeys(batch) if self.local else self._answers(batch, most)
+            )
+            for name, answer in answers.items():
+                if isinstance(answer, FileNotFoundError):
+                    found[name] = None
+                elif isinstance(answer, bytes):
+                    found[name] = checked(name, answer, most)
+                else:
+                    found[name] = self.read(name, most)
+        return found
+
+    def _answers(self, names: Sequence[str], most: int) -> dict[str, Any]:
+        """What a remote store answers at first: the bytes of each file, or an exception."""
+        options = {"batch_size": AT_ONCE} if self.fs.async_impl else {}
+        paths = [self / name for name in names]
+        answers = self.fs.cat_ranges(paths, 0, most + 1, on_error="return", **options)
+        return dict(zip(names, answers, strict=True))
+
+    def fetched(self, name: str) -> bytes | mmap.mmap:
+        """A remote file of any size, mapped: it takes disk in TMPDIR while it is used, not memory.
+
+        Raises FileNotFoundError.
+        """
+        with tempfile.TemporaryDirectory(prefix="mol-fetched-") as folder:
+            own = os.path.join(folder, "file")
+            self.attempt("read", name, lambda: self.fs.get_file(self / name, own))
+            with self.explaining("read", name):
+                return mapped(own)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The names of all files that begin with `prefix`, such as "00003/000", sorted.
+
+        One listing, which a remote store answers in pages, S3 in pages of 1,000 files. A local
+        folder is listed, too: one that has the name of a file is noticed when it is read.
+        """
+        folder, _, start = prefix.rpartition("/")
+        top = self / folder if folder else self.root
+        if self.local:
+            with self.explaining("list", folder):
+                found = list(below(top)) if not folder or os.path.isdir(top) else []
+        else:
+            options = {"prefix": start} if start else {}
+            found = self.attempt("list", folder, lambda: list(self.fs.find(top, **options)))
+        return sorted(name for path in found if (name := self.below(path)).startswith(prefix))
+
+    def below(self, path: str) -> str:
+        """The name of a file whose path begins with the root."""
+        return path[len(self.root) + 1 :].replace(os.sep, "/")
 
     def exists(self, name: str) -> bool:
         """Whether a file of this name exists."""
@@ -249,7 +325,7 @@ class Store:
 
         now = time.time()
         return {
-            name[len(self.root) + 1 :]: Entry(int(info["size"]), now - modified(info), False)
+            self.below(name): Entry(int(info["size"]), now - modified(info), False)
             for name, info in self.attempt("list", "", find).items()
         }
 
@@ -283,6 +359,30 @@ class Store:
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
         return (Store, (self.path,))
+
+
+def too_large(name: str, most: int | None) -> CorruptShard:
+    return CorruptShard(f"{name}: expected at most {most:,} bytes, found more: not ours")
+
+
+def checked(name: str, data: bytes, most: int | None) -> bytes:
+    """The bytes of a file. Raises CorruptShard for more than `most`."""
+    if most is not None and len(data) > most:
+        raise too_large(name, most)
+    return data
+
+
+def mapped(path: str | os.PathLike[str]) -> bytes | mmap.mmap:
+    """The bytes of a local file. Raises OSError."""
+    with open(path, "rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def below(folder: str) -> Iterator[str]:
+    """The path of all that is below a local folder. Linked folders are not entered."""
+    for top, folders, names in os.walk(folder, onerror=throw):
+        yield from (os.path.join(top, name) for name in (*folders, *names))
 
 
 def walk(root: str) -> Iterator[tuple[str, Entry]]:
@@ -372,6 +472,11 @@ def modified(info: dict[str, Any]) -> float:
         if value is not None:
             return float(value if isinstance(value, int | float) else value.timestamp())
     return time.time()  # unknown: treat it as new, so that gc keeps it
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a local disk is full, such as that of TMPDIR."""
+    return getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}
 
 
 def describe(error: Exception) -> str:

@@ -193,16 +193,26 @@ def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDAr
     if len(values) and (counts == counts[0]).all():
         rows = values.reshape(len(counts), -1)
         return np.asarray(rows.sum(axis=1, dtype=np.float64))
-    position = np.repeat(np.arange(len(counts)), counts)
-    sums = np.bincount(position, weights=values, minlength=len(counts))
-    return np.asarray(sums, np.float64)
+    filled = counts > 0
+    sums = np.zeros(len(counts))
+    if filled.any():
+        starts = np.cumsum(counts, dtype=np.int64) - counts
+        sums[filled] = np.add.reduceat(values, starts[filled], dtype=np.float64)
+    return sums
 
 
 def codec_kl(original: TopK, stored: TopK) -> npt.NDArray[np.float64]:
-    """KL(original ‖ stored) in nats at each position [P], over the outcomes {kept ids, tail}.
+    """KL(original ‖ stored) in nats at each position [P], see codec_cost."""
+    return codec_cost(original, stored)[0]
 
-    The original is normalised first, because engines are off by 1e-6. Raises ValueError if the two
-    hold different ids.
+
+def codec_cost(
+    original: TopK, stored: TopK
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(KL(original ‖ stored) in nats, probability of the kept ids) at each position [P].
+
+    The KL is over the outcomes {kept ids, tail}, of the normalised original, because engines are
+    off by 1e-6. Raises ValueError if the two hold different ids.
     """
     if not np.array_equal(original.ids, stored.ids):
         raise ValueError("the two records hold different ids")
@@ -212,9 +222,10 @@ def codec_kl(original: TopK, stored: TopK) -> npt.NDArray[np.float64]:
     tail_gaps = np.zeros(len(original))
     has_tail = a > 0
     np.subtract(original.tail_logprob, stored.tail_logprob, tail_gaps, where=has_tail)
-    total = position_sums(p, original.counts) + a
+    mass = position_sums(p, original.counts)
+    total = mass + a
     kl = (position_sums(p * gaps, original.counts) + a * tail_gaps) / total - np.log(total)
-    return np.asarray(kl, np.float64)
+    return np.asarray(kl, np.float64), mass
 
 
 def check_topk(topk: TopK, vocab_size: int) -> None:
@@ -222,6 +233,9 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
 
     def fail(position: int, found: str) -> None:
         raise InvalidRecord(f"position {position}: {found}")
+
+    def position_of(entry: np.integer) -> int:
+        return int(np.searchsorted(ends, entry, side="right"))
 
     counts, entries = topk.counts, len(topk.ids)
     if not entries == len(topk.logprobs) == int(counts.sum(dtype=np.int64)):
@@ -233,12 +247,12 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
         raise InvalidRecord(
             f"counts has {len(topk)} positions, tail_logprob has {len(topk.tail_logprob)}"
         )
-    position = np.repeat(np.arange(len(topk)), counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     wrong = np.flatnonzero(~np.isfinite(topk.logprobs) | (topk.logprobs > 1e-3))
     if len(wrong):
         at = wrong[0]
         fail(
-            int(position[at]),
+            position_of(at),
             f"id {topk.ids[at]} has logprob {topk.logprobs[at]}, expected a finite number of nats, "
             "at most 0: check the teacher's output for NaN, and pass the result of log_softmax",
         )
@@ -253,21 +267,24 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     wrong = np.flatnonzero((topk.ids < 0) | (topk.ids >= vocab_size))
     if len(wrong):
         at = wrong[0]
-        fail(int(position[at]), f"id {topk.ids[at]} is outside the vocabulary of {vocab_size}")
+        fail(position_of(at), f"id {topk.ids[at]} is outside the vocabulary of {vocab_size}")
     if len(counts) and (counts == counts[0]).all():  # many short sorts beat one long one
         rows = np.sort(topk.ids.reshape(len(topk), -1), axis=1)
         twice = np.argwhere(rows[:, 1:] == rows[:, :-1])
         if len(twice):
             fail(int(twice[0, 0]), f"id {rows[tuple(twice[0])]} appears twice")
     else:
-        keys = np.sort(position * vocab_size + topk.ids)
+        keys = np.sort(np.repeat(np.arange(len(topk)) * vocab_size, counts) + topk.ids)
         again = np.flatnonzero(keys[1:] == keys[:-1])
         if len(again):
             where, token = divmod(int(keys[again[0]]), vocab_size)
             fail(where, f"id {token} appears twice")
-    rises = np.flatnonzero((np.diff(topk.logprobs) > 0) & (np.diff(position) == 0))
-    if len(rises):
-        fail(int(position[rises[0]]), "entries are not in order of descending logprob")
+    rises = topk.logprobs[1:] > topk.logprobs[:-1]
+    rises[ends[(ends > 0) & (ends < entries)] - 1] = False  # from one position to the next
+    if rises.any():
+        fail(
+            position_of(np.flatnonzero(rises)[0]), "entries are not in order of descending logprob"
+        )
     empty = np.flatnonzero((counts == 0) & np.isneginf(tail))
     if len(empty):
         fail(int(empty[0]), "no entry and no tail, so no probability mass")
@@ -278,8 +295,11 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
     if wrong_samples:
         raise InvalidRecord(wrong_samples)
     check_samples_belong(topk, samples)
-    sampled = np.repeat(np.arange(len(topk)), samples.counts) * vocab_size + samples.ids
-    both = sampled[np.isin(sampled, position * vocab_size + topk.ids, assume_unique=True)]
+    sampled, own = (
+        np.repeat(np.arange(len(topk)) * vocab_size, part.counts) + part.ids
+        for part in (samples, topk)
+    )
+    both = sampled[np.isin(sampled, own, assume_unique=True)]
     if len(both):
         where, token = divmod(int(both[0]), vocab_size)
         fail(where, f"id {token} is both kept and sampled from the tail")

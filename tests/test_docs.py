@@ -20,6 +20,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "deploy/README.md",
+    "deploy/SIZING.md",
     "pipeline/INTEGRATIONS.md",
     "pipeline/README.md",
     "pipeline/dump/README.md",

@@ -2,13 +2,12 @@
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import with_rows
 from tests.helpers.masks import masked, some_targets
@@ -21,8 +20,7 @@ SCRIPT = SCRIPTS / "examples" / "plain_torch.py"
 def test_plain_torch(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
     domain = write_texts(tmp_path / "domain.jsonl", [some_texts(1)[0][::-1]])
     arguments = [model_path, dump_path, domain, tmp_path / "student", 12]
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = scripts.run(SCRIPT, *arguments)
     assert done.returncode == 0, done.stderr
     found = [
         (float(ce), float(kl)) for ce, kl in re.findall(r"CE ([\d.]+), KL ([\d.]+)", done.stdout)

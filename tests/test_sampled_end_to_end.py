@@ -1,8 +1,6 @@
 """Sampled and hybrid targets from end to end: dump, verify, train, through the real scripts."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.training import train
 from storage import LogitDataset, Record, Samples
 from storage import verify as verify_storage
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import with_rows
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
 from tests.helpers.runs import settings, yaml_of
 
 MakeDump = Callable[[int, int], Path]
@@ -59,11 +57,6 @@ def domain(tmp_path: Path) -> Path:
     return write_texts(tmp_path / "domain.jsonl", [text[::-1] for text in some_texts(6)])
 
 
-def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / script), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(("k", "samples"), [(8, 16), (0, 24)])
 def test_the_scripts_dump_verify_and_train_with_samples(
     tmp_path: Path, model_path: Path, domain: Path, k: int, samples: int
@@ -71,15 +64,15 @@ def test_the_scripts_dump_verify_and_train_with_samples(
     corpus = write_texts(tmp_path / "corpus.jsonl", some_texts(12))
     words = ["--model", model_path, "--corpus.path", corpus, "--output", tmp_path / "dump"]
     words += [f"--k={k}", f"--samples={samples}", "--engine=transformers", "--max_length=100"]
-    done = run("dump_logits.py", *words)
+    done = scripts.run("dump_logits.py", *words)
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "dump" / "plan.json").read_text())
     assert (plan["k"], plan["samples"], plan["sample_seed"]) == (k, samples, 0)
-    assert run("dump_logits.py", *words, "--sample_seed=1").returncode == 3
-    done = run("verify_dump.py", tmp_path / "dump", "--against", model_path, "--sample", 5)
+    assert scripts.run("dump_logits.py", *words, "--sample_seed=1").returncode == 3
+    done = scripts.run("verify_dump.py", tmp_path / "dump", "--against", model_path, "--sample", 5)
     assert done.returncode == 0, done.stdout + done.stderr
     config = settings(tmp_path, model_path, tmp_path / "dump", domain)
-    done = run("train_student.py", "--config", yaml_of(tmp_path / "train.yaml", config))
+    done = scripts.run("train_student.py", "--config", yaml_of(tmp_path / "train.yaml", config))
     assert done.returncode == 0, done.stderr
     assert "the dump is this model's" in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

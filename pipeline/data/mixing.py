@@ -141,7 +141,7 @@ class MixedDataset(Dataset[Item]):
         self.rows_an_item = self.mix
         """General sequences of an item, on average."""
         if general is not None and mix_by == "tokens":
-            self.rows_an_item *= domain.target_counts.mean() / general.targets_a_row
+            self.rows_an_item *= domain.target_count / len(domain) / general.targets_a_row
 
     def __len__(self) -> int:
         return self.epoch_items

@@ -9,8 +9,9 @@ one writes shards behind it.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.config import DumpConfig
 from pipeline.dump import workers
@@ -25,7 +26,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.teacher.choose import make_teacher
 from pipeline.types import Json
 from storage import Dump, create_dump
-from storage.manifest import Totals
+from storage.committed import Committed, Totals
 from storage.plan import masked
 
 STOP_SECONDS = 60.0  # a signal ends a dump within this time, whatever the engine does
@@ -70,20 +71,23 @@ def run_workers(config: DumpConfig, command: list[str]) -> Json:
         with stop_on_signals(limit=STOP_SECONDS + workers.STOP_SECONDS):
             run_with(progress, config, None, "plan")
             dump = Dump(config.output)
-            todo = [part.index for part in dump.partitions if part.summary is None]
-            began, before = time.monotonic(), tokens_of(dump)
+            there = dump.now()
+            todo, before = there.incomplete, tokens_of(there)
+            began = time.monotonic()
             progress.begin(0, 0)
             pool = workers.Pool(command, todo, config.partitions, config.workers, devices)
             pool.run(progress)
-            rate = (tokens_of(dump) - before) / (time.monotonic() - began)
-            return finalize(dump, range(config.partitions), None, rate if todo else None)
+            there = dump.now()
+            rate = (tokens_of(there) - before) / (time.monotonic() - began)
+            wanted = range(config.partitions)
+            return finalize(dump, wanted, None, rate if todo else None, there)
     finally:
         progress.close()
 
 
-def tokens_of(dump: Dump) -> int:
-    """Tokens committed so far."""
-    return sum(shard.tokens for shard in dump.shards())
+def tokens_of(committed: Committed) -> int:
+    """Tokens of all shards."""
+    return sum(shard.tokens for shard in committed.shards())
 
 
 def run_with(
@@ -107,39 +111,56 @@ def run_with(
         say(f"{config.output}: plan for {len(corpus)} documents, {config.partitions} partitions")
         return {"partitions": config.partitions, "documents": len(corpus)}
     wanted = range(config.partitions) if partition is None else [partition]
-    todo = [dump.partition(i) for i in wanted if dump.partition(i).summary is None]
+    todo = [dump.partition(index) for index in incomplete(dump, partition)]
     tokens_per_s = None
     if only is None and todo:
         progress.status = f"starting {config.engine}"
         meter = Meter(progress, masked(plan))
         with make_teacher(config, model) as teacher:
+            again = False
             while todo:
-                todo = write_partitions(config, todo, corpus, teacher, meter)
+                todo = write_partitions(config, todo, corpus, teacher, meter, again)
+                again = True
         tokens_per_s = meter.rate
     elif only is None:
         say(f"{config.output}: nothing left to do")
     return finalize(dump, wanted, only, tokens_per_s)
 
 
-def finalize(dump: Dump, wanted: Any, only: str | None, tokens_per_s: float | None) -> Json:
+def incomplete(dump: Dump, partition: int | None) -> list[int]:
+    """The partitions that are not complete, of all or of this one."""
+    if partition is None:
+        return dump.now().incomplete
+    return [partition] if dump.partition(partition).summary is None else []
+
+
+def finalize(
+    dump: Dump,
+    wanted: Sequence[int],
+    only: str | None,
+    tokens_per_s: float | None,
+    committed: Committed | None = None,
+) -> Json:
     """Write the manifest if all partitions are complete; return the totals of the `wanted` ones.
 
-    Raises IncompleteDump for `only="finalize"` if a partition is incomplete.
+    `committed` is what is there now, if it is known. Raises IncompleteDump for `only="finalize"` if
+    a partition is incomplete.
     """
-    complete = all(partition.summary is not None for partition in dump.partitions)
+    committed = committed or dump.now()
+    complete = not committed.incomplete
     if complete or only == "finalize":
-        if complete and not any(partition.shards for partition in dump.partitions):
+        if complete and not committed.shards():
             raise ConfigError(
                 f"corpus {dump.plan['corpus']['path']}: no document has two tokens or more"
                 + (" and a target behind the first" if masked(dump.plan) else "")
                 + ", so there is nothing to store"
             )
-        dump.finish()
-    parts = [dump.partition(index) for index in wanted]
-    total = Totals.of(shard.marker for part in parts for shard in part.shards)
-    named = {shard.tables for part in parts for shard in part.shards if shard.tables}
+        dump.finish(committed)
+    shards = committed.shards(wanted)
+    total = Totals.of(shard.marker for shard in shards)
+    named = {shard.tables for shard in shards if shard.tables}
     tables_bytes = sum(size or 0 for size in dump.tables.sizes(named).values())
-    skipped = sum((part.summary or {}).get("skipped", 0) for part in parts)
+    skipped = sum((summary or {}).get("skipped", 0) for summary in committed.summaries(wanted))
     summary: Json = {
         "rows": total.rows,
         "tokens": total.tokens,

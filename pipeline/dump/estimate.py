@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
-from pipeline.dump import dump
+from pipeline.dump import dump, sizing
 from pipeline.dump.plan import open_corpus, targets_of
 from pipeline.models.directory import ModelFolder
 
@@ -176,7 +176,21 @@ compute      {si(of.parameters)} parameters, {si(of.flops_per_token)}FLOP per to
 a live teacher instead
 memory       {size(of.weight_bytes)} for its weights beside each student
 each run     {hours(per_run / of.tokens_per_s)} more, for {reads}, at this engine's speed
-break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every later run saves this time"""
+break-even   after {runs:.3g} run{"" if runs == 1 else "s"}; every later run saves this time
+
+on several machines, of workers: {config.workers} each (deploy/SIZING.md explains the columns)
+{sizing.on_machines(of.tokens, config.workers, engine_of(of, config))}"""
+
+
+def engine_of(of: Estimate, config: DumpConfig) -> sizing.Engine:
+    """What was measured of the engine. Where rows have masks, targets fill a shard."""
+    return sizing.Engine(
+        of.tokens_per_s,
+        of.disk / of.tokens,
+        of.start_s,
+        round(config.shard_tokens * (of.tokens / of.targets if of.masked else 1)),
+        config.codec in (None, "v3"),
+    )
 
 
 def kept(mass: float, config: DumpConfig) -> str:

@@ -12,6 +12,7 @@ from pipeline.dump.threads import Behind, ahead
 from pipeline.progress import Progress, say
 from pipeline.teacher.teacher import Teacher
 from storage import Partition, Record, ShardWriter, TopK
+from storage.committed import Shard
 from storage.parsing import whole
 
 Cursor = dict[str, int]
@@ -24,13 +25,14 @@ def write_partitions(
     corpus: Corpus,
     teacher: Teacher,
     meter: "Meter",
+    again: bool = False,
 ) -> list[Partition]:
     """Write the missing shards of these partitions; the engine does not wait between partitions.
 
     Returns the partitions that are still incomplete because another writer ended a shard at another
-    document.
+    document, or because a marker was lost. For these, call it `again`: it then reads every marker.
     """
-    spans = [what_is_missing(partition, len(corpus)) for partition in todo]
+    spans = [what_is_missing(partition, len(corpus), again) for partition in todo]
     done = sum(span.next - span.first for span in spans)
     if done:
         say(f"{config.output}: resuming after {done} committed documents")
@@ -70,22 +72,35 @@ class Span:
     shard: int
 
 
-def what_is_missing(partition: Partition, documents: int) -> Span:
-    """Where the next shard starts. Raises CorruptShard for a cursor outside the partition."""
+def what_is_missing(partition: Partition, documents: int, every: bool = False) -> Span:
+    """Where the next shard starts, by the last two markers; by `every` marker, if asked.
+
+    Raises CorruptShard for a cursor outside the partition.
+    """
     number = partition.dump.plan["partitions"]
     first = documents * partition.index // number
     stop = documents * (partition.index + 1) // number
-    shards = partition.shards
+    shards = partition.shards if every else partition.latest(2)
+    following = end_of(shards, first, stop)
+    return Span(partition, first, following, stop, shards[-1].index + 1 if shards else 0)
+
+
+def end_of(shards: list[Shard], first: int, stop: int) -> int:
+    """The document after these shards, whose documents are from `first` to `stop`.
+
+    Raises CorruptShard unless the markers count documents, and their cursors are in order.
+    """
     following = first
     for shard in shards:
         name = f"{shard.name}.json"
         whole(shard.marker, "documents", name)
         following = whole(shard.marker["cursor"], "document", name, following, stop)
-    return Span(partition, first, following, stop, len(shards))
+    return following
 
 
 class Overtaken(Exception):
-    """Another writer committed this shard and ended it at another document."""
+    """The shards are not those that this writer counted on: another one committed this shard and
+    ended it at another document, or a marker is gone."""
 
 
 class PartitionsWriter:
@@ -150,9 +165,15 @@ class PartitionsWriter:
     def finish_partition(self) -> None:
         self.commit()
         self.settle()
-        span = self.todo.pop(0)
-        kept = sum(shard.marker["documents"] for shard in span.partition.shards)
-        span.partition.finish({"documents": kept, "skipped": span.stop - span.first - kept})
+        span = self.todo[0]
+        shards = span.partition.shards
+        end_of(shards, span.first, span.stop)
+        if len(shards) != self.index:
+            raise Overtaken
+        kept = sum(shard.marker["documents"] for shard in shards)
+        summary = {"documents": kept, "skipped": span.stop - span.first - kept}
+        span.partition.finish(summary, shards)
+        self.todo.pop(0)
         self.index = self.todo[0].shard if self.todo else 0
 
     def finish(self) -> None:

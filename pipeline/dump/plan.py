@@ -91,7 +91,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
             "documents": len(corpus),
             "fingerprint": corpus.fingerprint(),
             "rendering": corpus.rendering(),
-            **({"special_tokens": "split"} if corpus.special else {}),
+            **({"special_tokens": "split"} if corpus.splits_special else {}),
         },
         "partitions": config.partitions,
         "shard_tokens": config.shard_tokens,

@@ -150,7 +150,7 @@ class Comparison:
     def sums(self, name: str, model: PreTrainedModel) -> dict[str, list[Sums]]:
         """Sums of each sequence, by kind of text."""
         found: dict[str, list[Sums]] = {}
-        work = Progress(sum(map(targets_of, self.texts.values())), "token")
+        work = Progress(sum(text.target_count for text in self.texts.values()), "token")
         try:
             done = 0
             for kind, text in self.texts.items():
@@ -160,14 +160,10 @@ class Comparison:
                     found[kind].append(sums)
                     total += sums
                     work.update(done + int(total.tokens), partial(status_line, name, kind, total))
-                done += targets_of(text)
+                done += text.target_count
         finally:
             work.close()
         return found
-
-
-def targets_of(text: TokenSequences) -> int:
-    return int(text.target_counts.sum())
 
 
 def status_line(name: str, kind: str, total: Sums) -> str:

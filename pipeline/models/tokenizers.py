@@ -5,9 +5,17 @@ same id, and reads text as the base's does. It may have more tokens: added ones,
 holds them is not compared.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
+
+from pipeline.types import Json
 
 PROBES = (
     "The quick brown fox can't jump; it's 12:45, isn't it? I'LL, we've, THEY'RE.",
@@ -30,6 +38,7 @@ PROBES = (
     "<s> </s> <pad> <unk> <|endoftext|> <|im_start|>user\n<|im_end|> [INST] [/INST] <eos> [MASK]",
 )  # fmt: skip
 """Texts whose tokens show merges, normalisation, digits, spaces, scripts and special tokens."""
+CALLS = ("truncation", "padding")  # rules that each call sets anew
 PIECE = 200  # characters of a text that are compared at a time
 AT_ONCE = 4096  # texts that are read at a time
 SHOWN = 60  # characters of an example, and ids beside it
@@ -76,6 +85,32 @@ def rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """All that decides how a fast tokenizer reads text; None for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
+
+
+def behaviour(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that decides how a tokenizer makes ids of texts and chats.
+
+    Equal ones make equal ids. The releases of the libraries are part of it.
+    """
+    found = [
+        [tokenizers.__version__, transformers.__version__, type(tokenizer).__name__],
+        lasting_rules(tokenizer),
+        [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.special_tokens_map],
+        [tokenizer.chat_template, getattr(tokenizer, "split_special_tokens", False)],
+    ]
+    return hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()
+
+
+def lasting_rules(tokenizer: PreTrainedTokenizerBase) -> Json:
+    """`rules` without what a call leaves behind; of a slow tokenizer, its files."""
+    text = rules(tokenizer)
+    if text is not None:
+        found: Json = json.loads(text)
+        return {name: part for name, part in found.items() if name not in CALLS}
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(each for each in Path(folder).rglob("*") if each.is_file())
+        return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
 
 
 def read_by_both(

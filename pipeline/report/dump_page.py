@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.report.html import axes, heading, note, page, pairs, picture, table
+from pipeline.report.html import axes, heading, lead, note, page, pairs, picture, table
 from pipeline.types import Json
 from storage import LogitDataset, Record
 from storage.manifest import Totals
@@ -21,7 +21,7 @@ def report(path: str) -> str:
     dump = LogitDataset(path, partial=not (Path(path) / "manifest.json").exists())
     number = min(ROWS, len(dump))
     records = list(dump.read(np.arange(number) * len(dump) // max(number, 1)))
-    parts = [pairs(totals(dump))]
+    parts = [lead(in_words(dump)), pairs(totals(dump))]
     k = max((int(record.topk.counts.max(initial=0)) for record in records), default=0)
     if k:  # of the rows, not of the plan, which may name a large one
         parts += coverage(records, k)
@@ -108,6 +108,24 @@ def draws(records: list[Record], number: int) -> list[str]:
         ),
         note(f"Over {positions:,} positions of {len(records):,} rows, evenly spread."),
     ]
+
+
+def in_words(dump: LogitDataset) -> str:
+    """What the dump holds, and what it costs."""
+    total, plan = Totals.of(shard.marker for shard in dump.shards), dump.plan
+    teacher = plan.get("teacher")
+    name = teacher.get("name") if isinstance(teacher, dict) else None
+    said = f"{name or 'The teacher'} read {total.tokens:,} tokens in {len(dump):,} sequences."
+    if dump.partial:
+        said += " The dump is not finished: run the same command again to resume it."
+    if total.bytes_per_token is not None:
+        said += f" A token takes {total.bytes_per_token:.1f} bytes."
+    if total.kept_mass is not None and plan.get("k"):
+        said += f" At a position, the stored entries hold {total.kept_mass:.1%} of the probability"
+        said += " on average, and one number says what is left."
+    if total.codec_kl is not None:
+        said += f" Rounding costs {total.codec_kl:.1e} nats of KL."
+    return said
 
 
 def totals(dump: LogitDataset) -> Json:

@@ -8,6 +8,8 @@ from typing import Any
 
 from storage.text import printable
 
+HEX = re.compile(r"[0-9a-f]{32,}")  # a fingerprint
+SHOWN = 12  # digits of one
 STYLE = """
 :root { --line: #d8dee4; --soft: #59636e; }
 * { box-sizing: border-box; }
@@ -54,6 +56,11 @@ def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
+def lead(text: str) -> str:
+    """The first paragraph: what was found, in words."""
+    return f"<p>{escape(text)}</p>"
+
+
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
@@ -71,16 +78,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def pairs(values: dict[str, Any]) -> str:
-    """A table with one name and value per line; nested values have dotted names."""
+    """A table with one name and value per line; nested values have dotted names. A fingerprint is
+    cut; its whole is shown when the pointer rests on it."""
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(say(value))}</td></tr>"
-        for name, value in flatten(values)
+        f"<tr><td>{escape(name)}</td>{value_cell(value)}</tr>" for name, value in flatten(values)
     )
     return f'<div class="scroll"><table class="pairs">{rows}</table></div>'
 
 
+def value_cell(value: Any) -> str:
+    if isinstance(value, str) and HEX.fullmatch(value):
+        return f'<td title="{escape(value)}">{value[:SHOWN]}…</td>'
+    return f"<td>{escape(say(value))}</td>"
+
+
 def say(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value as text: numbers with separators, and four digits of a fraction."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

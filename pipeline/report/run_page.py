@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config import KINDS
 from pipeline.json_files import read_json, read_lines
-from pipeline.report.html import axes, heading, page, pairs, picture
+from pipeline.report.html import axes, heading, lead, page, pairs, picture
 from pipeline.types import Json
 
 KNOWN = {
@@ -22,7 +22,7 @@ def report(folder: Path) -> str:
     summary_file = folder / "summary.json"
     summary = read_json(summary_file) if summary_file.exists() else {}
     known = {label: summary[name] for name, label in KNOWN.items() if name in summary}
-    parts = [pairs(known | null_test(summary))]
+    parts = [lead(in_words(lines, summary)), pairs(known | null_test(summary))]
     for title, plots in [
         ("Losses", {"cross-entropy, domain": ["ce"], "KL to the base, general": ["kl"]}),
         (
@@ -38,6 +38,24 @@ def report(folder: Path) -> str:
     if "identity" in summary:
         parts += [heading("Settings"), pairs(summary["identity"])]
     return page(f"Training run {folder}", parts)
+
+
+def in_words(lines: list[Json], summary: Json) -> str:
+    """How far the run is, and what its losses did."""
+    last = max((line["step"] for line in lines), default=0)
+    said = f"The run took {last:,} steps" if summary else f"The run has taken {last:,} steps so far"
+    counts = {"domain": "domain_tokens", "general": "general_tokens"}
+    found = [f"{summary[of]:,} {kind}" for kind, of in counts.items() if of in summary]
+    said += f", on {' and '.join(found)} targets." if found else "."
+    for name, label in (("ce", "Cross-entropy on the domain"), ("kl", "KL to the base")):
+        values = [float(line[name]) for line in lines if name in line]
+        if any(values):
+            said += f" {label} went from {values[0]:.3g} to {values[-1]:.3g} nats."
+    for kind in KINDS:
+        held = [float(line[of]) for line in lines if (of := f"eval_{kind}_perplexity") in line]
+        if len(held) > 1:
+            said += f" Held-out {kind} perplexity went from {held[0]:.4g} to {held[-1]:.4g}."
+    return said
 
 
 def null_test(summary: Json) -> Json:

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.agreement import Answer
 from pipeline.config import KINDS
 from pipeline.json_files import read_json
-from pipeline.report.html import axes, heading, note, page, pairs, picture, quote, table
+from pipeline.report.html import axes, heading, lead, note, page, pairs, picture, quote, table
 from pipeline.study.results import RESULTS
 from pipeline.study.results import table as as_markdown
 from pipeline.types import Json
@@ -25,6 +25,7 @@ def report(folder: Path) -> str:
     return page(
         f"Study of {results['model']}",
         [
+            lead(in_words(results)),
             heading("The frontier"),
             frontier(results),
             heading("Arms"),
@@ -45,6 +46,31 @@ def report(folder: Path) -> str:
             pairs(results["machine"] | {"max_length": results["max_length"]}),
         ],
     )
+
+
+NEARLY = 0.95  # of the largest gain
+
+
+def in_words(results: Json) -> str:
+    """Which arm gains most on the domain, and which of those that gain nearly as much loses
+    least."""
+    found = {
+        label: [float(of[name]["mean"]) for name in ("domain_gain", "general_loss")]
+        for label, of in zip(by_arm(results), results["arms"], strict=True)
+    }
+    found = {label: both for label, both in found.items() if all(map(math.isfinite, both))}
+    if not found:
+        return "No arm has a finished run without NaN yet."
+    best = max(found, key=lambda label: found[label][0])
+    gain, loss = found[best]
+    said = f"{best} gains most on the domain: {gain:.3f} nats of log-perplexity. "
+    said += f"It loses {loss:.3f} nats on general text."
+    near = [label for label, (of, _) in found.items() if of >= NEARLY * gain]
+    least = min(near, key=lambda label: found[label][1])
+    if gain > 0 and least != best:
+        said += f" Of the arms that gain at least {NEARLY:.0%} of that, {least} loses least: "
+        said += f"it gains {found[least][0]:.3f} nats and loses {found[least][1]:.3f}."
+    return said
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

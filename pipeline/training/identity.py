@@ -35,7 +35,7 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
         "dump": ", ".join(f"{d.fingerprint} × {weight:g}" for d, weight in inputs.dumps.items()),
         "domain": inputs.corpus.fingerprint(),
         "domain_rendering": inputs.corpus.rendering(),
-        **({"domain_special_tokens": "split"} if inputs.corpus.special else {}),
+        **({"domain_special_tokens": "split"} if inputs.corpus.splits_special else {}),
         **({"domain_targets": targets} if (targets := inputs.corpus.targets_identity()) else {}),
         "mix": config.mix,
         "mix_by": config.mix_by,

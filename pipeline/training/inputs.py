@@ -78,7 +78,7 @@ class Inputs:
         `rows_an_item`: general sequences beside a domain sequence, see MixedDataset.
         """
         lengths = [dump.lengths for dump in self.dumps]
-        longest = int(max(self.domain.lengths.max(), *(each.max() for each in lengths), 0))
+        longest = int(max(self.domain.longest, *(each.max() for each in lengths), 0))
         if self.config.row_tokens is not None:
             return max(self.config.row_tokens, longest)
         item: float = longest
@@ -89,12 +89,13 @@ class Inputs:
     @property
     def target_share(self) -> float:
         """The largest share of targets among the tokens of a corpus; 1 where one has no masks."""
-        return max(target_share(self.domain), *map(target_share, self.dumps), 0.0)
+        domain = self.domain.target_count / self.domain.token_count
+        return max(domain, *map(target_share, self.dumps), 0.0)
 
 
-def target_share(corpus: TokenSequences | LogitDataset) -> float:
-    """Targets among the tokens of a corpus; 1 where it has no masks."""
-    return float(corpus.target_counts.sum() / corpus.lengths.sum())
+def target_share(dump: LogitDataset) -> float:
+    """Targets among the tokens of a dump; 1 where it has no masks."""
+    return float(dump.target_counts.sum() / dump.lengths.sum())
 
 
 def open_dumps(config: TrainConfig) -> dict[LogitDataset, float]:

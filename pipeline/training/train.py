@@ -23,7 +23,6 @@ from pipeline.models.directory import WEIGHTS
 from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
-from pipeline.token_sequences import TokenSequences
 from pipeline.training import memory, quantised
 from pipeline.training.arguments import items_per_step, training_arguments
 from pipeline.training.disk import writing
@@ -35,7 +34,6 @@ from pipeline.training.quantised import null_test
 from pipeline.training.student import load_student, save_final
 from pipeline.training.trainer import DistillTrainer
 from pipeline.types import Json
-from storage import LogitDataset
 
 FIRST = 8
 """Batches from which the share of padding is taken."""
@@ -172,17 +170,20 @@ def first_rows(
 def describe(inputs: Inputs, dataset: MixedDataset, per_step: int) -> str:
     """One line on what the run reads."""
     config, domain = inputs.config, inputs.domain
-    parts = [f"{len(domain):,} domain sequences ({tokens_of(domain)})"]
-    parts += [f"{len(dump):,} general ones ({tokens_of(dump)})" for dump in inputs.dumps]
+    parts = [
+        f"{len(domain):,} domain sequences ({of_targets(domain.token_count, domain.target_count)})"
+    ]
+    for dump in inputs.dumps:
+        counts = int(dump.lengths.sum()), int(dump.target_counts.sum())
+        parts.append(f"{len(dump):,} general ones ({of_targets(*counts)})")
     if inputs.dumps:
         parts.append(f"{dataset.mix:g} to 1 by {config.mix_by}")
     parts.append(f"{per_step} domain sequences in a step")
     return f"{config.output}: {', '.join(parts)}"
 
 
-def tokens_of(corpus: TokenSequences | LogitDataset) -> str:
+def of_targets(tokens: int, targets: int) -> str:
     """The number of tokens, and of targets where some tokens are none."""
-    tokens, targets = int(corpus.lengths.sum()), int(corpus.target_counts.sum())
     return f"{tokens:,} tokens" + (f", {targets:,} of them targets" if targets < tokens else "")
 
 

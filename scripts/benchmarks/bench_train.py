@@ -45,7 +45,7 @@ class Domain:
 
     def __init__(self, number: int, length: int, vocabulary: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (number, length), np.int32)
-        self.lengths = self.target_counts = np.full(number, length)
+        self.token_count = self.target_count = number * length
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -58,13 +58,16 @@ class Grid:
 
 def same_levels(counts: UInt16s, levels: Integers, ids: Int32s, others: Int32s) -> bool:
     """Whether each position has the same ids [E] at each of its levels [E], in any order."""
-    if np.array_equal(ids, others):
-        return True
-    position = np.repeat(np.arange(len(counts)), counts)
-    # Number each level of each position, so that its ids are compared as a set.
-    changes = np.diff(levels.astype(np.int64), prepend=0) != 0
-    group = np.cumsum(changes | (np.diff(position, prepend=0) != 0)) << 32
-    return np.array_equal(np.sort(group + ids), np.sort(group + others))
+    if len(ids) != len(others):
+        return False
+    # Number each level of each position, so that its ids are compared as a set. What agrees in
+    # place need not be sorted.
+    begins = np.ones(len(ids) + 1, bool)
+    np.not_equal(levels[1:], levels[:-1], out=begins[1:-1])
+    begins[np.cumsum(counts, dtype=np.int64)] = True
+    apart = ids != others
+    group = np.cumsum(begins[:-1])[apart] << 32
+    return np.array_equal(np.sort(group + ids[apart]), np.sort(group + others[apart]))
 
 
 def check_best(below_itself: npt.NDArray[np.bool_], filled: npt.NDArray[np.bool_]) -> None:

@@ -100,7 +100,7 @@ def learn_edges(grids: Sequence[RootGrid]) -> tuple[Int64s, Int64s]:
     """(scales, roots) of Tables: eight and five classes of equal size."""
     none = np.zeros(0, np.int64)
     keys = np.concatenate([none, *((g.counts.astype(np.int64) << 16) + floors(g) for g in grids)])
-    roots = np.concatenate([none, *(grid.roots for grid in grids)])
+    roots = np.concatenate([np.zeros(0, np.uint16), *(grid.roots for grid in grids)])
     scales = np.quantile(keys, np.arange(1, 8) / 8, method="lower") if len(keys) else np.zeros(7)
     edges = np.quantile(roots, (0.25, 0.5, 0.75, 0.9)) if len(roots) else np.zeros(4)
     return scales.astype(np.int64) + 1, np.maximum(edges, 1).astype(np.int64)

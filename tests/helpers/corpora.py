@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.helpers.models import TEXTS
 
 
@@ -19,3 +21,20 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 def some_texts(number: int) -> list[str]:
     """Beginnings of real documents, from 40 to about 1,000 characters long."""
     return [TEXTS[i % len(TEXTS)][: 40 + 97 * (i % 11)] for i in range(number)]
+
+
+def no_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing may open the documents of a corpus, or tokenize them."""
+    import datasets
+
+    from pipeline import corpus
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a document was read")
+
+    for place, name in [
+        (corpus, "documents_of"),
+        (corpus.Tokenizing, "__call__"),
+        (datasets.Dataset, "from_file"),
+    ]:
+        monkeypatch.setattr(place, name, refused)

@@ -19,22 +19,25 @@ from storage.parsing import to_json
 FIRST = "00000/00000"
 
 
-def link_shards(path: Path, shards: int) -> Dump:
-    """Add links to the only shard of an unfinished dump until there are `shards`; finish it.
+def link_shards(path: Path, shards: int, partition: int | None = None) -> Dump:
+    """Add links to the first shard of an unfinished dump until a partition has `shards`.
 
-    Read it within `names_ignored`: each file still says that it is the first shard.
+    Without `partition` it is the first one, and the dump is finished. Read it within
+    `names_ignored`: each file still says that it is the first shard.
     """
-    dump = Dump(path)
-    (first,) = dump.shards()
-    for number in range(1, shards):
+    dump, folder = Dump(path), path / f"{partition or 0:05d}"
+    folder.mkdir(exist_ok=True)
+    first = dump.partition(0).shard(0)
+    for number in range(0 if partition else 1, shards):
         marker = {**first.marker, "file": f"{number:05d}-{number:012x}.parquet"}
         for ending in (".parquet", ".index"):
             source = path / first.file.replace(".parquet", ending)
             if source.exists():
-                os.link(source, path / "00000" / marker["file"].replace(".parquet", ending))
-        (path / "00000" / f"{number:05d}.json").write_bytes(to_json(marker))
-    dump.partition(0).finish({})
-    dump.finish()
+                os.link(source, folder / marker["file"].replace(".parquet", ending))
+        (folder / f"{number:05d}.json").write_bytes(to_json(marker))
+    if partition is None:
+        dump.partition(0).finish({})
+        dump.finish()
     return dump
 
 
@@ -74,9 +77,10 @@ class Counted(AbstractFileSystem):
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **_: Any
     ) -> bytes:
-        data: bytes = self.files.cat_file(path, start, end)
         with Counted.lock:
             Counted.requests["GET"] += 1
+        data: bytes = self.files.cat_file(path, start, end)
+        with Counted.lock:
             Counted.bytes += len(data)
         return data
 
@@ -99,6 +103,7 @@ class Counted(AbstractFileSystem):
         self.files.get_file(path, target)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        Counted.requests["PUT"] += 1
         with open(path, "xb" if mode == "create" else "wb") as file:
             file.write(value)
 

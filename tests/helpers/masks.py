@@ -1,16 +1,18 @@
 """Sequences and rows with masks, in memory."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.corpus import Corpus, Sequence
+from pipeline.corpus import Corpus
 from pipeline.token_sequences import Tokens, TokenSequences, read_tokens
+from pipeline.token_store import Part, Row, TokenStore, as_arrow, batches, schema_of
 from pipeline.training import inputs
 from storage import LogitDataset, Record, Samples
 from storage.targets import Bools, positions_of
@@ -43,11 +45,14 @@ def masked(record: Record, targets: Bools) -> Record:
 
 def sequences_of(tokens: list[Tokens]) -> TokenSequences:
     """A corpus in memory, each sequence a document of its own."""
-    every = [
-        Sequence(str(at), at, 0, one.input_ids, True, one.targets) for at, one in enumerate(tokens)
-    ]
-    corpus: Any = SimpleNamespace(sequences=lambda: iter(every))
-    return TokenSequences(corpus)
+    masked = any(one.targets is not None for one in tokens)
+    rows = [Row.of(at, 0, one.input_ids, one.targets, masked) for at, one in enumerate(tokens)]
+    schema = schema_of(1 << 31, masked)
+    part = Part([as_arrow(batch, schema) for batch in batches(rows)])
+    content = {"facts": {"documents": len(rows)}, "parts": [asdict(part.sums("memory", 0))]}
+    store = TokenStore(Path(), content)
+    store.open[0] = part
+    return TokenSequences(SimpleNamespace(store=store))  # type: ignore[arg-type]
 
 
 def read_masked(corpus: Corpus) -> TokenSequences:

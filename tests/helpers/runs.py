@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import CorpusConfig, TrainConfig
+from tests.helpers import scripts
 from tests.helpers.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "train_student.py"
@@ -59,11 +59,10 @@ def script(
     config: Path, *arguments: str, ranks: int = 1, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the real script; several ranks communicate through gloo."""
-    launcher = [sys.executable]
+    words = ["--config", str(config), *arguments]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, str(SCRIPT), "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+        return scripts.run_ranks(ranks, SCRIPT, *words, **options)
+    return scripts.run(SCRIPT, *words, **options)
 
 
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -1,7 +1,5 @@
 """Stage one on an object store: a real S3 server, a store that fails, and training from it."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +12,16 @@ import pytest
 from pipeline import cli
 from pipeline.config import CorpusConfig
 from pipeline.dump import dump
-from pipeline.dump.partitions import PartitionsWriter
+from pipeline.dump.partitions import PartitionsWriter, what_is_missing
+from pipeline.dump.plan import plan_there
 from pipeline.errors import ConfigError
-from storage import CorruptShard, LogitDataset, StoreError, verify
+from storage import CorruptShard, Dump, LogitDataset, StoreError, create_dump, verify
 from storage.__main__ import main as storage_main
+from storage.gc import leftovers
+from storage.index_files import dump_index
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
-from tests.helpers.dumps import SCRIPT, rows, settings
+from tests.helpers.dumps import rows, settings
 from tests.helpers.s3 import FAULTS, FaultyProxy, MotoServer, environment
 
 BUCKET = "bucket"
@@ -75,10 +77,10 @@ def test_dump_resume_verify_and_gc_on_s3(
     dump.run(settings(tmp_path, model_path, corpus, codec=codec))
     client.upload_file(str(corpus), BUCKET, "texts/corpus.jsonl")
     output = f"s3://{BUCKET}/dump"
-    words = [sys.executable, str(SCRIPT), f"--model={model_path}", f"--output={output}", "--k=8"]
+    words = [f"--model={model_path}", f"--output={output}", "--k=8", "--engine=transformers"]
     words += [f"--corpus.path={corpus}", "--max_length=100", "--shard_tokens=500"]
     words.append(f"--codec={codec}")
-    process = subprocess.Popen([*words, "--engine=transformers"], stderr=subprocess.DEVNULL)
+    process = scripts.Script("dump_logits.py", *words)
     deadline = time.monotonic() + 120
     while "dump/00000/00001.json" not in keys(client):
         assert time.monotonic() < deadline
@@ -247,16 +249,54 @@ def test_a_row_is_one_request(
         use(proxy.port, monkeypatch)
         dataset = LogitDataset(output)
         assert len(dataset.lengths) == len(expected)
-        assert proxy.requests <= 6
+        assert proxy.requests <= 4
         before, order = proxy.requests, list(range(len(dataset)))[::-1]
         assert [dataset[number].doc_id for number in order] == expected[::-1]
         tables = {shard.tables for shard in dataset.shards}
-        assert proxy.requests - before == len(dataset) + 2 * len(tables)
+        assert proxy.requests - before == len(dataset) + len(tables)
         proxy.rate, proxy.stall = 0.3, 1.3
         monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.02)
         found = LogitDataset(output).read(order)
         assert [record.doc_id for record in found] == expected[::-1], "requested together"
         assert sum(proxy.happened.values()) > 3
+
+
+def test_a_marker_is_one_request(
+    tmp_path: Path, model_path: Path, corpus: Path, client: Any, server: MotoServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """To finish a dump, to resume it and to look for leftovers, besides a few for the dump."""
+    output = f"s3://{BUCKET}/dump"
+    changes = {"output": output, "partitions": 2, "shard_tokens": 100}
+    config = settings(tmp_path, model_path, corpus, **changes)
+    dump.run(config)
+    finished = Dump(output).manifest()
+    shards, manifest = len(finished.shards), Dump(output).manifest_bytes()
+    assert shards > 20
+    for key in ("manifest.json", dump_index(finished.fingerprint)):
+        client.delete_object(Bucket=BUCKET, Key=f"dump/{key}")
+    with FaultyProxy(server.port, rate=0) as proxy:
+        use(proxy.port, monkeypatch)
+        assert dump.run(config, only="finalize")["shards"] == shards
+        assert proxy.requests <= shards + 20
+        assert Dump(output).manifest_bytes() == manifest
+        assert f"dump/{dump_index(finished.fingerprint)}" in keys(client)
+        before = proxy.requests
+        assert leftovers(output, hours=-1) == []
+        assert proxy.requests - before <= shards + 3
+        last = Dump(output).partition(1).latest()[0]
+        for key in (f"{last.name}.json", "00001/complete.json", "00001/complete.index"):
+            client.delete_object(Bucket=BUCKET, Key=f"dump/{key}")
+        before, plan = proxy.requests, plan_there(output)
+        assert plan is not None
+        partition = create_dump(output, plan, {"tokenizer.json": b""}).partition(1)
+        assert partition.summary is None
+        assert what_is_missing(partition, 30).shard == last.index
+        assert proxy.requests - before <= 20
+        proxy.rate, proxy.stall = 0.1, 1.3
+        monkeypatch.setattr("storage.store.FIRST_PAUSE", 0.02)
+        assert len(Dump(output).shards()) == shards - 1
+        assert sum(proxy.happened.values()) > 1
 
 
 def test_the_cache_is_bounded(

@@ -55,6 +55,14 @@ def test_round_trip(
     assert np.array_equal(decode(value).ids, decode(plain).ids)
 
 
+def test_a_row_s_ids_are_compressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    body = RowHead.body
+    monkeypatch.setattr(RowHead, "body", lambda head: made.append(1) or body(head))
+    insert(payload(), head())
+    assert len(made) == 1
+
+
 def test_apart_from_the_payload_it_belongs_to_it_as_well() -> None:
     plain = payload()
     packed = head().pack(b"", plain)

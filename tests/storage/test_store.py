@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storage import LogitDataset, ShardWriter, StoreError, create_dump, verify
+from storage import CorruptShard, LogitDataset, ShardWriter, StoreError, create_dump, verify
 from storage.store import Store, rename_new
 from tests.helpers.linked import Counted, counted
 from tests.helpers.records import assert_same, plan, random_record
@@ -72,6 +72,47 @@ def test_patience_ends(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.store.PATIENCE", 0.05)
     with pytest.raises(StoreError, match=r"cannot read .*/a: the store did not answer for"):
         store.read("a")
+
+
+def test_many_files_are_read_as_one_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing ones are None, failed ones are repeated, and large ones are refused."""
+    store = Store(place)
+    for number in range(5):
+        store.create(f"{number}", b"x" * number)
+    names = [str(number) for number in range(7)]
+    expected = {name: b"x" * int(name) if int(name) < 5 else None for name in names}
+    assert store.read_many(names, 4) == {name: store.read(name, 4) for name in names} == expected
+    monkeypatch.setattr(store.fs, "cat_file", losing(store.fs.cat_file, 3, False))
+    monkeypatch.setattr("storage.store.BATCH", 2)
+    assert store.read_many(names, 4) == expected
+    with pytest.raises(CorruptShard, match="4: expected at most 3 bytes"):
+        store.read_many(names, 3)
+    with pytest.raises(CorruptShard, match="4: expected at most 3 bytes"):
+        store.read("4", 3)
+
+
+def test_bulk_reads_of_a_store_that_is_down_end(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(place)
+    store.create("a", b"1")
+    monkeypatch.setattr(store.fs, "cat_file", losing(store.fs.cat_file, 10**9, False))
+    monkeypatch.setattr("storage.store.PATIENCE", 0.05)
+    with pytest.raises(StoreError, match=r"cannot read .*/a: the store did not answer for"):
+        store.read_many(["a"], 9)
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_names_begin_with_what_is_asked_for(tmp_path: Path, place: str) -> None:
+    (tmp_path / "00000").mkdir()
+    files = ["00000/00000.json", "00000/00001.json", "00000/00100.json", "00000/complete.json"]
+    for name in [*files, "plan.json"]:
+        (tmp_path / name).touch()
+    store = Store(tmp_path if place == "local" else counted(tmp_path))
+    assert {*files, "plan.json"} <= set(store.names())
+    assert store.names("00000/000") == files[:2]
+    assert store.names("00000/") == files
+    assert store.names("00001/") == store.names("00001/000") == []
 
 
 def test_an_upload_that_arrives_short_is_done_again(

@@ -1,11 +1,16 @@
 """TopK: cutting entries and spreading the tail keep the mass."""
 
+import itertools
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import Record, TopK, decode, encode
+from storage import InvalidRecord, Record, TopK, decode, encode
+from storage.topk import check_topk, position_sums
 from tests.helpers.records import VOCAB, random_record, random_topk, sampled_topks, with_samples
 
 
@@ -33,6 +38,29 @@ def test_against_a_plain_loop(counts: list[int], min_prob: float, top_p: float, 
         tail = np.exp(topk.tail_logprob[t].astype(np.float64)) + p[size:].sum()
         assert np.exp(cut.tail_logprob[t].astype(np.float64)) == pytest.approx(tail, rel=1e-5)
         at, kept_at = at + count, kept_at + size
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 99))
+def test_sums_over_positions_are_exact_also_of_empty_ones(counts: list[int], seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=sum(counts))
+    ends = np.cumsum([0, *counts])
+    expected = [math.fsum(values[a:b]) for a, b in itertools.pairwise(ends)]
+    found = position_sums(values, np.array(counts, np.uint16))
+    np.testing.assert_allclose(found, expected, atol=1e-14)
+    assert all(found[t] == 0 for t, count in enumerate(counts) if not count)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 99))
+def test_only_a_rise_within_a_position_is_refused(counts: list[int], seed: int) -> None:
+    topk = random_topk(len(counts), counts, seed=seed)
+    check_topk(topk, VOCAB)
+    begins = np.cumsum([0, *counts])
+    for at in sorted(set(range(1, begins[-1])) - set(begins)):
+        higher = topk.logprobs.copy()
+        higher[at] = np.nextafter(higher[at - 1], np.float32(1))
+        position = int(np.searchsorted(begins, at, "right")) - 1
+        with pytest.raises(InvalidRecord, match=f"position {position}: entries are not in order"):
+            check_topk(replace(topk, logprobs=higher), VOCAB)
 
 
 def test_nothing_is_cut_without_a_cut_off() -> None:

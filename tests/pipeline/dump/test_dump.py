@@ -1,10 +1,7 @@
 """Stage one through the real code and the real script, with transformers as the teacher."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -34,8 +31,9 @@ from storage import (
     ShardWriter,
     verify,
 )
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
-from tests.helpers.dumps import SCRIPT, rows, settings
+from tests.helpers.dumps import rows, settings
 from tests.helpers.models import tiny_model
 
 
@@ -326,27 +324,42 @@ def test_a_killed_and_an_interrupted_script_resume(
     tmp_path: Path, model_path: Path, corpus: Path
 ) -> None:
     """SIGKILL and SIGTERM in mid-run of the real script leave the rows the same."""
-    write_texts(corpus, some_texts(400))
+    write_texts(corpus, some_texts(160))
     dump.run(settings(tmp_path, model_path, corpus))
     command = [
-        *[sys.executable, SCRIPT, "--model", model_path, "--corpus.path", corpus],
+        *["dump_logits.py", "--model", model_path, "--corpus.path", corpus],
         *["--output", tmp_path / "killed", "--k=8", "--max_length=100", "--shard_tokens=500"],
         *["--engine=transformers", "--summary", tmp_path / "summary.json"],
     ]
     for number, code in [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)]:
         before = len(list((tmp_path / "killed").glob("00000/*.json")))
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = scripts.Script(*command)
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "killed").glob("00000/*.json"))) < before + 3:
             assert time.monotonic() < deadline, "no shard was committed"
             time.sleep(0.005)
-        os.kill(process.pid, number)
+        process.send_signal(number)
         assert process.wait(60) == code
     assert not (tmp_path / "summary.json").exists()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert scripts.run(*command).returncode == 0
     assert json.loads((tmp_path / "summary.json").read_text())["finished"]
     assert verify(tmp_path / "killed").ok
     assert rows(tmp_path / "killed") == rows(tmp_path / "dump")
+
+
+def test_a_lost_marker_is_written_again(tmp_path: Path, model_path: Path, corpus: Path) -> None:
+    """The last marker alone does not tell that one before it is gone."""
+    config = settings(tmp_path, model_path, corpus)
+    dump.run(config)
+    before, path = rows(tmp_path / "dump"), tmp_path / "dump"
+    shards = Dump(path).shards()
+    assert len(shards) > 2
+    for file in (path / "manifest.json", path / "00000/complete.json", *path.glob("rows-*")):
+        file.unlink()
+    (path / f"{shards[1].name}.json").unlink()
+    dump.run(config)
+    assert rows(path) == before
+    assert len(Dump(path).shards()) == len(shards)
 
 
 def test_another_plan_is_refused_and_the_difference_named(
@@ -438,7 +451,7 @@ def test_exit_codes(tmp_path: Path, model_path: Path, corpus: Path, capsys) -> N
 
 
 def test_script_refuses_a_partition_out_of_range() -> None:
-    command = [sys.executable, SCRIPT, "--model=m", "--corpus.path=c", "--output=o"]
-    result = subprocess.run([*command, "--partition", "4/4"], capture_output=True, text=True)
+    words = ["--model=m", "--corpus.path=c", "--output=o", "--partition", "4/4"]
+    result = scripts.run("dump_logits.py", *words)
     assert result.returncode == 2
     assert "0 <= I < N" in result.stderr

@@ -1,8 +1,6 @@
 """Estimates against the finished dump."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
+from pipeline.dump.sizing import Size
 from pipeline.models.directory import ModelFolder
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
-
-SCRIPT = SCRIPTS / "dump_logits.py"
 
 
 def config(tmp_path: Path, model: Path) -> DumpConfig:
@@ -42,6 +39,11 @@ def test_estimate_is_near_the_finished_dump(
     assert found.disk == pytest.approx(done["bytes"] + done["tables_bytes"], rel=0.3)
     assert found.seconds == pytest.approx(found.tokens / found.tokens_per_s)
     assert found.break_even(found.tokens / 4) == pytest.approx(4)
+    of = estimate.engine_of(found, settings)
+    assert Size(found.tokens, 1, 1, of).disk == pytest.approx(found.disk)
+    assert Size(found.tokens, 1, 1, of).seconds >= found.seconds + found.start_s
+    masked = replace(found, masked=True, targets=found.tokens / 4)
+    assert estimate.engine_of(masked, settings).shard_tokens == 4 * of.shard_tokens
     monkeypatch.setattr(estimate, "COUNTED", 1000)
     assert estimate.measure(settings, 2).tokens == done["tokens"]
 
@@ -78,18 +80,19 @@ def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) 
 
 def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_path: Path) -> None:
     settings = config(tmp_path, model_path)
-    command = [sys.executable, str(SCRIPT), "--model", settings.model, "--k", "8"]
-    command += ["--corpus.path", settings.corpus.path, "--output", settings.output]
-    command += ["--engine", "transformers", "--estimate", "20", "--run_tokens", "1000"]
-    done = subprocess.run(
-        [*command, "--summary", str(tmp_path / "s.json")], capture_output=True, text=True
-    )
+    words = ["--model", settings.model, "--k", "8", "--corpus.path", settings.corpus.path]
+    words += ["--output", settings.output, "--engine", "transformers", "--estimate", "20"]
+    words += ["--run_tokens", "1000", "--summary", str(tmp_path / "s.json")]
+    done = scripts.run("dump_logits.py", *words)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "dump").exists()
     found = json.loads((tmp_path / "s.json").read_text())
     assert f"after {found['tokens'] / 1000:.3g} runs" in done.stdout
     assert f"{found['bytes_per_token']:.1f} bytes per token" in done.stdout
     assert "110 documents" in done.stdout
+    assert "on several machines, of workers: 1 each" in done.stdout
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["machines", "---", "1", "4", "16", "64"]
     assert f"the top 8 hold {found['kept_mass']:.1%} of the probability; the rest" in done.stdout
 
 

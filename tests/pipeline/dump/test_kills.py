@@ -13,7 +13,7 @@ from tests.helpers.paths import ROOT
 @pytest.mark.parametrize(
     ("kills", "positions", "codec"),
     [
-        (12, 1.0, "v1"),
+        (6, 1.0, "v1"),
         pytest.param(5, 0.3, "v1", marks=pytest.mark.long),
         pytest.param(12, 1.0, "v3", marks=pytest.mark.long),
     ],

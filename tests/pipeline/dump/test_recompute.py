@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,12 @@ from pipeline.dump import recompute as verify
 from pipeline.errors import RefusedError
 from storage import CorruptShard, LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import settings
 from tests.helpers.forged import replan
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
 from tests.helpers.plans import with_field, without_field
-
-SCRIPT = SCRIPTS / "verify_dump.py"
 
 
 def test_its_own_model_agrees_and_another_does_not(
@@ -139,8 +136,7 @@ def test_one_wrong_row_among_many_is_found(dump_path: Path, model_path: Path) ->
 @pytest.mark.slow
 def test_script_exit_codes(dump_path: Path, model_path: Path, tmp_path: Path) -> None:
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(SCRIPT), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return scripts.run("verify_dump.py", *words)
 
     good = run(dump_path, "--against", model_path, "--sample", 2)
     assert good.returncode == 0, good.stderr

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
 from pipeline.models.directory import ModelFolder
 from pipeline.token_sequences import read_tokens
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.masks import read_masked, some_targets
 from tests.helpers.models import tiny_model
-from tests.helpers.paths import SCRIPTS
 from tests.helpers.questions import write_questions
-
-SCRIPT = SCRIPTS / "evaluate.py"
 
 
 @pytest.fixture
@@ -137,11 +134,7 @@ def test_script_prints_a_table_and_writes_json(
         "output": str(tmp_path / "results" / "results.json"),
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(tmp_path / "c.yaml")],
-        capture_output=True,
-        text=True,
-    )
+    done = scripts.run("evaluate.py", "--config", tmp_path / "c.yaml")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert set(results["models"]) == {"base", "student"}

@@ -1,5 +1,6 @@
 """Two tokenizers: the same, however they are written, or different by an example."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.models import tokenizers
-from pipeline.models.tokenizers import excerpt, first_difference
+from pipeline.models.tokenizers import behaviour, excerpt, first_difference
 from tests.helpers.models import TEXTS, tiny_tokenizer
 
 Tokenizer = PreTrainedTokenizerFast
@@ -123,3 +124,41 @@ def test_begin_and_end_of_text_count_as_they_are_used(base: Tokenizer, tmp_path:
 def test_the_excerpt_shows_where_ids_part() -> None:
     assert excerpt([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 9]) == "… [2, 3, 4, 5, 6, 7] …"
     assert excerpt([1, 2], [1, 2, 3]) == "[1, 2]"
+
+
+def test_a_behaviour_lasts(base: Tokenizer, tmp_path: Path) -> None:
+    """Whatever was called before, and when the files are written again."""
+    before = behaviour(base)
+    base(["a", "b c"], truncation=True, max_length=3)
+    assert behaviour(base) == before
+    assert behaviour(rewritten(base, tmp_path, lambda content: None)) == before
+
+
+def lower(content: Any) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def unmerged(content: Any) -> None:
+    content["model"]["merges"].pop()
+
+
+@pytest.mark.parametrize("change", [lower, unmerged])
+def test_another_rule_is_another_behaviour(
+    base: Tokenizer, tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    assert behaviour(rewritten(base, tmp_path, change)) != behaviour(base)
+
+
+def test_templates_and_special_tokens_are_behaviour(base: Tokenizer) -> None:
+    found = {behaviour(base)}
+    for name, value in [("chat_template", "x"), ("bos_token", "<b>"), ("eos_token", "a")]:
+        other = copy.deepcopy(base)
+        setattr(other, name, value)
+        found.add(behaviour(other))
+    assert len(found) == 4
+
+
+def test_a_slow_tokenizer_is_known_by_its_files() -> None:
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    assert behaviour(slow) == behaviour(ByT5Tokenizer()) != behaviour(ByT5Tokenizer(extra_ids=7))

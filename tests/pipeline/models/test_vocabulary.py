@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from pipeline.models.vocabulary import difference_from_dump, tokenizer_files
 from pipeline.token_sequences import read_tokens
 from pipeline.training import train
 from storage import LogitDataset
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
 from tests.helpers.dumps import settings as dump_settings
 from tests.helpers.models import tiny_model, tiny_tokenizer
-from tests.helpers.paths import SCRIPTS
 from tests.helpers.runs import script, settings, yaml_of
 
 
@@ -142,11 +140,7 @@ def test_the_scripts_train_a_student_with_added_tokens(
     assert {512, 513, 514} <= set(ids)
     models = {"base": str(model_path), "student": str(run / "model")}
     words = ["--models", json.dumps(models), "--general.path", domain, "--max_length", "64"]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "evaluate.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-    )
+    done = scripts.run("evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     assert "student: has 3 tokens that base lacks" in done.stderr
 

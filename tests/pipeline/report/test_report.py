@@ -273,6 +273,35 @@ def test_a_dump_with_samples_has_a_page(tmp_path: Path, dump_path: Path, k: int)
     assert ("Mass and coverage" in text) == (k > 0)
 
 
+def test_the_first_paragraph_says_what_was_found(
+    dump_path: Path, training_run: Path, study_folder: Path
+) -> None:
+    first = {}
+    for path in (dump_path, training_run, study_folder):
+        text, kind = report.make(str(path))
+        first[kind] = re.split("</?p>", text)[1]
+        assert text.index("</h1>") < text.index("<p>") < text.index("<table")
+    manifest = LogitDataset(dump_path).manifest
+    assert f"read {manifest.tokens:,} tokens in {manifest.rows:,} sequences" in first["dump"]
+    assert " bytes. At a position, the stored entries hold " in first["dump"]
+    assert first["training run"] == (
+        "The run took 7 steps. Cross-entropy on the domain went from 5 to 0.714 nats. "
+        "KL to the base went from 0.01 to 0.07 nats."
+    )
+    assert first["study"] == (
+        "ce gains most on the domain: 1.450 nats of log-perplexity. It loses 0.325 nats on general "
+        "text. Of the arms that gain at least 95% of that, mol loses least: it gains 1.425 nats "
+        "and loses 0.055."
+    )
+
+
+def test_numbers_have_separators_and_fingerprints_are_cut() -> None:
+    values = {"rows": 1234567, "seconds": 12345.678, "kl": 0.00012345, "on": True, "sha": "ab" * 32}
+    found = re.findall(r"<td[^>]*>([^<]*)</td>", pairs(values))[1::2]
+    assert found == ["1,234,567", "12,346", "0.0001234", "True", "abababababab…"]
+    assert f'title="{"ab" * 32}"' in pairs(values)
+
+
 def test_pareto_front() -> None:
     points = [(0.3, 1.5), (0.05, 1.4), (0.06, 1.45), (0.35, 1.4), (0.0, 0.0), (0.05, 1.2)]
     assert study_page.pareto(points) == [(0.0, 0.0), (0.05, 1.4), (0.06, 1.45), (0.3, 1.5)]

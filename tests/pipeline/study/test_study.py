@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from pipeline.config import CorpusConfig, HeldOutConfig
 from pipeline.errors import ConfigError
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
+from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
-from tests.helpers.paths import SCRIPTS
-
-SCRIPT = SCRIPTS / "study.py"
 
 
 @pytest.fixture
@@ -55,8 +52,7 @@ def settings(tmp_path: Path, model_path: Path) -> dict[str, Any]:
 
 def run(tmp_path: Path, settings: dict[str, Any], *options: str) -> subprocess.CompletedProcess:
     (tmp_path / "study.json").write_text(json.dumps(settings))
-    command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "study.json"), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    return scripts.run("study.py", "--config", tmp_path / "study.json", *options)
 
 
 @pytest.mark.slow

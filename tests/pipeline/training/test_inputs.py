@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
+from pipeline.config import CorpusConfig, HeldOutConfig
 from pipeline.errors import DAMAGED, ConfigError
 from pipeline.training.arguments import training_arguments
+from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
 from pipeline.training.train import describe, mixed_dataset
 from storage import LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
-from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.corpora import no_document, some_texts, write_texts
 from tests.helpers.forged import replan
 from tests.helpers.masks import give_masks
 from tests.helpers.plans import with_field, without_field
@@ -103,6 +105,29 @@ def test_a_dump_without_k_has_entries(dump: Path) -> None:
     plan = LogitDataset(dump).plan
     replan(dump, without_field(plan, "k"))
     assert LogitDataset(dump).k == plan["vocab_size"]
+
+
+def test_a_second_start_reads_no_document(
+    tmp_path: Path, model_path: Path, dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a run asks of its corpora before the first step, and its items."""
+    corpus = write_texts(tmp_path / "domain.jsonl", some_texts(9))
+    held_out = HeldOutConfig(general=CorpusConfig(str(corpus), limit=4), sequences=3)
+    config = settings(tmp_path, model_path, dump_path, corpus, mix_by="tokens", held_out=held_out)
+    args = training_arguments(config)
+
+    def start() -> list[object]:
+        inputs = Inputs(config)
+        check(inputs)
+        identity, dataset = make_identity(inputs, args), mixed_dataset(inputs, args)
+        texts = [one.input_ids.tolist() for one in inputs.held_out()["general"]]
+        rows = inputs.row_tokens(args, dataset.rows_an_item), inputs.target_share
+        items = [dataset[at].domain.input_ids.tolist() for at in range(len(dataset))]
+        return [identity, describe(inputs, dataset, 2), texts, rows, items]
+
+    first = start()
+    no_document(monkeypatch)
+    assert start() == first
 
 
 def test_masks_are_told_and_counted(

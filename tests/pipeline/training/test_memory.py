@@ -230,8 +230,11 @@ def test_estimate_on_4_bit_weights_is_within_a_tenth_of_the_peak(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True}, {"bf16": True}],
-    ids=["float32", "checkpointing", "bf16"],
+    [
+        pytest.param({}, id="float32"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing", marks=pytest.mark.long),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.long),
+    ],
 )
 def test_estimate_is_near_the_peak(
     tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, changes: dict[str, Any]

@@ -53,9 +53,22 @@ def test_bf16_stays_near_float32_with_exact_losses(run: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_learns_the_same(run: Any) -> None:
-    plain, compiled = run("plain"), run("compiled", torch_compile=True)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # traces all that inductor compiles
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_compiled_learns_the_same(run: Any, backend: str) -> None:
+    compiled = run("compiled", torch_compile=True, torch_compile_backend=backend)
+    plain = run("plain")
     train.run(plain)
     summary = train.run(compiled)
     assert_close(steps(compiled.output), steps(plain.output))

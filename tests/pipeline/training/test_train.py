@@ -1,12 +1,9 @@
 """Stage two through the real code and the real script."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +43,7 @@ from pipeline.token_sequences import TokenSequences
 from pipeline.training import train
 from pipeline.training.forward import add_distill_forward
 from storage import Dump, LogitDataset, Record, TopK, create_dump
+from tests.helpers import scripts
 from tests.helpers.architectures import saved, sharpened, tiny
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.dumps import dumped, with_rows
@@ -348,21 +346,20 @@ def test_resume_in_the_second_epoch_and_at_another_number_of_ranks(
 
     cut = settings(tmp_path, model_path, dump_path, domain, output=str(tmp_path / "cut"))
     config = yaml_of(tmp_path / "cut.yaml", cut)
-    command = [sys.executable, str(SCRIPT), "--config", str(config)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    running = scripts.Script(SCRIPT, "--config", config)
     try:
         metrics = Path(cut.output) / "metrics.jsonl"
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 500
         while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch + 5:
             assert running.poll() is None
             assert time.monotonic() < give_up
             time.sleep(0.01)
         running.send_signal(signal.SIGTERM)
-        _, talk = running.communicate(timeout=180)
+        stopped_by = running.done(timeout=500)
     finally:
         running.kill()
-    assert running.returncode == 75, talk
-    assert "run the same command again" in talk
+    assert stopped_by.returncode == 75, stopped_by.stderr
+    assert "run the same command again" in stopped_by.stderr
     stopped = len(steps(cut.output))
     assert epoch + 5 <= stopped < len(expected)
     shutil.copytree(cut.output, tmp_path / "ranks")
@@ -565,7 +562,7 @@ def test_script_refuses_other_temperatures_and_misspelt_keys(
     hot = script(config, "--loss.temperature", "2")
     assert hot.returncode == 2
     assert "do not determine the distribution" in hot.stderr
-    wrong = script(config, "--loss.aplha", "2", env={**os.environ, "COLUMNS": "200"})
+    wrong = script(config, "--loss.aplha", "2", env={"COLUMNS": "200"})
     assert wrong.returncode == 2
     assert "did you mean loss.alpha?" in wrong.stderr
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """The grid of roots: what rounding costs, against fp64, and what never gets lost."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from storage import InvalidRecord, TopK
 from storage.codec.codec import STEPS
+from storage.codec.grid import same_levels
 from storage.codec.root_grid import (
     FAINT,
     FINE,
@@ -170,3 +172,22 @@ def test_grids_are_the_same_whatever_the_order_of_equal_entries() -> None:
     assert not grid.same(replace(grid, tails=grid.tails + 1))
     assert not grid.same(replace(grid, roots=grid.roots + np.uint16(1)))
     assert not grid.same(replace(grid, step=0.5))
+
+
+@given(st.lists(st.integers(0, 6), max_size=5), st.integers(0, 999))
+def test_levels_are_compared_as_sets(counts: list[int], seed: int) -> None:
+    """Against Python's sets; ids are exchanged within a level, and between neighbours."""
+    rng = np.random.default_rng(seed)
+    topk = random_topk(len(counts), counts, seed=seed)
+    ends = np.cumsum([0, *counts])
+    levels = -np.sort(-rng.integers(0, 3, ends[-1]))
+    others = topk.ids.copy()
+    for _ in range(int(rng.integers(4)) if len(others) else 0):
+        at = rng.integers(len(others), size=2)
+        others[at] = others[at[::-1]]
+    expected = all(
+        set(zip(levels[a:b], topk.ids[a:b], strict=True))
+        == set(zip(levels[a:b], others[a:b], strict=True))
+        for a, b in itertools.pairwise(ends)
+    )
+    assert same_levels(topk.counts, levels, topk.ids, others) == expected
