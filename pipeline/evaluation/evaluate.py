@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pipeline.config import KINDS, EvalConfig, held_out_texts
 from pipeline.corpus import Corpus
 from pipeline.errors import RefusedError
-from pipeline.evaluation import task_results
+from pipeline.evaluation import task_results, task_table
 from pipeline.evaluation.compare import batches, compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
 from pipeline.evaluation.tasks import Tasks
@@ -82,7 +82,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
             write_json(path, report)
             write_lines(answers_file(path), answer_rows(answers))
             say(f"answers written to {answers_file(path)}")
-        show(task_results.table(report))
+        show(task_table.table(report))
     return report
 
 

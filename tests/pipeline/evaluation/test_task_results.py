@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RefusedError
-from pipeline.evaluation.task_results import in_words, pairs, table, task_results
+from pipeline.evaluation.task_results import pairs, task_results
+from pipeline.evaluation.task_table import in_words, table
 
 
 def answers(**tasks: str) -> dict[str, list[dict[str, Any]]]:
