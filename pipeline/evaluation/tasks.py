@@ -102,11 +102,12 @@ class Tasks:
         return found
 
     def made(self, name: str) -> "dict[str, ConfigurableTask]":
+        """The task as the harness has it, or those of a group by their names."""
         task = self.config[name]
         if task.path is not None:
-            return {
-                name: self.harness.ConfigurableTask(config=own(name, task, self.questions[name]))
-            }
+            settings = own(name, task, self.questions[name])
+            with self.harness.quiet():
+                return {name: self.harness.ConfigurableTask(config=settings)}
         try:
             return self.harness.named_task(task.harness, task.folder)
         except Exception as error:  # whatever YAML files, the hub and its data make it raise
