@@ -87,7 +87,7 @@ types-airflow: airflow-setup  ## check the types of the DAGs with mypy, in Airfl
 # TORCH_LINKS, a folder or an index page, has the CPU build of torch.
 TORCH_LINKS ?= $(PIP_FIND_LINKS)
 COMPILE := uv pip compile pyproject.toml --python-version 3.11 --no-header --no-annotate \
-	--extra train --extra s3
+	--extra train --extra s3 --extra tasks
 lock:  ## resolve requirements/*.lock again (needs uv)
 	$(COMPILE) --extra cpu --extra dev $(if $(TORCH_LINKS),--find-links $(TORCH_LINKS)) \
 		$(foreach name,torchvision torchaudio torchcodec,--no-emit-package $(name)) \

@@ -4,6 +4,8 @@ The docstring under a field is its help text. `common` names the settings that `
 before the expert ones; those without a default come first anyway.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -388,11 +390,68 @@ class TrainConfig:
 
 
 @dataclass
+class TaskConfig:
+    """Questions with known answers: a file of your own, or a task of lm-evaluation-harness. Both
+    need mol-distill[tasks]."""
+
+    path: str | None = None
+    """JSONL file with a question in each line: {"question": "2 + 2 =", "options": ["3", "4"],
+    "answer": 1}. The answer is the number of an option, from 0, or its text. Without options the
+    model writes an answer, and `answer` is the right text, or a list of right texts."""
+    harness: str | None = None
+    """Name of a task or group of lm-evaluation-harness to use instead, e.g. arc_easy. Most read
+    their questions from the hub."""
+    folder: str | None = None
+    """Folder with the YAML files of that task, where it is not the harness's own."""
+    trust_code: bool = False
+    """The YAML files of a folder can run code, so a folder needs true: it says that you trust
+    it."""
+    instructions: str = ""
+    """Text before each question of a file."""
+    prompt: str = "{question}"
+    """Form of each question of a file, such as "Question: {question}\\nAnswer:". The answer follows
+    after a space, or in a chat as the assistant's turn."""
+    chat: bool = False
+    """Render each question with the tokenizer's chat template."""
+    shots: Annotated[int | None, Range(0, 1000)] = None
+    """Answered questions to show before each one; none by default, or as a task of the harness
+    says. Those of a file are drawn from its other questions."""
+    max_tokens: Count = 32
+    """Longest written answer to a question of a file, in tokens. It also ends with its line."""
+    limit: Limit = None
+    """Use only the first questions, at most this many."""
+    metric: str | None = None
+    """The score that says whether a question is answered: acc by default where there are options,
+    else exact_match. acc_norm takes the option with the largest log-probability per character."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) != (self.harness is None),
+            "tasks: each needs either path, a JSONL file with questions, or harness, the name of a "
+            "task",
+        )
+        require(
+            self.folder is None or (self.harness is not None and self.trust_code),
+            f"tasks: folder {self.folder}: the YAML files of a task can run code. Name the task "
+            "with harness, and set trust_code: true if you trust the folder",
+        )
+        require(
+            self.harness is None or (not self.instructions and self.prompt == "{question}"),
+            "tasks: instructions and prompt are for files of questions; a task of the harness has "
+            "its own",
+        )
+        require(
+            "{question}" in self.prompt,
+            f"tasks: prompt {self.prompt!r}: must have {{question}} where the question goes",
+        )
+
+
+@dataclass
 class EvalConfig:
-    """Compare models with their base on held-out text."""
+    """Compare models with their base on held-out text and on tasks."""
 
     common: ClassVar = (
-        "domain", "general", "other", "output", "max_length", "sequences", "batch_tokens",
+        "domain", "general", "other", "tasks", "output", "max_length", "sequences", "batch_tokens",
     )  # fmt: skip
 
     models: dict[str, str]
@@ -405,10 +464,13 @@ class EvalConfig:
     other: CorpusConfig | None = None
     """General text from another source than the dump's. Shows whether the students also keep text
     they were never trained to keep."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Questions to answer, by a name for each task, e.g. {capitals: {path: capitals.jsonl}}. Shows
+    which of the base's right answers a model has kept."""
     base: str = "base"
     """Name of the model that the others are compared with."""
     output: str | None = None
-    """JSON file for the results."""
+    """JSON file for the results. The answers to the tasks are written beside it."""
     max_length: Length = 2048
     """Longest sequence in tokens. Longer documents are cut into chunks."""
     add_eos: bool = True
@@ -429,9 +491,10 @@ class EvalConfig:
             f"base {self.base!r}: must be one of the models ({', '.join(self.models)})",
         )
         require(
-            any(corpus is not None for corpus in (self.domain, self.general, self.other)),
-            "nothing to evaluate on: give domain.path, general.path or other.path",
+            bool(held_out_texts(self) or self.tasks),
+            "nothing to evaluate on: give domain.path, general.path, other.path or tasks",
         )
+        check_names("tasks", self.tasks)
 
 
 SEED = Range(0, (1 << 32) - 1)  # what numpy takes
@@ -477,6 +540,22 @@ def held_out_texts(config: HeldOutConfig | EvalConfig) -> list[tuple[str, Corpus
     """(kind, corpus) of each held-out text that is given."""
     given = [(kind, getattr(config, kind)) for kind in KINDS]
     return [(kind, corpus) for kind, corpus in given if corpus is not None]
+
+
+LONGEST_NAME = 100
+# It becomes part of a file's or directory's name: no path, no hidden file, no option of a command.
+NAME = re.compile(rf"\w[\w .+=,@-]{{0,{LONGEST_NAME - 1}}}")
+
+
+def check_names(what: str, names: Iterable[Any]) -> None:
+    """ConfigError for a name that cannot be part of a path."""
+    for name in names:
+        require(
+            NAME.fullmatch(str(name)) is not None,
+            f"{what}: a name becomes part of a directory's. It starts with a letter or digit, has "
+            f". _ - + = , @ or spaces inside, and at most {LONGEST_NAME} characters; found "
+            f"{name!r}",
+        )
 
 
 def require(condition: bool, message: str) -> None:

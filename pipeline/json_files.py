@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ def write_json(path: Path, content: Any) -> None:
     JSON has no NaN and no infinities: they become the strings "NaN", "Infinity" and "-Infinity", as
     in protobuf's JSON. float() reads these as it reads a number.
     """
-    text = json.dumps(strict(content), indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a file with the JSON of a row in each line, like `write_json`."""
+    lines = (json.dumps(strict(row), allow_nan=False, ensure_ascii=False) for row in rows)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that readers see whole, or not at all; makes its folder."""
     if path.exists() and not path.is_file():  # a pipe or a terminal
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 
 MODELS, DUMPS = ("model", "models"), ("dump", "dumps")
 """Settings that name what is read; a text, or several with their names or weights."""
+TASKS = "tasks"
 
 
 def inputs_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -20,6 +21,11 @@ def inputs_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         name, value = prefix + field.name, getattr(settings, field.name)
         if isinstance(value, CorpusConfig):
             yield f"{name}.path", value.path
+        elif field.name == TASKS:
+            for task, given in value.items():
+                for part in ("path", "folder"):
+                    if getattr(given, part) is not None:
+                        yield f"{name}.{task}.{part}", getattr(given, part)
         elif dataclasses.is_dataclass(value):
             yield from inputs_of(value, f"{name}.")
         elif field.name in (*MODELS, *DUMPS):

@@ -1,9 +1,10 @@
-"""Write a page about a dump, a training run or a study, as one self-contained HTML file.
+"""Write a self-contained HTML page about a dump, a training run, an evaluation or a study.
 
     python scripts/report.py runs/demo/dump --output dump.html
     python scripts/report.py runs/study --output study.html
+    python scripts/report.py results.json --output evaluation.html
 
-Exit codes: 0 done, 2 the directory holds no dump, run or study, 4 damaged dump.
+Exit codes: 0 done, 2 the path holds none of these, 4 damaged dump.
 """
 
 import argparse
@@ -17,7 +18,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", help="directory of a dump, a training run or a study")
+    parser.add_argument(
+        "path", help="directory of a dump, a training run or a study, or results of an evaluation"
+    )
     parser.add_argument(
         "--output", default="report.html", help="HTML file to write (default: %(default)s)"
     )

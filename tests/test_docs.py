@@ -24,6 +24,7 @@ PAGES = [
     "pipeline/INTEGRATIONS.md",
     "pipeline/README.md",
     "pipeline/dump/README.md",
+    "pipeline/evaluation/README.md",
     "pipeline/models/SUPPORTED.md",
     "pipeline/study/README.md",
     "pipeline/training/README.md",

@@ -1,6 +1,8 @@
 """Compare a model with its base on the same sequences, one packed row at a time."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from pipeline.evaluation.measures import Sums, measure
 from pipeline.models.attention import enable_packing, packing_arguments
 from pipeline.models.directory import ModelFolder
 from pipeline.token_sequences import Tokens
+
+S = TypeVar("S", bound=Sized)
 
 
 @torch.no_grad()  # not inference_mode: FSDP later trains with the weights gathered here
@@ -51,15 +55,21 @@ def compare(
 def predict(
     model: PreTrainedModel, inputs: dict[str, Tensor], lengths: list[int], rows: Tensor
 ) -> Tensor:
-    """Logits [N, V] at the positions `rows` [N] of one packed row."""
-    packing = packing_arguments(model, lengths)
-    logits: Tensor = model(**inputs, **packing, use_cache=False).logits[0, rows]
-    return logits
+    """Logits [N, V] at the positions `rows` [N] of one packed row.
+
+    The head reads these positions alone, where the model can do that.
+    """
+    options: dict[str, Any] = packing_arguments(model, lengths)
+    alone = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if alone:
+        options["logits_to_keep"] = rows
+    logits: Tensor = model(**inputs, **options, use_cache=False).logits[0]
+    return logits if alone else logits[rows]
 
 
-def batches(sequences: Iterable[Tokens], tokens: int) -> Iterator[list[Tokens]]:
+def batches(sequences: Iterable[S], tokens: int) -> Iterator[list[S]]:
     """Yield consecutive sequences with at most `tokens` tokens in total, or one longer sequence."""
-    batch: list[Tokens] = []
+    batch: list[S] = []
     size = 0
     for sequence in sequences:
         if batch and size + len(sequence) > tokens:

@@ -1,9 +1,11 @@
-"""Evaluate students: perplexities on held-out text, and the distance to the base model.
+"""Evaluate students: perplexities on held-out text, the distance to the base model, and tasks.
 
-All measures are means over targets, so long documents weigh more than short ones. Documents become
-token sequences exactly as in training; targets are their learnt tokens, all of them by default.
+All measures of text are means over targets, so long documents weigh more than short ones. Documents
+become token sequences exactly as in training; targets are their learnt tokens, all of them by
+default.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from transformers import PreTrainedModel
 from pipeline.config import KINDS, EvalConfig, held_out_texts
 from pipeline.corpus import Corpus
 from pipeline.errors import RefusedError
+from pipeline.evaluation import task_results, task_table
 from pipeline.evaluation.compare import batches, compare, load
 from pipeline.evaluation.measures import Sums, by_document, intervals
-from pipeline.json_files import write_json
+from pipeline.evaluation.tasks import Tasks
+from pipeline.json_files import write_json, write_lines
 from pipeline.models import own_rows
 from pipeline.models.attention import way_of
 from pipeline.models.directory import ModelFolder
@@ -24,6 +28,7 @@ from pipeline.models.vocabulary import check_ids, difference_between
 from pipeline.places import check_file, inputs_of
 from pipeline.progress import Progress, say, show
 from pipeline.token_sequences import TokenSequences, read_tokens
+from pipeline.types import Json
 
 WORST = 5  # documents shown as text
 EXCERPT = 600  # characters of each
@@ -38,9 +43,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises RefusedError if a model's tokenizer differs from the base's.
     """
     folders = {name: ModelFolder.find(path) for name, path in config.models.items()}
-    if config.output:
+    path = Path(config.output).expanduser() if config.output else None
+    if path:
         found = {f"models.{name}": str(folder.path) for name, folder in folders.items()}
-        check_file("output", config.output, {**dict(inputs_of(config)), **found})
+        for file in (path, answers_file(path)):
+            check_file("output", str(file), {**dict(inputs_of(config)), **found})
+    tasks = Tasks(config.tasks, config.batch_tokens)
     base = folders[config.base]
     for name, folder in folders.items():
         check_ids(folder)
@@ -59,13 +67,35 @@ def run(config: EvalConfig) -> dict[str, Any]:
     comparison = Comparison(config, folders[config.base])
     results = {name: comparison.measure(name, folder) for name, folder in folders.items()}
     report = {"base": config.base, "models": results}
-    if config.output:  # before anything that may fail
-        path = Path(config.output).expanduser()
+    if path:  # before anything that may fail
         write_json(path, report)
         say(f"written to {path}")
-    show(table(report))
-    show(more(report))
+    if comparison.texts:
+        show(table(report))
+        show(more(report))
+    if config.tasks:
+        answers = {name: comparison.answers(tasks, folder) for name, folder in folders.items()}
+        metrics = {task: tasks.metric(task, rows) for task, rows in answers[config.base].items()}
+        for name, given in answers.items():
+            results[name] |= task_results.task_results(given, answers[config.base], metrics)
+        if path:
+            write_json(path, report)
+            write_lines(answers_file(path), answer_rows(answers))
+            say(f"answers written to {answers_file(path)}")
+        show(task_table.table(report))
     return report
+
+
+def answers_file(results: Path) -> Path:
+    """The file with the answers to the tasks, beside that of the results."""
+    return results.with_name(f"{results.stem}.answers.jsonl")
+
+
+def answer_rows(answers: dict[str, task_results.Answers]) -> Iterator[Json]:
+    """Every answer with the name of its model."""
+    for name, tasks in answers.items():
+        for rows in tasks.values():
+            yield from ({"model": name} | row for row in rows)
 
 
 class Comparison:
@@ -98,6 +128,12 @@ class Comparison:
             if not itself:
                 measured[kind]["worst"] = worst(of, against, text, self.base_folder.tokenizer)
         return flat(measured) | measured
+
+    def answers(self, tasks: Tasks, folder: ModelFolder) -> task_results.Answers:
+        """The answers of a model to each task. All models read the base's tokenizer."""
+        own = folder == self.base_folder
+        model = self.base if own else load(folder, self.config.dtype)
+        return {name: tasks.answers(name, model, self.base_folder.tokenizer) for name in tasks}
 
     def load(self, folder: ModelFolder) -> PreTrainedModel:
         """The model of a directory; says what it costs where packed sequences need own rows."""

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.agreement import Answer
 from pipeline.config import KINDS
 from pipeline.json_files import read_json
+from pipeline.report import task_parts
 from pipeline.report.html import axes, heading, lead, note, page, pairs, picture, quote, table
 from pipeline.study.results import RESULTS
 from pipeline.study.results import table as as_markdown
@@ -25,7 +26,7 @@ def report(folder: Path) -> str:
     return page(
         f"Study of {results['model']}",
         [
-            lead(in_words(results)),
+            lead(f"{in_words(results)} {task_parts.said(results)}".strip()),
             heading("The frontier"),
             frontier(results),
             heading("Arms"),
@@ -36,6 +37,7 @@ def report(folder: Path) -> str:
                 "columns named other's are on general text of another source. All measures are "
                 "means over targets, the tokens that are learnt."
             ),
+            *task_parts.of_arms(results),
             *forgetting(results),
             heading("Runs"),
             runs(results),

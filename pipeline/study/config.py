@@ -1,6 +1,5 @@
 """The settings of a study: arms × learning rates × seeds."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,13 +11,11 @@ from pipeline.config import (
     HeldOutConfig,
     Length,
     Limit,
+    TaskConfig,
+    check_names,
     require,
 )
 from pipeline.ranges import Range, check_ranges
-
-LONGEST_NAME = 100
-# Of an arm or a dump: no path, no hidden file, no option of a command.
-NAME = re.compile(rf"\w[\w .+=,@-]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass
@@ -69,7 +66,7 @@ class StudyConfig:
 
     common: ClassVar = (
         "held_out.domain", "held_out.general", "held_out.sequences", "dumps", "seeds",
-        "learning_rates", "max_length", "train", "training", "only",
+        "learning_rates", "max_length", "train", "training", "tasks", "only",
     )  # fmt: skip
 
     model: str
@@ -98,18 +95,17 @@ class StudyConfig:
     training: dict[str, Any] = field(default_factory=dict)
     """transformers.TrainingArguments for all arms."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Questions to answer, by a name for each task, e.g. {capitals: {path: capitals.jsonl}}. Shows
+    which of the base's right answers each student has kept. Tasks can be added to a finished
+    study, whose students then answer them."""
     only: list[str] | None = None
     """Run only these arms now. The results hold every finished run."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in [*self.arms, *self.dumps]:
-            require(
-                NAME.fullmatch(str(name)) is not None,
-                f"arms and dumps: a name becomes part of a directory's. It starts with a letter or "
-                f"digit, has . _ - + = , @ or spaces inside, and at most {LONGEST_NAME} "
-                f"characters; found {name!r}",
-            )
+        check_names("arms and dumps", [*self.arms, *self.dumps])
+        check_names("tasks", self.tasks)
         held = self.held_out
         require(
             held.domain is not None and held.general is not None,

@@ -48,7 +48,7 @@ def collect(config: StudyConfig, found: dict[str, Json], base: Json) -> Json:
             | {
                 name: spread([of[name] for of in members])
                 for name in HEADLINE
-                if name in members[0]
+                if all(name in member for member in members)
             }
             for (arm, rate), members in sorted(
                 points.items(), key=lambda point: (order.index(point[0][0]), point[0][1])
@@ -69,10 +69,12 @@ HEADLINE = {
     "other_loss": "other's loss",
     "other_forward_kl": "other's KL(base‖m)",
     "other_reverse_kl": "other's KL(m‖base)",
+    "tasks_right": "tasks right",
+    "tasks_kept": "tasks kept",
 }
 """Measures of a run and their labels. Gain and losses are nats of log-perplexity against the base,
 divergences are on the general text. The "other" measures are on general text of another source, if
-the study has some."""
+the study has some; the tasks' are the share of right answers, and of the base's that are kept."""
 
 
 def against(measures: Json, base: Json) -> Json:
@@ -138,7 +140,7 @@ def table(results: Json) -> str:
     rows = []
     for of in [{"arm": BASE, "learning_rate": 0, "seeds": [], **base}, *results["arms"]]:
         rate = [f"{of['learning_rate']:g}"] if rates else []
-        values = [show(name, of[name]) for name in shown]
+        values = [show(name, of[name]) if name in of else "" for name in shown]
         rows.append([of["arm"], *rate, str(len(of["seeds"]) or ""), *values])
     lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(f"| {line} |" for line in lines)

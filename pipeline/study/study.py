@@ -13,6 +13,7 @@ from pipeline.cli import parse, script_parser
 from pipeline.config import EvalConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
+from pipeline.evaluation.tasks import Tasks
 from pipeline.json_files import read_json, write_json
 from pipeline.models.directory import ModelFolder
 from pipeline.places import check_output, inputs_of
@@ -23,6 +24,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.study import arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
+from pipeline.study.task_answers import StudyAnswers
 from pipeline.training import train
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, Output
@@ -61,28 +63,13 @@ def run(config: StudyConfig) -> Json:
             parse_training(one)
         for name in needed_dumps(config, todo):
             make_dump(config, name)
-        results = gather(config, runs, study.base())
+        results = study.gather(runs)
         for number, one in enumerate(todo, 1):
             say(f"\n=== run {number} of {len(todo)}: {one.name}")
             study.do(one)
-            results = gather(config, runs, study.base())
+            results = study.gather(runs)
     show(table(results))
     say(f"written to {output / RESULTS} and {output / TABLE}")
-    return results
-
-
-def gather(config: StudyConfig, runs: list[Run], base: Json) -> Json:
-    """Write results.json and table.md of the finished runs."""
-    output = Path(config.output)
-    finished = {
-        one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
-        | of_run(one.folder, base)
-        for one in runs
-        if (one.folder / MEASURES).exists()
-    }
-    results = collect(config, finished, base)
-    write_json(output / RESULTS, results)
-    (output / TABLE).write_text(table(results) + "\n", encoding="utf-8")
     return results
 
 
@@ -173,7 +160,28 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.folder = config, ModelFolder.find(config.model)
+        tasks = Tasks(config.tasks, config.measure.batch_tokens)
+        self.answers = StudyAnswers(tasks, self.folder, config.measure.dtype)
         self._comparison: Comparison | None = None
+
+    def gather(self, runs: list[Run]) -> Json:
+        """Write results.json and table.md of the finished runs, and return the results."""
+        config, output = self.config, Path(self.config.output)
+        base, asked = self.base(), output / BASE
+        base |= self.answers.measured(asked, asked)
+        folders = {one.name: one.folder for one in runs if (one.folder / MEASURES).exists()}
+        finished = {
+            one.name: {"arm": one.arm, "learning_rate": one.learning_rate, "seed": one.seed}
+            | of_run(one.folder, base)
+            | self.answers.measured(one.folder, asked)
+            for one in runs
+            if one.name in folders
+        }
+        results = collect(config, finished, base)
+        self.answers.add_arms(results, folders, asked)
+        write_json(output / RESULTS, results)
+        (output / TABLE).write_text(table(results) + "\n", encoding="utf-8")
+        return results
 
     @property
     def comparison(self) -> Comparison:
@@ -202,7 +210,9 @@ class Study:
     def base(self) -> Json:
         folder = Path(self.config.output) / BASE
         check_same(folder, self.measuring())
-        return self.measured(folder, BASE, self.folder)
+        measured = self.measured(folder, BASE, self.folder)
+        self.answers.complete(folder, BASE, self.folder)
+        return measured
 
     def settings(self, one: Run) -> Json:
         """All settings that decide a run."""
@@ -229,6 +239,7 @@ class Study:
                 for checkpoint in filter(output.is_own, output.checkpoints()):
                     output.remove(checkpoint)
         self.measured(one.folder, one.name, ModelFolder(student))
+        self.answers.complete(one.folder, one.name, ModelFolder(student))
 
     def measured(self, folder: Path, name: str, model: ModelFolder) -> Json:
         """The content of measures.json; measures the model first if the file is missing."""

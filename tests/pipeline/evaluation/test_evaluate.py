@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import CorpusConfig, EvalConfig
+from pipeline.config import CorpusConfig, EvalConfig, TaskConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.evaluation import evaluate
@@ -23,6 +24,7 @@ from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.masks import read_masked, some_targets
 from tests.helpers.models import tiny_model
+from tests.helpers.questions import write_questions
 
 
 @pytest.fixture
@@ -248,3 +250,50 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path, model_path: Path) -> No
     )
     with pytest.raises(ConfigError, match="none of its 2 documents has a token to learn"):
         evaluate.run(EvalConfig({"base": str(model_path)}, general=masked))
+
+
+def test_tasks_beside_the_texts_or_alone(
+    tmp_path: Path, model_path: Path, student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs mol-distill[tasks]")
+    given: dict[str, Any] = {
+        "models": {"student": str(student), "base": str(model_path)},
+        "tasks": {
+            name: TaskConfig(path=str(write_questions(tmp_path / f"{name}.jsonl", number)))
+            for name, number in (("one", 12), ("two", 5))
+        },
+        "output": str(tmp_path / "out" / "results.json"),
+    }
+    found = evaluate.run(EvalConfig(**given))
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    tasks, base = (found["models"][name]["tasks"] for name in ("student", "base"))
+    assert list(tasks) == ["one", "two"]
+    answered = (tmp_path / "out" / "results.answers.jsonl").read_text()
+    rows = [json.loads(line) for line in answered.splitlines()]
+    assert len(rows) == 2 * 17
+    right = {(row["model"], row["task"], row["question"]): row["scores"]["acc"] for row in rows}
+    kept = [right["student", "one", n] * right["base", "one", n] for n in range(12)]
+    assert tasks["one"]["kept"] == sum(kept)
+    assert tasks["one"]["right"] == sum(right["student", "one", n] for n in range(12))
+    assert base["one"]["kept"] == base["one"]["base_right"] == base["one"]["right"]
+    all_tasks = found["models"]["student"]["all_tasks"]
+    assert all_tasks["kept"] == tasks["one"]["kept"] + tasks["two"]["kept"]
+    assert all_tasks["questions"] == 17
+    printed = capsys.readouterr().out
+    assert f"student kept {all_tasks['kept']} of the {all_tasks['base_right']} quest" in printed
+    assert "perplexity" not in printed
+
+    given["general"] = CorpusConfig(str(write_texts(tmp_path / "general.jsonl", some_texts(4))))
+    both = evaluate.run(EvalConfig(**given))["models"]["student"]
+    assert both["tasks"] == tasks
+    assert both["kl_to_base"] > 0
+
+
+def test_the_answers_are_not_written_over_the_questions(tmp_path: Path, model_path: Path) -> None:
+    file = write_questions(tmp_path / "results.answers.jsonl")
+    given = {"one": TaskConfig(path=str(file))}
+    config = EvalConfig(
+        {"base": str(model_path)}, tasks=given, output=str(tmp_path / "results.json")
+    )
+    with pytest.raises(ConfigError, match=r"output .*results\.answers\.jsonl: .*tasks\.one\.path"):
+        evaluate.run(config)

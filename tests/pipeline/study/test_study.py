@@ -11,10 +11,12 @@ import pytest
 
 from pipeline.config import CorpusConfig, HeldOutConfig
 from pipeline.errors import ConfigError
+from pipeline.report import report
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
 from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
+from tests.helpers.questions import write_questions
 
 
 @pytest.fixture
@@ -180,3 +182,30 @@ def test_impossible_settings_are_refused() -> None:
         config(arms={"a": ArmConfig(interpolate="x")})
     with pytest.raises(ConfigError, match="held_out"):
         config(held_out=HeldOutConfig())
+
+
+@pytest.mark.slow
+def test_tasks_are_added_to_a_finished_study(
+    tmp_path: Path, settings: dict[str, Any], model_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs mol-distill[tasks]")
+    settings |= {"arms": {"ce": {"train": {"mix": 0}}}, "seeds": [0, 1], "dumps": {}}
+    assert run(tmp_path, settings).returncode == 0
+    runs = tmp_path / "study" / "runs"
+    trained = [(runs / f"ce-lr0.001-seed{seed}" / "summary.json").read_text() for seed in (0, 1)]
+    file = write_questions(tmp_path / "q.jsonl", 20)
+    settings["tasks"] = {"asked": {"path": str(file)}}
+    done = run(tmp_path, settings)
+    assert done.returncode == 0, done.stderr
+    assert trained == [
+        (runs / f"ce-lr0.001-seed{seed}" / "summary.json").read_text() for seed in (0, 1)
+    ]
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    one, (arm,) = results["runs"]["ce-lr0.001-seed0"], results["arms"]
+    assert one["all_tasks"]["questions"] == 20
+    assert arm["tasks_kept"]["mean"] == pytest.approx(arm["all_tasks"]["kept_share"])
+    assert "| tasks right | tasks kept |" in done.stdout
+    rows = (runs / "ce-lr0.001-seed0" / "tasks" / "asked.jsonl").read_text().splitlines()
+    assert sum(json.loads(row)["scores"]["acc"] for row in rows) == one["all_tasks"]["right"]
+    text, _ = report.make(str(tmp_path / "study"))
+    assert "questions that the base answered" in text
