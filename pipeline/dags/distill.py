@@ -141,13 +141,15 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
     return lines
 
 
-# Each of these tasks holds a GPU: a slot of the pool `gpu`, a worker of the Celery queue `gpu`, or
-# a Kubernetes pod with a GPU. An executor ignores the settings that it does not know.
+# Each of these tasks holds a GPU: a slot of the pool `gpu`, a worker of a Celery queue, or a
+# Kubernetes pod with a GPU. An executor ignores the settings that it does not know. A dump needs no
+# shared folder, so its queue is one of its own; students are in the working folder.
 ON_GPU: Json = {
     "pool": "gpu",
     "queue": "gpu",
     "executor_config": {"pod_template_file": str(PODS / "gpu.yaml")},
 }
+ON_FOLDER: Json = {**ON_GPU, "queue": "train"}
 ON_CPU: Json = {"executor_config": {"pod_template_file": str(PODS / "cpu.yaml")}}
 DEFAULTS: Json = {
     "retries": 2,
@@ -209,7 +211,7 @@ def distill() -> None:
         get_current_context()["outlet_events"][DUMP].extra = {**summary, "settings": places}
         return summary
 
-    @task(**ON_GPU, **LONG, outlets=[STUDENT])
+    @task(**ON_FOLDER, **LONG, outlets=[STUDENT])
     def train() -> Json:
         """Train with cross-entropy on the domain and KL to the dump on the general corpus."""
         params = settings()
@@ -217,7 +219,7 @@ def distill() -> None:
         get_current_context()["outlet_events"][STUDENT].extra = summary
         return summary
 
-    @task(**ON_GPU)
+    @task(**ON_FOLDER)
     def evaluate(trained: Json) -> dict[str, Json]:
         """Measure perplexities of base and student on held-out text, and the KL between them."""
         results = f"{settings()['student']}/evaluation.json"
@@ -272,7 +274,7 @@ def retrain() -> None:
             for rate in params["learning_rates"]
         ]
 
-    @task(**ON_GPU, **LONG, map_index_template="{{ task.op_kwargs['point']['name'] }}")
+    @task(**ON_FOLDER, **LONG, map_index_template="{{ task.op_kwargs['point']['name'] }}")
     def train(point: Json) -> Json:
         """Train one student from the dump; no teacher runs."""
         return {
@@ -280,7 +282,7 @@ def retrain() -> None:
             **train_script(point["student"], point["alpha"], point["learning_rate"]),
         }
 
-    @task(**ON_GPU)
+    @task(**ON_FOLDER)
     def evaluate(trained: list[Json]) -> dict[str, Json]:
         """Evaluate all students against the base, in one table."""
         students = {point["name"]: point["student"] for point in trained}

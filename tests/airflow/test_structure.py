@@ -47,10 +47,12 @@ def test_retrain_in_order(dags: dict[str, Any]) -> None:
 
 
 def test_gpu_tasks_wait_for_a_gpu(dags: dict[str, Any]) -> None:
-    on_gpu = {"dump", "train", "evaluate"}
+    """A machine that only dumps takes the queue `gpu`, and needs no shared folder."""
+    queues = {"dump": "gpu", "train": "train", "evaluate": "train"}
     for dag in dags.values():
         for task in dag.tasks:
-            expected = ("gpu", "gpu") if task.task_id in on_gpu else ("default_pool", "default")
+            queue = queues.get(task.task_id)
+            expected = ("gpu", queue) if queue else ("default_pool", "default")
             assert (task.pool, task.queue) == expected, task.task_id
             assert task.pool_slots == 1
 
