@@ -18,6 +18,7 @@ from typing import Any
 from airflow.sdk import Asset, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from distill_form import DUMPING, GATE, GRID, ONE_STUDENT, OVERRIDES, PLACES
+from distill_hosts import meet
 from distill_start import ROOT, Json, interpreter, start
 
 PODS = ROOT / "deploy" / "kubernetes"
@@ -75,8 +76,13 @@ def dump_script(*more: str, gpu: bool = False) -> Json:
     return start([script, *config, *options("dump", given), *more], params["folder"], gpu=gpu)
 
 
-def train_script(student: str, alpha: float | None, learning_rate: float | None) -> Json:
-    """Run scripts/train_student.py; returns its summary without the run's identity."""
+def train_script(
+    student: str, alpha: float | None, learning_rate: float | None, host: int = 0, hosts: int = 1
+) -> Json:
+    """Run scripts/train_student.py; returns its summary without the run's identity.
+
+    This task is one of `hosts` that train together; each has a number.
+    """
     params = settings()
     given = {
         "model": params["model"],
@@ -87,8 +93,13 @@ def train_script(student: str, alpha: float | None, learning_rate: float | None)
         "training.learning_rate": learning_rate,
     }
     config = ["--config", str(ROOT / params["train_config"]), "--summary", "{summary}"]
-    command = [str(ROOT / "scripts" / "train_student.py"), *config, *options("train", given)]
-    found = scalars(start(command, params["folder"], gpu=True, alone=student))
+    script, alone = ["train_student.py"], student
+    if hosts > 1:
+        numbers = [f"--hosts={hosts}", f"--host={host}", f"--endpoint={meet(host)}"]
+        script, alone = ["train_hosts.py", *numbers, "--"], f"{student}/host-{host}"
+    script[0] = str(ROOT / "scripts" / script[0])
+    command = [*script, *config, *options("train", given)]
+    found = scalars(start(command, params["folder"], gpu=True, alone=alone))
     return {"student": f"{student}/model", **found}
 
 
@@ -211,19 +222,25 @@ def distill() -> None:
         get_current_context()["outlet_events"][DUMP].extra = {**summary, "settings": places}
         return summary
 
-    @task(**ON_FOLDER, **LONG, outlets=[STUDENT])
-    def train() -> Json:
+    @task(**ON_CPU)
+    def hosts() -> list[int]:
+        """The numbers of the hosts that train together."""
+        return list(range(settings()["hosts"]))
+
+    @task(**ON_FOLDER, **LONG, map_index_template="host {{ task.op_kwargs['host'] }}")
+    def train(host: int) -> Json:
         """Train with cross-entropy on the domain and KL to the dump on the general corpus."""
         params = settings()
-        summary = train_script(params["student"], params["alpha"], params["learning_rate"])
-        get_current_context()["outlet_events"][STUDENT].extra = summary
-        return summary
+        given = params["student"], params["alpha"], params["learning_rate"]
+        return train_script(*given, host, params["hosts"])
 
-    @task(**ON_FOLDER)
-    def evaluate(trained: Json) -> dict[str, Json]:
+    @task(**ON_FOLDER, outlets=[STUDENT])
+    def evaluate(trained: list[Json]) -> dict[str, Json]:
         """Measure perplexities of base and student on held-out text, and the KL between them."""
+        summary = trained[0]
+        get_current_context()["outlet_events"][STUDENT].extra = summary
         results = f"{settings()['student']}/evaluation.json"
-        return evaluate_script({"student": trained["student"]}, results)
+        return evaluate_script({"student": summary["student"]}, results)
 
     @task(**ON_CPU)
     def gate(models: dict[str, Json]) -> Json:
@@ -240,10 +257,11 @@ def distill() -> None:
     dumped = dump.expand(partition=plan())
     finished: Any = finalize()
     verified: Any = verify(finished)
-    trained: Any = train()
+    numbers: Any = hosts()
+    trained: Any = train.expand(host=numbers)
     models: Any = evaluate(trained)
     dumped >> finished
-    verified >> trained
+    verified >> numbers
     gate(models)
 
 
