@@ -18,6 +18,7 @@ from typing import Any
 from airflow.sdk import Asset, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from distill_form import DUMPING, GATE, GRID, ONE_STUDENT, OVERRIDES, PLACES
+from distill_hosts import meet
 from distill_start import ROOT, Json, interpreter, start
 
 PODS = ROOT / "deploy" / "kubernetes"
@@ -75,8 +76,13 @@ def dump_script(*more: str, gpu: bool = False) -> Json:
     return start([script, *config, *options("dump", given), *more], params["folder"], gpu=gpu)
 
 
-def train_script(student: str, alpha: float | None, learning_rate: float | None) -> Json:
-    """Run scripts/train_student.py; returns its summary without the run's identity."""
+def train_script(
+    student: str, alpha: float | None, learning_rate: float | None, host: int = 0, hosts: int = 1
+) -> Json:
+    """Run scripts/train_student.py; returns its summary without the run's identity.
+
+    This task is one of `hosts` that train together; each has a number.
+    """
     params = settings()
     given = {
         "model": params["model"],
@@ -87,8 +93,13 @@ def train_script(student: str, alpha: float | None, learning_rate: float | None)
         "training.learning_rate": learning_rate,
     }
     config = ["--config", str(ROOT / params["train_config"]), "--summary", "{summary}"]
-    command = [str(ROOT / "scripts" / "train_student.py"), *config, *options("train", given)]
-    found = scalars(start(command, params["folder"], gpu=True, alone=student))
+    script, alone = ["train_student.py"], student
+    if hosts > 1:
+        numbers = [f"--hosts={hosts}", f"--host={host}", f"--endpoint={meet(host)}"]
+        script, alone = ["train_hosts.py", *numbers, "--"], f"{student}/host-{host}"
+    script[0] = str(ROOT / "scripts" / script[0])
+    command = [*script, *config, *options("train", given)]
+    found = scalars(start(command, params["folder"], gpu=True, alone=alone))
     return {"student": f"{student}/model", **found}
 
 
@@ -141,13 +152,15 @@ def faults(student: Json, base: Json, params: Json) -> list[str]:
     return lines
 
 
-# Each of these tasks holds a GPU: a slot of the pool `gpu`, a worker of the Celery queue `gpu`, or
-# a Kubernetes pod with a GPU. An executor ignores the settings that it does not know.
+# Each of these tasks holds a GPU: a slot of the pool `gpu`, a worker of a Celery queue, or a
+# Kubernetes pod with a GPU. An executor ignores the settings that it does not know. A dump needs no
+# shared folder, so its queue is one of its own; students are in the working folder.
 ON_GPU: Json = {
     "pool": "gpu",
     "queue": "gpu",
     "executor_config": {"pod_template_file": str(PODS / "gpu.yaml")},
 }
+ON_FOLDER: Json = {**ON_GPU, "queue": "train"}
 ON_CPU: Json = {"executor_config": {"pod_template_file": str(PODS / "cpu.yaml")}}
 DEFAULTS: Json = {
     "retries": 2,
@@ -209,19 +222,25 @@ def distill() -> None:
         get_current_context()["outlet_events"][DUMP].extra = {**summary, "settings": places}
         return summary
 
-    @task(**ON_GPU, **LONG, outlets=[STUDENT])
-    def train() -> Json:
+    @task(**ON_CPU)
+    def hosts() -> list[int]:
+        """The numbers of the hosts that train together."""
+        return list(range(settings()["hosts"]))
+
+    @task(**ON_FOLDER, **LONG, map_index_template="host {{ task.op_kwargs['host'] }}")
+    def train(host: int) -> Json:
         """Train with cross-entropy on the domain and KL to the dump on the general corpus."""
         params = settings()
-        summary = train_script(params["student"], params["alpha"], params["learning_rate"])
-        get_current_context()["outlet_events"][STUDENT].extra = summary
-        return summary
+        given = params["student"], params["alpha"], params["learning_rate"]
+        return train_script(*given, host, params["hosts"])
 
-    @task(**ON_GPU)
-    def evaluate(trained: Json) -> dict[str, Json]:
+    @task(**ON_FOLDER, outlets=[STUDENT])
+    def evaluate(trained: list[Json]) -> dict[str, Json]:
         """Measure perplexities of base and student on held-out text, and the KL between them."""
+        summary = trained[0]
+        get_current_context()["outlet_events"][STUDENT].extra = summary
         results = f"{settings()['student']}/evaluation.json"
-        return evaluate_script({"student": trained["student"]}, results)
+        return evaluate_script({"student": summary["student"]}, results)
 
     @task(**ON_CPU)
     def gate(models: dict[str, Json]) -> Json:
@@ -238,10 +257,11 @@ def distill() -> None:
     dumped = dump.expand(partition=plan())
     finished: Any = finalize()
     verified: Any = verify(finished)
-    trained: Any = train()
+    numbers: Any = hosts()
+    trained: Any = train.expand(host=numbers)
     models: Any = evaluate(trained)
     dumped >> finished
-    verified >> trained
+    verified >> numbers
     gate(models)
 
 
@@ -272,7 +292,7 @@ def retrain() -> None:
             for rate in params["learning_rates"]
         ]
 
-    @task(**ON_GPU, **LONG, map_index_template="{{ task.op_kwargs['point']['name'] }}")
+    @task(**ON_FOLDER, **LONG, map_index_template="{{ task.op_kwargs['point']['name'] }}")
     def train(point: Json) -> Json:
         """Train one student from the dump; no teacher runs."""
         return {
@@ -280,7 +300,7 @@ def retrain() -> None:
             **train_script(point["student"], point["alpha"], point["learning_rate"]),
         }
 
-    @task(**ON_GPU)
+    @task(**ON_FOLDER)
     def evaluate(trained: list[Json]) -> dict[str, Json]:
         """Evaluate all students against the base, in one table."""
         students = {point["name"]: point["student"] for point in trained}

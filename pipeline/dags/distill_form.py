@@ -146,6 +146,16 @@ ONE_STUDENT = {
         exclusiveMinimum=0,
         maximum=1,
     ),
+    "hosts": Param(
+        1,
+        type="integer",
+        minimum=1,
+        maximum=64,
+        title="Hosts",
+        description="Machines that train the student together. Each is one task, with a slot of "
+        "the pool `gpu`; all need the same working folder, and reach each other by name.",
+        section=TRAINING,
+    ),
 }
 GRID = {
     "students": text(

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +30,38 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], what: str, every: float = 2.0) -> Any:
+def wait_for(
+    condition: Callable[[], Any], what: str, every: float = 2.0, patience: float = PATIENCE
+) -> Any:
     """Call `condition` every so many seconds until it is true; returns its value."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while True:
         if found := condition():
             return found
         if time.monotonic() > until:
-            raise AssertionError(f"waited {PATIENCE} s for {what}")
+            raise AssertionError(f"waited {patience} s for {what}")
         time.sleep(every)
 
 
 class Airflow:
-    """deploy/local.sh on a free port, and its REST API."""
+    """deploy/local.sh on a free port, and its REST API. `settings` are Airflow's, as variables."""
 
-    def __init__(self, home: Path, database: str) -> None:
+    def __init__(self, home: Path, database: str, settings: Mapping[str, str]) -> None:
         self.home, self.token = home, ""
-        self.url = f"http://127.0.0.1:{free_port()}"
         self.log = (home / "airflow.log").open("w+")
-        env = {
-            **os.environ,
+        self.settings = {
             "AIRFLOW_HOME": str(home),
-            "AIRFLOW__API__PORT": self.url.rsplit(":", 1)[1],
+            "AIRFLOW__API__PORT": str(free_port()),
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": database,
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
             "AIRFLOW_VAR_MOL_DISTILL_PYTHON": PROJECT_PYTHON,
+            **settings,
         }
+        self.url = f"http://127.0.0.1:{self.settings['AIRFLOW__API__PORT']}"
         self.process = subprocess.Popen(
             [ROOT / "deploy" / "local.sh"],
-            env=env,
+            env={**os.environ, **self.settings},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -158,8 +160,10 @@ def processes(*words: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def airflow(home: Path, database: str) -> Iterator[Airflow]:
-    server = Airflow(home, database)
+def airflow(
+    home: Path, database: str, settings: Mapping[str, str] | None = None
+) -> Iterator[Airflow]:
+    server = Airflow(home, database, settings or {})
     try:
         wait_for(server.ready, "Airflow to be ready")
         yield server

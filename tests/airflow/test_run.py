@@ -55,6 +55,7 @@ def test_distill_ends_green(distilled: Any) -> None:
         "dump": ["success"] * 4,
         "finalize": ["success"],
         "verify": ["success"],
+        "hosts": ["success"],
         "train": ["success"],
         "evaluate": ["success"],
         "gate": ["success"],

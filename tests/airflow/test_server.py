@@ -107,4 +107,4 @@ def test_kills_in_mid_dump_change_nothing(
     events = server.request("GET", "/api/v2/assets/events")["asset_events"]
     extra = {event["source_task_id"]: event["extra"] for event in events}
     assert {"rows", "tokens", "bytes_per_token", "settings"} <= set(extra["verify"])
-    assert {"student", "steps"} <= set(extra["train"])
+    assert {"student", "steps"} <= set(extra["evaluate"])

@@ -29,7 +29,8 @@ def test_distill_in_order(dags: dict[str, Any]) -> None:
         "plan": {"dump"},
         "dump": {"finalize"},
         "finalize": {"verify"},
-        "verify": {"train"},
+        "verify": {"hosts"},
+        "hosts": {"train"},
         "train": {"evaluate"},
         "evaluate": {"gate"},
         "gate": set(),
@@ -47,16 +48,18 @@ def test_retrain_in_order(dags: dict[str, Any]) -> None:
 
 
 def test_gpu_tasks_wait_for_a_gpu(dags: dict[str, Any]) -> None:
-    on_gpu = {"dump", "train", "evaluate"}
+    """A machine that only dumps takes the queue `gpu`, and needs no shared folder."""
+    queues = {"dump": "gpu", "train": "train", "evaluate": "train"}
     for dag in dags.values():
         for task in dag.tasks:
-            expected = ("gpu", "gpu") if task.task_id in on_gpu else ("default_pool", "default")
+            queue = queues.get(task.task_id)
+            expected = ("gpu", queue) if queue else ("default_pool", "default")
             assert (task.pool, task.queue) == expected, task.task_id
             assert task.pool_slots == 1
 
 
 def test_mapped_tasks_have_names_and_retries(dags: dict[str, Any]) -> None:
-    for dag, name in [("distill", "dump"), ("retrain", "train")]:
+    for dag, name in [("distill", "dump"), ("distill", "train"), ("retrain", "train")]:
         task = dags[dag].get_task(name)
         assert task.is_mapped
         assert "op_kwargs" in task.map_index_template
@@ -70,7 +73,7 @@ def test_assets(dags: dict[str, Any]) -> None:
         return [asset.name for asset in dags[dag].get_task(task).outlets]
 
     assert outlets("distill", "verify") == ["mol_distill_dump"]
-    assert outlets("distill", "train") == ["mol_distill_student"]
+    assert outlets("distill", "evaluate") == ["mol_distill_student"]
     assert outlets("retrain", "choose") == ["mol_distill_student"]
     assert "mol_distill_dump" in str(dags["retrain"].timetable.asset_condition)
 
@@ -101,6 +104,8 @@ def test_every_param_explains_itself(dags: dict[str, Any]) -> None:
         ("distill", "alpha", -0.1),
         ("distill", "learning_rate", 0),
         ("distill", "max_kl", -1),
+        ("distill", "hosts", 0),
+        ("distill", "hosts", 1.5),
         ("distill", "model", ""),
         ("distill", "overrides", ["traim.mix=2"]),
         ("distill", "overrides", ["train.mix"]),
