@@ -27,6 +27,7 @@ PAGES = [
     "pipeline/evaluation/README.md",
     "pipeline/models/SUPPORTED.md",
     "pipeline/study/README.md",
+    "pipeline/study/SMOLLM2.md",
     "pipeline/training/README.md",
     "scripts/benchmarks/GPU.md",
     "storage/BENCHMARKS.md",

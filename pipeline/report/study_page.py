@@ -66,13 +66,19 @@ def in_words(results: Json) -> str:
     best = max(found, key=lambda label: found[label][0])
     gain, loss = found[best]
     said = f"{best} gains most on the domain: {gain:.3f} nats of log-perplexity. "
-    said += f"It loses {loss:.3f} nats on general text."
+    said += f"On general text it {moved(loss)}."
     near = [label for label, (of, _) in found.items() if of >= NEARLY * gain]
     least = min(near, key=lambda label: found[label][1])
     if gain > 0 and least != best:
-        said += f" Of the arms that gain at least {NEARLY:.0%} of that, {least} loses least: "
-        said += f"it gains {found[least][0]:.3f} nats and loses {found[least][1]:.3f}."
+        gain, loss = found[least]
+        said += f" Of the arms that gain at least {NEARLY:.0%} of that, {least} loses least: it "
+        said += f"gains {gain:.3f} nats, and on general text it {moved(loss)}."
     return said
+
+
+def moved(loss: float) -> str:
+    """A loss in nats as words; one below 0 is a gain."""
+    return f"loses {loss:.3f} nats" if loss >= 0 else f"gains {-loss:.3f} nats"
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

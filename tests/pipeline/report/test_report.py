@@ -290,10 +290,15 @@ def test_the_first_paragraph_says_what_was_found(
         "KL to the base went from 0.01 to 0.07 nats."
     )
     assert first["study"] == (
-        "ce gains most on the domain: 1.450 nats of log-perplexity. It loses 0.325 nats on general "
-        "text. Of the arms that gain at least 95% of that, mol loses least: it gains 1.425 nats "
-        "and loses 0.055."
+        "ce gains most on the domain: 1.450 nats of log-perplexity. On general text it loses 0.325 "
+        "nats. Of the arms that gain at least 95% of that, mol loses least: it gains 1.425 nats, "
+        "and on general text it loses 0.055 nats."
     )
+
+
+def test_a_loss_below_zero_is_a_gain() -> None:
+    assert study_page.moved(0.25) == "loses 0.250 nats"
+    assert study_page.moved(-0.434) == "gains 0.434 nats"
 
 
 def test_numbers_have_separators_and_fingerprints_are_cut() -> None:
