@@ -11,6 +11,9 @@ from pathlib import Path
 
 HELD: dict[tuple[int, int], int] = {}
 """Open files that this process uses, by device and inode."""
+MOST_HELD = 256
+"""Many systems let a process open 1,024 files. Of further ones, such as the copies of a corpus of
+many remote files, the time of the last use must do."""
 
 
 def use(path: Path) -> bool:
@@ -24,7 +27,7 @@ def use(path: Path) -> bool:
         os.utime(file)
     found = os.fstat(file)
     going = going or not found.st_nlink
-    if going or (found.st_dev, found.st_ino) in HELD:
+    if going or (found.st_dev, found.st_ino) in HELD or len(HELD) >= MOST_HELD:
         os.close(file)
     else:
         HELD[found.st_dev, found.st_ino] = file

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cache_use
-from pipeline.cache_use import HELD, unused, use
+from pipeline.cache_use import unused, use
 from tests.helpers.paths import ROOT
 
 USER = """
@@ -65,6 +65,20 @@ def test_this_process_is_seen_too_and_opens_a_file_once(tmp_path: Path) -> None:
     assert not is_unused(path)
 
 
+def test_a_corpus_of_many_files_leaves_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_use, "MOST_HELD", 3)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(10):
+        path = tmp_path / str(number)
+        path.write_bytes(b"a")
+        os.utime(path, (1, 1))
+        assert use(path)
+        assert path.stat().st_mtime > 1
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+
+
 def test_what_goes_away_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "a"
     assert not use(path)
@@ -88,4 +102,4 @@ def test_without_locks_a_file_is_used_and_never_known_to_be_unused(
     assert use(path)
     with unused(path, none) as free:
         assert not free
-    assert HELD == {}
+    assert len(cache_use.HELD) == 1
