@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.chats import BadChat, ChatTemplate
 from pipeline.errors import ConfigError
 from pipeline.evaluation.branches import Branched, logprobs, longest_branched
 from pipeline.evaluation.compare import batches
@@ -61,6 +62,30 @@ class PackedLM(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer)
         self.batch_tokens = batch_tokens
         self.shared = longest_branched(model)
+
+    def apply_chat_template(
+        self, chat_history: list[Json], add_generation_prompt: bool = True
+    ) -> str:
+        """A prompt as a chat, rendered within the bounds of chat_renderer.py.
+
+        Raises ConfigError, also for a task that begins the assistant's answer itself.
+        """
+        if not add_generation_prompt:
+            raise ConfigError(
+                "tasks: chat: a task with a gen_prefix writes the beginning of the answer, which "
+                "cannot be done in a chat here. Leave chat out"
+            )
+        try:
+            template = ChatTemplate(self.tokenizer)
+            try:
+                return template.prompt(chat_history)
+            except BadChat:  # some templates know no system's message; the harness drops it, too
+                own = [message for message in chat_history if message["role"] != "system"]
+                if own == chat_history:
+                    raise
+                return template.prompt(own)
+        except BadChat as error:
+            raise ConfigError(f"tasks: chat: {error}") from error.__cause__
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True

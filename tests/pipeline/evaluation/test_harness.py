@@ -1,6 +1,7 @@
 """Packed forwards against lm-evaluation-harness by itself, on the same questions."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
+from pipeline import chat_renderer, chats
 from pipeline.config import TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.branches import Branched
@@ -101,6 +103,41 @@ def test_chats_and_shots_equal_the_harness(
         limit=task.limit,
     )
     assert_same_choices(ours(folder, task), expected)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTION = {"role": "user", "content": "?"}
+
+
+def lm_with(folder: ModelFolder, template: str) -> PackedLM:
+    tokenizer = deepcopy(folder.tokenizer)
+    tokenizer.chat_template = template
+    return PackedLM(load(folder, "float32"), tokenizer, 64)
+
+
+def test_a_template_has_the_bounds_of_those_of_corpora(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_renderer, "CPU_SECONDS", 1)
+    renderer = chat_renderer.Renderer()
+    monkeypatch.setattr(chats, "RENDERER", renderer)
+    bomb = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ConfigError, match=r"tasks: chat: .* takes more than 1 s of CPU time"):
+        lm_with(folder, bomb).apply_chat_template([QUESTION])
+    renderer.stop()
+
+
+def test_a_template_without_system_messages_and_one_with_a_beginning(folder: ModelFolder) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + plain
+    )
+    expected = "user: ?\nassistant:"
+    assert lm_with(folder, strict).apply_chat_template([SYSTEM, QUESTION]) == expected
+    both = lm_with(folder, plain)
+    assert both.apply_chat_template([SYSTEM, QUESTION]) == f"system: Be brief.\n{expected}"
+    with pytest.raises(ConfigError, match="gen_prefix"):
+        both.apply_chat_template([QUESTION], add_generation_prompt=False)
 
 
 def test_written_answers_equal_the_harness(folder: ModelFolder, tmp_path: Path) -> None:
