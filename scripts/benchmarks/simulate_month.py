@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import random
+import sys
 import tempfile
 import time
 import uuid
@@ -317,6 +318,18 @@ class Fleet:
 
         self.clock.start(work, machine, self.hours(0.1))
 
+    def tell(self) -> None:
+        """Say each day how far they are."""
+        if not self.finished:
+            days, report = self.clock.now / HOUR / 24, self.report
+            print(
+                f"day {days:.0f}: {report.computed:,} of {self.month.sequences:,} sequences, also "
+                f"those done twice; {report.preempted:,} machines preempted",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.clock.call(24 * HOUR, self.tell)
+
     def break_down(self) -> None:
         """Nobody reaches the store for a while."""
         if not self.finished:
@@ -492,9 +505,11 @@ def audit(bucket: Bucket, report: Report) -> None:
     report.left = len(bucket.objects.keys() - named)
 
 
-def simulate(month: Month) -> Report:
+def simulate(month: Month, progress: bool = False) -> Report:
     """Run a month. Every chance in it follows from its seed."""
     fleet = Fleet(month)
+    if progress:
+        fleet.tell()
     names = mock.Mock(uuid4=lambda: uuid.UUID(int=fleet.rng.getrandbits(128)))
     SimulatedFileSystem.bucket = fleet.bucket
     with (
@@ -517,7 +532,7 @@ def main() -> int:
     parser.add_argument("--codec", default=Month.codec)
     month = Month(**vars(parser.parse_args()))
     began = time.process_time()
-    report = simulate(month)
+    report = simulate(month, progress=True)
     print(report)
     print(f"simulated in    {time.process_time() - began:.0f} s of CPU time")
     return 1 if report.faults else 0
