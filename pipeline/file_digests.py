@@ -39,7 +39,7 @@ def digests_of(paths: list[str], memory: Path | None = None) -> list[str]:
         return list(map(whole, paths))
     stamps = {path: stamp(path) for path in paths}
     small = [path for path in stamps if stamps[path]["bytes"] < LARGE]
-    groups = [[path] for path in stamps if path not in set(small)]
+    groups = [[path] for path in stamps if stamps[path]["bytes"] >= LARGE]
     if sum(stamps[path]["bytes"] for path in small) >= LARGE:
         groups.append(small)
         small = []
