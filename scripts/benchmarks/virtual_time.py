@@ -21,6 +21,7 @@ class Machine:
 
     def __init__(self, died: Callable[[], None] = lambda: None) -> None:
         self.died = died
+        self.spared = False  # from dying at a request
         self.alive = True
         self.frozen_until = 0.0
         self.processes: list[Process] = []
