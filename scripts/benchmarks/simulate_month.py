@@ -342,9 +342,11 @@ class Fleet:
             self.clock.call(self.hours(168 / self.month.outages), self.break_down)
 
     def clean(self) -> None:
-        """Collect the leftovers while writers write, every week."""
+        """Collect the leftovers while writers write, every week; spared, as in `finish`."""
         if not self.finished:
-            self.clock.start(self.collect, Machine())
+            machine = Machine()
+            machine.spared = True
+            self.clock.start(self.collect, machine)
             self.clock.call(self.month.gc_every * HOUR, self.clean)
 
     def collect(self) -> None:
