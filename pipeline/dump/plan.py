@@ -19,6 +19,10 @@ from storage.plan import TARGETS_VERSION
 MIN_PROB = 0.0003
 """Least probability of an entry, by default: a third less on disk, and the gradient of the student
 hardly changes (storage/BENCHMARKS.md, A cut-off)."""
+COARSE = 1 / 125
+"""Step of roots of probabilities, by default, where a cut-off of MIN_PROB or more leaves no entry
+under two steps. Students learn the same from it as from 1/416, at a fifth fewer bytes
+(pipeline/study/BYTES.md)."""
 NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
 """Spellings of what the plan also has the content of, as a fingerprint."""
 
@@ -44,12 +48,13 @@ def settled(config: DumpConfig, there: Json | None) -> DumpConfig:
     if there is None:
         cut = 0.0 if config.samples or config.top_p < 1 else MIN_PROB
         there = {"codec": "v3", "min_prob": cut}
-    codec, cut = there.get("codec", "v1"), there.get("min_prob", 0.0)
-    return replace(
-        config,
-        codec=config.codec or codec,
-        min_prob=cut if config.min_prob is None else config.min_prob,
-    )
+    codec = config.codec or there.get("codec", "v1")
+    cut = there.get("min_prob", 0.0) if config.min_prob is None else config.min_prob
+    step = COARSE if codec == "v3" and cut >= MIN_PROB else STEPS[codec]
+    if codec == there.get("codec", "v1"):
+        step = there.get("step", step)
+    step = step if config.step is None else config.step
+    return replace(config, codec=codec, min_prob=cut, step=step)
 
 
 def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
@@ -59,7 +64,6 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
     """
     check_fits(config, corpus, model)
     tokenizer = corpus.tokenizer
-    assert config.codec is not None
     return {
         "teacher": {
             "name": config.model,
@@ -71,7 +75,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
         "vocab_size": model.vocab_size,
         "k": config.k,
-        "step": STEPS[config.codec] if config.step is None else config.step,
+        "step": config.step,
         # A setting that earlier releases lacked is in the plan only where it changes something.
         **({} if config.codec == "v1" else {"codec": config.codec}),
         **({"min_prob": config.min_prob} if config.min_prob else {}),

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dump.plan import COARSE, MIN_PROB
 from storage import LogitDataset, Ranks, Record, ShardWriter, Successors, TopK, create_dump, decode
 from storage.codec import samples as sampled
 from storage.codec import v3_learning
@@ -268,6 +269,7 @@ def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
         line = shard(codec, f"{codec}, step 1/{1 / step:g}", rows, vocab, codec, step)
         speeds(line, rows, vocab, codec, step)
         found.append(line)
+    found.append(by_default(rows, vocab))
     for codec, step in STEPS.items() if sweep else ():
         for parts in SWEEPS[codec]:
             name = f"  {codec}, step 1/{parts}"
@@ -284,6 +286,16 @@ def measure(rows: list[Record], vocab: int, sweep: int) -> list[Line]:
             name = f"  {codec}, top_p {top_p:g}"
             found.append(shard(f"{codec} top_p", name, cut, vocab, codec, step))
     return found
+
+
+def by_default(rows: list[Record], vocab: int) -> Line:
+    """What stage one writes where nothing is asked for."""
+    cut = changed(rows, lambda topk: topk.cut(MIN_PROB))
+    line = shard(
+        "v3", f"v3, min_prob {MIN_PROB:g}, step 1/{1 / COARSE:g}", cut, vocab, "v3", COARSE
+    )
+    speeds(line, cut, vocab, "v3", COARSE)
+    return line
 
 
 def learning(rows: list[Record], vocab: int, sizes: list[int]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CorpusConfig, DumpConfig
-from pipeline.dump.plan import MIN_PROB, make_plan, open_corpus, plan_differences, settled
+from pipeline.dump.plan import COARSE, MIN_PROB, make_plan, open_corpus, plan_differences, settled
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.types import Json
@@ -134,7 +134,13 @@ def test_what_is_left_open_is_as_in_the_dump_that_is_there(model: Path, tmp_path
     """So the command of an earlier release resumes its dump."""
     corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
     new = plan_of(model, corpus)
-    assert (new["codec"], new["min_prob"], new["step"]) == ("v3", MIN_PROB, STEPS["v3"])
+    assert (new["codec"], new["min_prob"], new["step"]) == ("v3", MIN_PROB, COARSE)
+    for name, given in ((1 / 416, {"min_prob": 0}), (1 / 416, {"min_prob": 0.0002}),
+                        (1 / 416, {"samples": 4}), (1 / 416, {"top_p": 0.9}),
+                        (COARSE, {"min_prob": 0.001}), (0.01, {"step": 0.01})):  # fmt: skip
+        assert plan_of(model, corpus, given)["step"] == name
+    finer = plan_of(model, corpus, {"step": STEPS["v3"]})  # the default of an earlier release
+    assert plan_of(model, corpus, there=finer) == finer
     old = plan_of(model, corpus, {"codec": "v1", "min_prob": 0})
     assert plan_of(model, corpus, there=old) == old
     for settings in ({"codec": "v2", "min_prob": 0.01}, {"codec": "v2", "step": 0.5}):
@@ -145,11 +151,13 @@ def test_what_is_left_open_is_as_in_the_dump_that_is_there(model: Path, tmp_path
     # What a cut-off does not go with has none by default.
     for given in ({"samples": 4}, {"top_p": 0.9}):
         assert "min_prob" not in plan_of(model, corpus, given)
-    with pytest.raises(ConfigError, match="leave it out for 1/416"):
+    with pytest.raises(ConfigError, match="leave it out for the default"):
         plan_of(model, corpus, {"step": 1 / 16})
 
 
 @pytest.mark.parametrize("step", [1 / 16, 1, 1e-5])
 def test_a_step_of_nats_is_refused_with_roots(step: float) -> None:
-    with pytest.raises(ConfigError, match=r"step .* from 1/65535 to 0.05; leave it out for 1/416"):
+    with pytest.raises(
+        ConfigError, match=r"step .* from 1/65535 to 0.05; leave it out for the default"
+    ):
         DumpConfig("m", CorpusConfig("c"), "unused", codec="v3", step=step)
