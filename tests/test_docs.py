@@ -26,6 +26,8 @@ PAGES = [
     "pipeline/dump/README.md",
     "pipeline/evaluation/README.md",
     "pipeline/models/SUPPORTED.md",
+    "pipeline/study/BYTES.md",
+    "pipeline/study/RATIO.md",
     "pipeline/study/README.md",
     "pipeline/study/SMOLLM2.md",
     "pipeline/training/README.md",
