@@ -19,9 +19,15 @@ class DocumentIds:
     others get their number behind it, as 7#1003.
     """
 
-    def __init__(self, documents: int, own: Callable[[int, int], list[str | None]] | None) -> None:
-        """`own` gives the ids that documents `start` to `stop` have; None where none has one."""
-        self.documents, self.own = documents, own
+    def __init__(
+        self,
+        documents: int,
+        own: Callable[[int, int], list[str | None]] | None,
+        differ: bool = False,
+    ) -> None:
+        """`own` gives the ids that documents `start` to `stop` have; None where none has one.
+        `differ`: it is known that no two of them are the same."""
+        self.documents, self.own, self.differ = documents, own, differ
 
     def __call__(self, start: int, stop: int) -> list[str]:
         """The ids of documents `start` to `stop`."""
@@ -42,7 +48,7 @@ class DocumentIds:
     def repeats(self) -> tuple[Bools, npt.NDArray[np.uint64]]:
         """([documents]: whether an earlier document has the id; sorted hashes of all ids)."""
         repeats = np.zeros(self.documents, bool)
-        if self.own is None:
+        if self.own is None or self.differ:
             return repeats, np.zeros(0, np.uint64)
         spans = range(0, self.documents, IDS_AT_ONCE)
         ids = (
