@@ -34,12 +34,18 @@ def share_of(config: DumpConfig) -> Share | None:
     return Share(config.positions, config.positions_seed) if config.positions < 1 else None
 
 
-def plan_there(output: str) -> Json | None:
-    """The plan of the dump at `output`; None where there is none yet."""
+def dump_there(output: str) -> Dump | None:
+    """The dump at `output`; None where there is no plan yet."""
     try:
-        return Dump(output).plan
+        return Dump(output)
     except IncompleteDump:
         return None
+
+
+def plan_there(output: str) -> Json | None:
+    """The plan of the dump at `output`; None where there is none yet."""
+    dump = dump_there(output)
+    return None if dump is None else dump.plan
 
 
 def settled(config: DumpConfig, there: Json | None) -> DumpConfig:

@@ -16,15 +16,18 @@ from pipeline.models.directory import ModelFolder
 from pipeline.progress import say
 from storage import Dump
 from storage.corpus_list import MOST_BYTES, list_file, read_list
-from storage.errors import CorruptShard, FormatVersionError, IncompleteDump, PlanMismatch
+from storage.errors import CorruptShard, FormatVersionError, PlanMismatch
 
 
 class Whole(Exception):
     """Why a process takes the whole corpus."""
 
 
-def open_own(config: DumpConfig, model: ModelFolder, partition: int | None) -> Corpus:
-    """The corpus for one partition, or, with None, for a process that writes no rows.
+def open_own(
+    config: DumpConfig, model: ModelFolder, partition: int | None, there: Dump | None
+) -> Corpus:
+    """The corpus for one partition of the dump that is `there`, if one is; with None, for a process
+    that writes no rows.
 
     Says how much is read. Raises what Corpus does, and PlanMismatch that names the files which are
     not those that the dump was planned from.
@@ -33,7 +36,7 @@ def open_own(config: DumpConfig, model: ModelFolder, partition: int | None) -> C
     files = find_files(config.corpus.path, config.corpus.split)
     sizes = sizes_of(files) if files else []
     try:
-        known = listed_corpus(config, model, files)
+        known = listed_corpus(config, model, files, there)
         if known.is_cached:
             raise Whole("this machine has its documents in the cache")
         check_files(known, files, sizes)
@@ -50,26 +53,25 @@ def open_own(config: DumpConfig, model: ModelFolder, partition: int | None) -> C
     return CorpusPart(known, files, which, config.max_length, config.add_eos, share_of(config))
 
 
-def listed_corpus(config: DumpConfig, model: ModelFolder, files: list[str]) -> ListedCorpus:
-    """The corpus as the dump lists it. Raises Whole where that does not do, CorruptShard for a
-    damaged plan."""
+def listed_corpus(
+    config: DumpConfig, model: ModelFolder, files: list[str], there: Dump | None
+) -> ListedCorpus:
+    """The corpus as the dump lists it. Raises Whole where that does not do."""
     if len(files) < 2:
         raise Whole("it is a single file" if files else "it is a dataset of the hub")
     if config.corpus.reread:
         raise Whole("corpus.reread")
+    if there is None:
+        raise Whole("there is no plan yet")
     try:
-        dump = Dump(config.output)
-    except IncompleteDump:
-        raise Whole("there is no plan yet") from None
-    try:
-        listed = read_list(dump.store, dump.plan)
+        listed = read_list(there.store, there.plan)
     except (CorruptShard, FormatVersionError) as error:
         raise Whole(str(error)) from None
     if listed is None:
         raise Whole("the dump has no list of the files")
     if not listed.ids_differ:
         raise Whole("several documents have the same id")
-    plan = dump.plan["corpus"]
+    plan = there.plan["corpus"]
     sample = plan.get("rendering", {}).get("sample", "")
     known = ListedCorpus(config.corpus, model.tokenizer, listed, sample)
     fits = known.is_decided and known.fingerprint == plan["fingerprint"]

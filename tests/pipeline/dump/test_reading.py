@@ -17,14 +17,15 @@ import pytest
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.corpus_part import CorpusPart
 from pipeline.dump import dump, reading
-from pipeline.dump.plan import open_corpus
+from pipeline.dump.plan import dump_there, open_corpus
 from pipeline.dump.reading import open_own, write_list
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from storage import CorruptShard, Dump, PlanMismatch, verify
 from storage.corpus_list import CorpusList, list_file
+from storage.store import Store
 from tests.helpers.corpora import some_texts, write_folder, write_jsonl
-from tests.helpers.dumps import rows, settings
+from tests.helpers.dumps import OPENING, rows, settings
 
 COUNTS = [7, 4, 0, 9, 6, 4]  # documents of each file
 
@@ -79,7 +80,8 @@ def plan(config: DumpConfig) -> Path:
 
 
 def open_part(config: DumpConfig, partition: int | None) -> Any:
-    return open_own(config, ModelFolder(Path(config.model)), partition)
+    there = dump_there(config.output)
+    return open_own(config, ModelFolder(Path(config.model)), partition, there)
 
 
 def spoil(file: Path) -> None:
@@ -360,6 +362,37 @@ def test_a_list_is_written_once(
     plan(config)
     assert path.read_bytes() == b"mine"
     assert [fault for fault in verify(config.output, partial=True).faults if path.name in fault]
+
+
+def test_of_two_planners_the_first_one_writes_the_list(
+    config: DumpConfig, move: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second one has not seen it."""
+    path = plan(config)
+    written = path.read_bytes()
+    monkeypatch.setattr(Store, "exists", lambda self, name: False)
+    other = replace(CorpusList.unpack(written, path.name), ids_differ=False)
+    monkeypatch.setattr(reading, "list_of", lambda corpus: other)
+    move("other")
+    plan(config)
+    assert path.read_bytes() == written
+
+
+def test_opening_a_dump_takes_few_requests(
+    config: DumpConfig, move: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The laws of sizing.py count them."""
+    plan(config)
+    move("other")
+    asked, read = list[str](), Store.read
+
+    def noted(self: Store, name: str, most: int | None = None) -> bytes | None:
+        asked.append(name)
+        return read(self, name, most)
+
+    monkeypatch.setattr(Store, "read", noted)
+    assert isinstance(open_part(config, 1), CorpusPart)
+    assert len(asked) == OPENING
 
 
 def test_what_gets_no_list(
