@@ -32,6 +32,8 @@ class DocumentIds:
     def __call__(self, start: int, stop: int) -> list[str]:
         """The ids of documents `start` to `stop`."""
         found = self.given(start, stop)
+        if self.differ:
+            return found
         repeats, known = self.repeats
         for at in np.flatnonzero(repeats[start:stop]).tolist():
             found[at] += f"#{start + at}"
@@ -48,7 +50,7 @@ class DocumentIds:
     def repeats(self) -> tuple[Bools, npt.NDArray[np.uint64]]:
         """([documents]: whether an earlier document has the id; sorted hashes of all ids)."""
         repeats = np.zeros(self.documents, bool)
-        if self.own is None or self.differ:
+        if self.own is None:
             return repeats, np.zeros(0, np.uint64)
         spans = range(0, self.documents, IDS_AT_ONCE)
         ids = (

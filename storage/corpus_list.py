@@ -68,6 +68,9 @@ class CorpusList:
         found = cls(**{key: body[key] for key in FIELDS})
         if len({len(body[key]) for key in COLUMNS}) != 1:
             raise wrong(name, "paths", "as many as of the other lists", len(found.paths))
+        for key in ("sizes", "documents"):
+            if sum(body[key]) > MOST:
+                raise wrong(name, key, f"at most {MOST} together", sum(body[key]))
         if found.pack() != data:
             raise CorruptShard(f"{name}: the checksum does not fit: the file was changed. {ADVICE}")
         return found

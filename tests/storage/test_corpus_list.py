@@ -58,6 +58,8 @@ def test_every_changed_byte_is_found() -> None:
         ({"sizes": [1, True]}, "sizes"),
         ({"sizes": [1, 2, 3]}, "as many"),
         ({"documents": [1 << 60, 1]}, "documents"),
+        ({"documents": [1 << 53, 1]}, "documents: expected at most"),
+        ({"sizes": [1, 1 << 53]}, "sizes: expected at most"),
         ({"paths": "ab"}, "paths"),
         ({"paths": [1, 2]}, "paths"),
         ({"sha256": ["a", "b"]}, "sha256"),
