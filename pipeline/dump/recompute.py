@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.agreement import Answer, Bounds, bounds, grid_cost
+from pipeline.agreement import Answer, Bounds, bounds, grid_of
 from pipeline.errors import RefusedError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.logits import logits_at
@@ -56,10 +56,11 @@ def against(
     `bound` is the largest mean KL of the same model in nats; by default it follows from the dump's
     grid and dtype. Raises RefusedError if the tokenizers differ.
     """
-    plan, folder = LogitDataset(dump).plan, ModelFolder.find(model)
+    dataset, folder = LogitDataset(dump), ModelFolder.find(model)
+    plan = dataset.plan
     teacher = plan.get("teacher") or {}
     dtype = folder.dtype(teacher.get("dtype") or "auto")
-    limits = bounds(bound, grid_cost(plan), dtype, dtype)
+    limits = bounds(bound, grid_of(dataset), dtype, dtype)
     checks = recompute(dump, model, rows, seed)
     lines, answer = report(checks, limits, folder.config.to_dict())
     if answer is not Answer.SAME and teacher.get("fingerprint") != folder.weights_fingerprint:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import parse, script_parser
-from pipeline.config import EvalConfig, TrainConfig
+from pipeline.cli import Config, parse, script_parser
+from pipeline.config import DumpConfig, EvalConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Comparison
 from pipeline.evaluation.tasks import Tasks
@@ -61,6 +61,8 @@ def run(config: StudyConfig) -> Json:
         for one in todo:  # find mistakes before hours of work
             check_same(one.folder, study.settings(one))
             parse_training(one)
+        for name in needed_dumps(config, todo):
+            parse_dump(config, name)
         for name in needed_dumps(config, todo):
             make_dump(config, name)
         results = study.gather(runs)
@@ -134,10 +136,24 @@ def dump_path(config: StudyConfig, name: str) -> str:
 
 def make_dump(config: StudyConfig, name: str) -> None:
     """Run the dump script in its own process, so that the engine's memory is free for training."""
+    if isinstance(config.dumps[name], str):
+        return
+    folder = Path(dump_path(config, name))
+    if (folder / "manifest.json").exists():
+        return
+    say(f"\n=== dump {name}")
+    run_script("dump_logits.py", "--config", str(dump_settings(config, name)))
+
+
+def parse_dump(config: StudyConfig, name: str) -> None:
+    """Write a dump's settings to a file and parse it as scripts/dump_logits.py does.
+
+    Raises ConfigError for wrong settings, and RefusedError if the dump was begun with others.
+    """
     given = config.dumps[name]
     if isinstance(given, str):
         return
-    folder = Path(dump_path(config, name))
+    folder, file = Path(dump_path(config, name)), dump_settings(config, name)
     settings = {
         "model": config.model,
         "corpus": recorded(config.general),
@@ -145,14 +161,15 @@ def make_dump(config: StudyConfig, name: str) -> None:
         **given,
         "output": str(folder),
     }
-    file = folder.parent / f"{name}.json"
-    if file.exists():
+    if folder.exists() and file.exists():
         refuse_other_settings(folder, read_json(file), settings)
-    if (folder / "manifest.json").exists():
-        return
-    say(f"\n=== dump {name}")
     write_json(file, settings)
-    run_script("dump_logits.py", "--config", str(file))
+    parsed(file, DumpConfig, f"dump {name}")
+
+
+def dump_settings(config: StudyConfig, name: str) -> Path:
+    """Beside the dump: its directory is the dump script's own."""
+    return Path(dump_path(config, name)).with_name(f"{name}.json")
 
 
 class Study:
@@ -210,6 +227,7 @@ class Study:
     def base(self) -> Json:
         folder = Path(self.config.output) / BASE
         check_same(folder, self.measuring())
+        write_json(folder / RUN, self.measuring())
         measured = self.measured(folder, BASE, self.folder)
         self.answers.complete(folder, BASE, self.folder)
         return measured
@@ -226,6 +244,7 @@ class Study:
         arm = self.config.arms[one.arm]
         student = one.folder / FINAL
         if not (one.folder / MEASURES).exists():
+            write_json(one.folder / RUN, self.settings(one))
             if arm.interpolate:
                 between = make_run(self.config, arm.interpolate, one.learning_rate, one.seed)
                 if not (between.folder / FINAL).exists():
@@ -250,18 +269,21 @@ class Study:
 
 
 def check_same(folder: Path, settings: Json) -> None:
-    """Record the settings of a run. Raises RefusedError if the folder holds other settings."""
-    plain: Json = json.loads(json.dumps(settings))
+    """Raises RefusedError if the folder holds a run that was begun with other settings."""
     if (folder / RUN).exists():
-        refuse_other_settings(folder, read_json(folder / RUN), plain)
-    write_json(folder / RUN, plain)
+        refuse_other_settings(folder, read_json(folder / RUN), json.loads(json.dumps(settings)))
 
 
 def parse_training(one: Run) -> TrainConfig:
     """Write the run's settings to a file and parse it as scripts/train_student.py does."""
     file = one.folder / "train.json"
     write_json(file, one.settings)
+    return parsed(file, TrainConfig, one.name)
+
+
+def parsed(file: Path, kind: type[Config], name: str) -> Config:
+    """The settings in a file, parsed as the script that takes them does. Raises ConfigError."""
     try:
-        return parse(script_parser(TrainConfig, ""), TrainConfig, ["--config", str(file)])[0]
+        return parse(script_parser(kind, ""), kind, ["--config", str(file)])[0]
     except SystemExit:
-        raise ConfigError(f"{one.name}: its settings are wrong; see the message above") from None
+        raise ConfigError(f"{name}: its settings are wrong; see the message above") from None

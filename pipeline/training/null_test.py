@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.agreement import Answer, Bounds, bounds, grid_cost
+from pipeline.agreement import Answer, Bounds, bounds, grid_of
 from pipeline.config import TrainConfig
 from pipeline.data.mixing import GeneralStream
 from pipeline.data.packing import PackedRow, packed_rows, with_targets
@@ -110,11 +110,10 @@ def bounds_of(
     config: TrainConfig, trainer: DistillTrainer, general: GeneralStream, folder: ModelFolder
 ) -> Bounds:
     """The bounds of the null test: the user's, or those of the dtypes and the coarsest grid."""
-    plans = [dump.plan for dump in general.dumps]
-    teacher = folder.dtype(plans[0]["teacher"].get("dtype") or "auto")
+    teacher = folder.dtype(general.dumps[0].plan["teacher"].get("dtype") or "auto")
     return bounds(
         config.null_test.bound,
-        max(map(grid_cost, plans)),
+        max(map(grid_of, general.dumps)),
         teacher,
         computed_in(config, trainer, folder),
     )

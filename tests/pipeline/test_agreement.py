@@ -1,15 +1,18 @@
 """One answer of three, from the mean KL of two computations."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.agreement import FAR, SURE, Answer, Bounds, bounds, floor, grid_cost
-from storage import TopK
+from pipeline import agreement
+from pipeline.agreement import FAR, SURE, Answer, Bounds, bounds, grid_cost, grid_of
+from storage import LogitDataset, TopK
 from storage.codec.codec import kept, quantised, restored
+from storage.committed import Totals
 from storage.topk import codec_kl
 
 
@@ -41,7 +44,7 @@ GRIDS = [*(("v1", step) for step in (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)),
 
 
 @given(st.sampled_from(GRIDS), st.integers(0, 1000))
-def test_the_grid_costs_no_more_than_the_floor(grid: tuple[str, float], seed: int) -> None:
+def test_the_grid_costs_no_more_than_is_said(grid: tuple[str, float], seed: int) -> None:
     codec, step = grid
     logits = np.random.default_rng(seed).normal(0, 2, (200, 50))
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -51,7 +54,8 @@ def test_the_grid_costs_no_more_than_the_floor(grid: tuple[str, float], seed: in
     exact = TopK.from_dense(ids, found, tail)
     stored = restored(quantised(exact, 50, step, codec))
     cost = codec_kl(kept(exact, step, codec), stored).mean()
-    assert 0 < cost < 1.1 * floor(grid_cost({"step": step, "codec": codec, "k": 20}))
+    limit = grid_cost({"step": step, "codec": codec, "k": 20})
+    assert 0 < cost < 1.1 * limit
 
 
 def test_a_bound_that_is_given_is_that_of_the_same() -> None:
@@ -67,3 +71,15 @@ def test_noise_and_few_positions_widen_the_bound() -> None:
     limits = bounds(None, grid_cost({"step": 1 / 16}), "bfloat16", "bfloat16")
     assert limits.limit(positions=1) > 2 * limits.limit(positions=100)
     assert limits.limit(positions=10**6) == pytest.approx(limits.same, rel=0.01)
+
+
+def test_a_dump_says_what_its_grid_cost_within_what_it_can(
+    dump_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = LogitDataset(dump_path)
+    measured = Totals.of(shard.marker for shard in dump.shards).codec_kl
+    assert measured is not None
+    assert 0 < measured < grid_cost(dump.plan)
+    assert grid_of(dump) == measured
+    monkeypatch.setattr(agreement, "grid_cost", lambda plan: measured / 2)
+    assert grid_of(dump) == measured / 2  # a marker may come from anyone

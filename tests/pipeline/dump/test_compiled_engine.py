@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.agreement import Answer, floor
+from pipeline.agreement import Answer, grid_of
 from pipeline.dump import recompute
 from storage import LogitDataset
 from tests.helpers.corpora import some_texts, write_texts
@@ -34,9 +34,8 @@ def test_a_compiled_dump_is_the_eager_one(model_path: Path, tmp_path: Path) -> N
         checks = recompute.recompute(str(dump), str(model_path), EVERY)
         assert sum(len(check.kl) for check in checks) > 500
         kl[name] = np.concatenate([check.kl for check in checks])
-    step = float(LogitDataset(dump).plan["step"])
     off = np.abs(kl["compiled"] - kl["eager"]).mean()
-    assert off < floor(step, "float32", "float32")
+    assert off < grid_of(LogitDataset(dump))
 
 
 def dumped(model: Path, folder: Path, eager: bool) -> tuple[Path, Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import CorpusConfig, HeldOutConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefusedError
 from pipeline.report import report
 from pipeline.study import study
 from pipeline.study.config import ArmConfig, StudyConfig
@@ -182,6 +182,36 @@ def test_impossible_settings_are_refused() -> None:
         config(arms={"a": ArmConfig(interpolate="x")})
     with pytest.raises(ConfigError, match="held_out"):
         config(held_out=HeldOutConfig())
+
+
+def test_dumps_with_mistakes_are_found_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not remembered: the mended settings are taken."""
+    wrong = {"k": 8, "corpus": {"limit": 3}}
+    found = config(output=str(tmp_path), dumps={"small": wrong, "given": "elsewhere"})
+    with pytest.raises(ConfigError, match="dump small"):
+        study.parse_dump(found, "small")
+    assert "corpus.path" in capsys.readouterr().err
+    study.parse_dump(found, "given")
+    mended = config(output=str(tmp_path), dumps={"small": {"k": 8}})
+    study.parse_dump(mended, "small")
+
+
+def test_a_dump_that_was_begun_keeps_its_settings(tmp_path: Path) -> None:
+    study.parse_dump(config(output=str(tmp_path)), "small")
+    (tmp_path / "dumps" / "small").mkdir()
+    with pytest.raises(RefusedError, match="k: 8"):
+        study.parse_dump(config(output=str(tmp_path), dumps={"small": {"k": 9}}), "small")
+
+
+def test_only_a_run_that_was_begun_keeps_its_settings(tmp_path: Path) -> None:
+    study.check_same(tmp_path / "run", {"steps": 1})
+    study.check_same(tmp_path / "run", {"steps": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / study.RUN).write_text('{"steps": 1}')
+    with pytest.raises(RefusedError, match="steps"):
+        study.check_same(tmp_path / "run", {"steps": 2})
 
 
 @pytest.mark.slow
