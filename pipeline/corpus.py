@@ -8,7 +8,7 @@ One sequence is one document, or one chunk of a long one; no sequence holds two 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -16,24 +16,32 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chats import BadChat, ChatTemplate, listed
 from pipeline.config import CorpusConfig
-from pipeline.conversation_source import TOOLS, ConversationSource, parts_of
+from pipeline.conversation_source import TOOLS, parts_of
 from pipeline.corpus_cache import READERS, cache_folder, digests_of, documents_of, local_copy
+from pipeline.corpus_content import (
+    columns_of,
+    fingerprint_of,
+    is_structured,
+    plain_sources,
+    sources_of,
+)
 from pipeline.corpus_files import find_files, relative
 from pipeline.corpus_readers import DOCUMENT_BYTES, MIB, Source, without_nulls
 from pipeline.document_ids import DocumentIds
 from pipeline.errors import ConfigError
-from pipeline.models.tokenizers import behaviour
+from pipeline.models.tokenizers import behaviour, vocabulary_of
 from pipeline.outside import failure
 from pipeline.positions import Share
 from pipeline.progress import say
 from pipeline.spans import Text
 from pipeline.special_tokens import SpecialTokens
 from pipeline.token_columns import Marked, TokenColumns
-from pipeline.token_source import OPTION, TokenSource, guess_mask, mask_of_schema
+from pipeline.token_source import OPTION, guess_mask, mask_of_schema
 from pipeline.token_store import VERSION, Row, find_store
 from pipeline.tokenizing import Tokenizing
 from pipeline.types import Int32s, Int64s, Json
@@ -41,6 +49,7 @@ from storage.targets import Bools, positions_of
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 20  # for the tokenizer, which uses all cores
 SAMPLED, SAMPLED_CHARACTERS = 16, 10_000  # documents whose tokens a plan holds the hash of
+FILE_CHARACTERS = 1000  # of a document of each file, for the list of a corpus's files
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,11 @@ class Corpus:
     ConfigError that names a path, column or file that cannot be read.
     """
 
+    before = 0
+    """Documents that are not here, and stand before those that are; see corpus_part.py."""
+    ids_differ = False
+    """Whether it is known that no two documents have the same id."""
+
     def __init__(
         self,
         config: CorpusConfig,
@@ -84,10 +98,10 @@ class Corpus:
         self.column = self.columns[0]
         self.tokens: TokenColumns | None = None
         """Where documents are token ids already."""
-        self.files = find_files(config.path, config.split)
+        self.files = self.find_files()
         if self.files:
             self.sources = self.make_sources()
-            self.digests = digests_of(self.sources, config.reread)
+            self.digests = self.make_digests()
         elif config.tokens_column is not None:
             schema = self.every_document.features.arrow_schema
             self.tokens = self.token_columns(partial(mask_of_schema, schema))
@@ -99,22 +113,43 @@ class Corpus:
             self.check_documents()
         self.check_tokenizer()
 
+    def find_files(self) -> list[str]:
+        """The files that are read; none of a hub dataset."""
+        return find_files(self.config.path, self.config.split)
+
+    def make_digests(self) -> list[str]:
+        """sha256 of each file."""
+        return digests_of(self.sources, self.config.reread)
+
     @cached_property
     def every_document(self) -> datasets.Dataset:
         """Those that are skipped, too; memory-mapped."""
-        if self.files:
-            return documents_of(self.sources, self.digests, self.config.reread)
-        return hub_documents(self.config)
+        return self.read_documents() if self.files else hub_documents(self.config)
+
+    def read_documents(self) -> datasets.Dataset:
+        """The documents of the files."""
+        return documents_of(self.sources, self.digests, self.config.reread)
 
     @cached_property
     def documents(self) -> datasets.Dataset:
         config, every = self.config, self.every_document
-        stop = len(every) if config.limit is None else config.skip + config.limit
-        return every.select(range(config.skip, min(stop, len(every))))
+        start, stop = max(config.skip - self.before, 0), len(every)
+        if config.limit is not None:
+            stop = min(stop, config.skip + config.limit - self.before)
+        return every.select(range(start, stop))
+
+    @property
+    def first(self) -> int:
+        """Number of the first of `documents`."""
+        return max(self.before - self.config.skip, 0)
 
     @cached_property
     def arrow(self) -> datasets.Dataset:
         return self.documents.with_format("arrow")
+
+    def table(self, start: int, stop: int) -> pa.Table:
+        """The columns of documents `start` to `stop`."""
+        return self.arrow[start - self.first : stop - self.first]
 
     def check_documents(self) -> None:
         """ConfigError where there are none, or none that can be tokenized as it is asked for."""
@@ -171,7 +206,7 @@ class Corpus:
     @cached_property
     def vocabulary(self) -> int:
         """The tokenizer's ids are below it."""
-        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return vocabulary_of(self.tokenizer)
 
     def identity(self) -> Json:
         """What decides the token sequences, as plain JSON; the share of targets does not."""
@@ -198,7 +233,7 @@ class Corpus:
     @property
     def structured(self) -> bool:
         """Whether documents are conversations, or prompts with completions."""
-        return self.config.messages_column is not None or self.config.prompt_column is not None
+        return is_structured(self.config)
 
     @property
     def needed(self) -> tuple[str, ...] | list[str]:
@@ -248,21 +283,14 @@ class Corpus:
 
     def make_sources(self) -> list[Source]:
         """What reads each file."""
-        config, copies = self.config, [(file, local_copy(file)) for file in self.files]
-        if self.structured:
-            return [
-                ConversationSource(*each, self.column, True, columns=self.columns)
-                for each in copies
-            ]
-        found = [Source(*each, self.column) for each in copies]
-        if config.tokens_column is None:
-            return found
-        self.tokens = self.token_columns(partial(guess_mask, found))
-        guessed = config.mask_column is None and config.targets != "all"
-        return [
-            TokenSource(each.name, each.path, each.column, columns=self.tokens, guessed=guessed)
-            for each in found
-        ]
+        copies = [(file, local_copy(file)) for file in self.files]
+        if self.config.tokens_column is not None:
+            self.tokens = self.token_columns(partial(self.guess_mask, copies))
+        return sources_of(self.config, copies, self.tokens)
+
+    def guess_mask(self, copies: list[tuple[str, str]]) -> str | None:
+        """The column of the mask, by the first document."""
+        return guess_mask(plain_sources(self.config, copies))
 
     def token_columns(self, guess: Callable[[], str | None]) -> TokenColumns:
         """The columns of a token corpus; `guess` finds that of the mask where none is named."""
@@ -294,16 +322,13 @@ class Corpus:
 
         The bytes were read when the corpus was opened.
         """
-        config = self.config
-        found: list[Any] = [self.column, config.skip, config.limit]
-        if self.tokens is not None:
-            found.append({"mask": self.tokens.mask})
-        found += self.columns[1:]
+        return fingerprint_of(self.config, self.tokens, self.content())
+
+    def content(self) -> list[Any]:
+        """[path, sha256] of every file, or what the hub says, as plain JSON."""
         if self.files:
-            found += map(list, zip(relative(self.files), self.digests, strict=True))
-        else:
-            found += [config.path, config.split, self.documents._fingerprint]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+            return list(map(list, zip(relative(self.files), self.digests, strict=True)))
+        return [self.config.path, self.config.split, self.documents._fingerprint]
 
     def rendering(self) -> Json:
         """What shows how documents become tokens: a sample's ids, and the chat template."""
@@ -317,21 +342,25 @@ class Corpus:
     def sample(self) -> str:
         """sha256 over the first tokens of some documents."""
         number = min(SAMPLED, len(self))
-        found = [
-            tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
-            for tokens, mask in self.heads([at * len(self) // number for at in range(number)])
-        ]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        return hash_of(self.heads([at * len(self) // number for at in range(number)]))
 
-    def heads(self, documents: list[int]) -> Iterator[Marked]:
-        """The first tokens of some documents."""
+    def sample_of(self, start: int, stop: int) -> str:
+        """16 digits of the sha256 over the first tokens of the first of documents `start` to `stop`
+        that has any; over none where the first DOCUMENTS_AT_ONCE of them have none."""
+        documents = range(start, min(stop, start + DOCUMENTS_AT_ONCE))
+        found = (next(self.heads([each], FILE_CHARACTERS)) for each in documents)
+        first = next((head for head in found if len(head[0])), None)
+        return hash_of([] if first is None else [first])[:16]
+
+    def heads(self, documents: list[int], length: int = SAMPLED_CHARACTERS) -> Iterator[Marked]:
+        """The tokens of the first `length` characters of some documents, or that many tokens."""
         if self.tokens is not None:
             for at in documents:
                 tokens, _ = next(self.token_documents(at, at + 1))
-                yield tokens[:SAMPLED_CHARACTERS], None
+                yield tokens[:length], None
         else:
             texts = map(self.text, documents)
-            yield from self.tokenized([text.head(SAMPLED_CHARACTERS) for text in texts])
+            yield from self.tokenized([text.head(length) for text in texts])
 
     def sequences(self, start: int = 0, stop: int | None = None) -> Iterator[Sequence]:
         """Yield the sequences of documents `start` to `stop`, in order.
@@ -362,7 +391,7 @@ class Corpus:
     def token_documents(self, start: int, stop: int) -> Iterator[Marked]:
         """The documents of a token corpus. Those of files were checked as they were read."""
         assert self.tokens is not None
-        table = self.arrow[start:stop]
+        table = self.table(start, stop)
         rows = zip(*(table[name] for name in self.tokens.names), strict=True)
         for document, row in enumerate(rows, start):
             if self.files:
@@ -419,7 +448,7 @@ class Corpus:
         """Texts, or the columns of conversations by their names; one at a time: 64 documents
         together may be gigabytes."""
         if self.files:
-            found = (value.as_py() for value in self.arrow[start:stop][self.column])
+            found = (value.as_py() for value in self.table(start, stop)[self.column])
             if not self.structured:
                 return found
             return (value if value is None else parts_of(value) for value in found)
@@ -442,10 +471,10 @@ class Corpus:
         """The documents' ids: `ids(start, stop)`."""
         if self.column == "id" or "id" not in self.documents.column_names:
             return DocumentIds(len(self), None)
-        return DocumentIds(len(self), self.own_ids)
+        return DocumentIds(len(self), self.own_ids, self.ids_differ)
 
     def own_ids(self, start: int, stop: int) -> list[str | None]:
-        found: list[str | None] = self.arrow[start:stop]["id"].to_pylist()
+        found: list[str | None] = self.table(start, stop)["id"].to_pylist()
         return found
 
     def render(self, value: Any, document: int) -> Text:
@@ -480,11 +509,13 @@ class Corpus:
         return text
 
 
-def columns_of(config: CorpusConfig) -> tuple[str, ...]:
-    """The columns that documents are made of; those of masks and ids are beside them."""
-    if config.prompt_column is not None and config.completion_column is not None:
-        return config.prompt_column, config.completion_column
-    return (config.tokens_column or config.messages_column or config.text_column,)
+def hash_of(heads: Iterable[Marked]) -> str:
+    """sha256 over tokens and their masks."""
+    found = [
+        tokens.tolist() if mask is None else [tokens.tolist(), mask.tolist()]
+        for tokens, mask in heads
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def hub_documents(config: CorpusConfig) -> datasets.Dataset:

@@ -25,7 +25,9 @@ from pipeline.errors import FailedError
 from pipeline.outside import failure
 
 READERS = 1  # raise it where a reader gives other documents for the same bytes
+LAYOUT = 2  # raise it where the Arrow file holds them in another way
 BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
+ROWS = b"documents"  # metadata of the last batch: the documents of each file, as a JSON list
 STRONG_TAGS = ("ETag", "etag", "md5Hash", "content_md5")  # what stores call a checksum of content
 
 
@@ -64,14 +66,28 @@ def documents_of(
     Raises ConfigError, with file and line, for what cannot be read, and FailedError where the
     cache cannot be written.
     """
-    kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
-    found = [READERS, *sources[0].key, kinds, digests]
-    key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    path = cache_folder("corpora") / f"{key}.arrow"
+    path = arrow_file(sources, digests)
     if not use(path):
         build(path, sources, digests, reread)
         use(path)
     return datasets.Dataset.from_file(str(path))
+
+
+def arrow_file(sources: list[Source], digests: list[str]) -> Path:
+    """Where the documents of files with these digests are, or will be. Nothing is read."""
+    kinds = [[format_of(source.name), compression_of(source.name)] for source in sources]
+    found = [READERS, LAYOUT, *sources[0].key, kinds, digests]
+    key = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return cache_folder("corpora") / f"{key}.arrow"
+
+
+def rows_of_files(sources: list[Source], digests: list[str]) -> list[int]:
+    """Documents of each file, of those that `documents_of` has put together."""
+    path = arrow_file(sources, digests)
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        *_, (_, metadata) = stream.iter_batches_with_custom_metadata()
+    found: list[int] = json.loads(metadata[ROWS])
+    return found
 
 
 def cache_folder(name: str) -> Path:
@@ -92,12 +108,13 @@ def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -
         with open(own / path.name, "wb") as file:
             in_use(file.fileno())
             with pa.ipc.new_stream(file, schema) as stream:
-                documents = (document for each in sources for document in each.documents())
-                for batch in batches(documents, kind.size):
+                rows = [0] * len(sources)
+                for batch in batches(counted(sources, rows), kind.size):
                     contents, ids = map(list, zip(*batch, strict=True))
                     columns = dict(zip(kind.fields, kind.arrays(contents), strict=True))
                     columns = {"id": pa.array(ids, pa.string())} | columns
                     stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+                stream.write_batch(pa.RecordBatch.from_pylist([], schema), {ROWS: json.dumps(rows)})
             file.flush()
             os.fsync(file.fileno())
         for source, before, after in zip(
@@ -113,6 +130,14 @@ def build(path: Path, sources: list[Source], digests: list[str], reread: bool) -
     finally:
         (own / path.name).unlink(missing_ok=True)
         own.rmdir()
+
+
+def counted(sources: list[Source], rows: list[int]) -> Iterator[Document]:
+    """The documents of all files; `rows` counts those of each."""
+    for number, source in enumerate(sources):
+        for document in source.documents():
+            rows[number] += 1
+            yield document
 
 
 def batches(

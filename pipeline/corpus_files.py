@@ -75,6 +75,18 @@ def place_of(path: str) -> tuple[Any, str]:
     return fs, root
 
 
+def sizes_of(files: list[str]) -> list[int | None]:
+    """Bytes of files that `find_files` found, as their file system lists them; None where it does
+    not say. Raises what `find_files` does."""
+    fs, _ = place_of(files[0])
+    try:
+        found: list[int | None] = fs.sizes([place_of(file)[1] for file in files])
+    except Exception as error:  # every file system library raises its own types
+        message = f"corpus {files[0]}: cannot be listed: {type(error).__name__}: {error}"
+        raise failure(message, error) from error
+    return found
+
+
 def kind_of(fs: Any, root: str) -> str | None:
     """file, directory, or None where there is neither. Raises what the file system raises.
 

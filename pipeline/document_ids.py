@@ -19,13 +19,21 @@ class DocumentIds:
     others get their number behind it, as 7#1003.
     """
 
-    def __init__(self, documents: int, own: Callable[[int, int], list[str | None]] | None) -> None:
-        """`own` gives the ids that documents `start` to `stop` have; None where none has one."""
-        self.documents, self.own = documents, own
+    def __init__(
+        self,
+        documents: int,
+        own: Callable[[int, int], list[str | None]] | None,
+        differ: bool = False,
+    ) -> None:
+        """`own` gives the ids that documents `start` to `stop` have; None where none has one.
+        `differ`: it is known that no two of them are the same."""
+        self.documents, self.own, self.differ = documents, own, differ
 
     def __call__(self, start: int, stop: int) -> list[str]:
         """The ids of documents `start` to `stop`."""
         found = self.given(start, stop)
+        if self.differ:
+            return found
         repeats, known = self.repeats
         for at in np.flatnonzero(repeats[start:stop]).tolist():
             found[at] += f"#{start + at}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from storage.corpus_list import LIST_FILE, list_file, read_list
 from storage.dump_tables import TABLES_FILE, tables_file
 from storage.errors import (
     IncompleteDump,
@@ -103,6 +104,8 @@ def verify(
     markers = {f"{shard.name}.json" for shard in shards}
     tables = {tables_file(shard.tables) for shard in shards if shard.tables}
     indexes = set(map(shard_index, named))
+    if list_file(dump.plan) in files:
+        check_list(dump, report)
     for name, size in sorted(files.items()):
         if MARKER.fullmatch(name) and name not in markers and not partial:
             report.faults.append(f"{name}: this marker is not in manifest.json")
@@ -116,6 +119,8 @@ def verify(
             report.notes.append(f"{name}: the index of another manifest.json; never read")
         elif TABLES_FILE.fullmatch(name) and name not in tables:
             report.notes.append(f"{name}: no marker names these tables; never read")
+        elif LIST_FILE.fullmatch(name) and name != list_file(dump.plan):
+            report.notes.append(f"{name}: the files of another plan's corpus; never read")
         elif "/.writing-" in name or "/.creating-" in name:
             report.notes.append(f"{name}: temporary file of a writer; never read")
     return report
@@ -192,6 +197,16 @@ def checked_index(dump: Dump, manifest: Manifest, report: Report) -> Index | Non
         report.faults.append(str(error))
         return None
     return index
+
+
+def check_list(dump: Dump, report: Report) -> None:
+    """A damaged list of the corpus's files is a fault."""
+    try:
+        read_list(dump.store, dump.plan)
+    except StoreError:
+        raise
+    except StorageError as error:
+        report.faults.append(str(error))
 
 
 def check_places(

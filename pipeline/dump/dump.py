@@ -16,7 +16,15 @@ from typing import Literal
 from pipeline.config import DumpConfig
 from pipeline.dump import workers
 from pipeline.dump.partitions import Meter, write_partitions
-from pipeline.dump.plan import make_plan, open_corpus, plan_differences, plan_there, settled
+from pipeline.dump.plan import (
+    dump_there,
+    make_plan,
+    open_corpus,
+    plan_differences,
+    plan_there,
+    settled,
+)
+from pipeline.dump.reading import open_own, write_list
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from pipeline.models.trainable import check_trainable
@@ -101,12 +109,19 @@ def run_with(
     model = ModelFolder.find(config.model, config.revision)
     check_output(config.output, {**dict(inputs_of(config)), "model": str(model.path)})
     check_trainable(model)
-    corpus = open_corpus(config, model)
+    there = None
+    if partition is None and only != "finalize":
+        corpus = open_corpus(config, model)
+    else:
+        there = dump_there(config.output)
+        corpus = open_own(config, model, partition, there)
     # Resolve "auto" here: with float32 weights, vLLM would choose half precision.
     config = replace(config, dtype=model.dtype(config.dtype))
-    config = settled(config, plan_there(config.output))
+    config = settled(config, plan_there(config.output) if there is None else there.plan)
     plan = make_plan(config, corpus, model)
     dump = create_dump(config.output, plan, model.tokenizer_files(), plan_differences)
+    if only != "finalize":
+        write_list(dump, corpus)
     if only == "plan":
         say(f"{config.output}: plan for {len(corpus)} documents, {config.partitions} partitions")
         return {"partitions": config.partitions, "documents": len(corpus)}

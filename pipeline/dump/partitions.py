@@ -72,14 +72,17 @@ class Span:
     shard: int
 
 
+def documents_of(index: int, partitions: int, documents: int) -> tuple[int, int]:
+    """The first document of a partition, and the one after its last."""
+    return documents * index // partitions, documents * (index + 1) // partitions
+
+
 def what_is_missing(partition: Partition, documents: int, every: bool = False) -> Span:
     """Where the next shard starts, by the last two markers; by `every` marker, if asked.
 
     Raises CorruptShard for a cursor outside the partition.
     """
-    number = partition.dump.plan["partitions"]
-    first = documents * partition.index // number
-    stop = documents * (partition.index + 1) // number
+    first, stop = documents_of(partition.index, partition.dump.plan["partitions"], documents)
     shards = partition.shards if every else partition.latest(2)
     following = end_of(shards, first, stop)
     return Span(partition, first, following, stop, shards[-1].index + 1 if shards else 0)

@@ -29,16 +29,27 @@ NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
 
 def open_corpus(config: DumpConfig, model: ModelFolder) -> Corpus:
     """The corpus of a dump, with the share of the targets that it keeps."""
-    share = Share(config.positions, config.positions_seed) if config.positions < 1 else None
+    share = share_of(config)
     return Corpus(config.corpus, model.tokenizer, config.max_length, config.add_eos, share)
+
+
+def share_of(config: DumpConfig) -> Share | None:
+    """The share of the targets that a dump keeps; None for all of them."""
+    return Share(config.positions, config.positions_seed) if config.positions < 1 else None
+
+
+def dump_there(output: str) -> Dump | None:
+    """The dump at `output`; None where there is no plan yet."""
+    try:
+        return Dump(output)
+    except IncompleteDump:
+        return None
 
 
 def plan_there(output: str) -> Json | None:
     """The plan of the dump at `output`; None where there is none yet."""
-    try:
-        return Dump(output).plan
-    except IncompleteDump:
-        return None
+    dump = dump_there(output)
+    return None if dump is None else dump.plan
 
 
 def settled(config: DumpConfig, there: Json | None) -> DumpConfig:

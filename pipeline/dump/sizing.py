@@ -38,7 +38,7 @@ LAWS = {
     "CPU beside the engine": Law(17.0, "µs a token", "pipeline/dump/README.md"),
     "requests, v3": Law(11, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests, v1 and v2": Law(7, "a shard", "tests/pipeline/dump/test_sizing.py"),
-    "requests of starts and ends": Law(21, "a partition", "tests/pipeline/dump/test_sizing.py"),
+    "requests of starts and ends": Law(23, "a partition", "tests/pipeline/dump/test_sizing.py"),
     "requests of the manifest": Law(1, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests of the manifest, too": Law(2, "a partition", "tests/pipeline/dump/test_sizing.py"),
 }

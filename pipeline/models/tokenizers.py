@@ -81,6 +81,11 @@ def first_difference(
     return None
 
 
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's ids are below it."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """All that decides how a fast tokenizer reads text; None for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

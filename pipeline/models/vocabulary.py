@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.models.directory import TOKENIZER_FILES, ModelFolder, tokenizer_fingerprint
-from pipeline.models.tokenizers import first_difference
+from pipeline.models.tokenizers import first_difference, vocabulary_of
 from storage import LogitDataset
 from storage.plan import needed
 
@@ -23,7 +23,7 @@ FILE_BYTES = 256 << 20
 
 def check_ids(folder: ModelFolder) -> None:
     """ConfigError where the tokenizer has ids that the head lacks."""
-    ids = max(folder.tokenizer.get_vocab().values(), default=-1) + 1
+    ids = vocabulary_of(folder.tokenizer)
     if ids > folder.vocab_size:
         raise ConfigError(
             f"model {folder}: its tokenizer has {ids} tokens, its head {folder.vocab_size}; one of "

@@ -18,6 +18,14 @@ def write_texts(path: Path, texts: list[str]) -> Path:
     return write_jsonl(path, [{"text": text} for text in texts])
 
 
+def write_folder(folder: Path, files: list[list[dict[str, Any]]]) -> Path:
+    """A corpus of several files, in the order of their names."""
+    folder.mkdir()
+    for number, documents in enumerate(files):
+        write_jsonl(folder / f"{number}.jsonl", documents)
+    return folder
+
+
 def some_texts(number: int) -> list[str]:
     """Beginnings of real documents, from 40 to about 1,000 characters long."""
     return [TEXTS[i % len(TEXTS)][: 40 + 97 * (i % 11)] for i in range(number)]

@@ -11,6 +11,8 @@ from storage import LogitDataset, ShardWriter, create_dump
 from tests.helpers.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "dump_logits.py"
+OPENING = 2
+"""Requests to a dump for which a partition learns what to read: the plan, the corpus's files."""
 
 
 def settings(tmp_path: Path, model_path: Path, corpus: Path, **changes: object) -> DumpConfig:

@@ -1,5 +1,6 @@
 """Records for the tests of storage: random distributions of any shape."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from storage import Dump, Record, Samples, ShardWriter, TopK, create_dump
+from storage.corpus_list import CorpusList
 from storage.targets import positions_of
 
 VOCAB = 300
 TARGETS = {"version": 1}
+FINGERPRINT = hashlib.sha256(b"corpus").hexdigest()
 
 
 def random_topk(
@@ -123,6 +126,21 @@ def make_dump(
         partition.finish({})
     dump.finish()
     return dump
+
+
+def some_list(files: int) -> CorpusList:
+    """The files of a corpus with FINGERPRINT."""
+    digests = [hashlib.sha256(bytes([number % 256])).hexdigest() for number in range(files)]
+    return CorpusList(
+        fingerprint=FINGERPRINT,
+        paths=[f"part-{number:05d}-of-{files:05d}.jsonl.zst" for number in range(files)],
+        sizes=[200_000_000 + number for number in range(files)],
+        sha256=digests,
+        documents=[50_000 + number for number in range(files)],
+        samples=[digest[:16] for digest in digests],
+        ids_differ=True,
+        first={},
+    )
 
 
 def flip_byte(file: Path) -> None:

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from pipeline import corpus_cache
-from pipeline.corpus_cache import cached_documents, local_copy
+from pipeline.corpus_cache import cached_documents, local_copy, rows_of_files
 from pipeline.corpus_readers import Source
 from pipeline.errors import ConfigError, FailedError
 from tests.helpers.corpora import write_jsonl, write_texts
@@ -72,6 +72,20 @@ def test_many_documents_are_written_in_batches(
     found, _ = cached_documents(sources(write_texts(tmp_path / "a.jsonl", texts)))
     assert found["text"] == texts
     assert len(found.data["text"].chunks) > 15
+
+
+def test_the_documents_of_each_file_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of empty files, and where a batch holds the documents of several."""
+    monkeypatch.setattr(corpus_cache, "BATCH_DOCUMENTS", 4)
+    for counts in ([3, 0, 6, 1], [0, 0], [0, 5]):
+        paths = [
+            write_texts(tmp_path / f"{at}.jsonl", ["a"] * each) for at, each in enumerate(counts)
+        ]
+        found, digests = cached_documents(sources(*paths))
+        assert len(found) == sum(counts)
+        assert rows_of_files(sources(*paths), digests) == counts
 
 
 def test_writers_at_once_agree(tmp_path: Path, cache: Path) -> None:

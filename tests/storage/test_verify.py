@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from storage import LogitDataset, ShardWriter, create_dump, verify
+from storage.corpus_list import list_file
+from storage.gc import leftovers
 from storage.manifest import Dump
 from tests.helpers.linked import Counted, counted
-from tests.helpers.records import cut_short, flip_byte, make_dump, plan, random_record
+from tests.helpers.records import (
+    FINGERPRINT,
+    cut_short,
+    flip_byte,
+    make_dump,
+    plan,
+    random_record,
+    some_list,
+)
 
 CODECS = pytest.mark.parametrize("codec", ["v1", "v2", "v3"])
 
@@ -197,3 +207,22 @@ def test_verify_finds_an_id_that_appears_twice(tmp_path: Path) -> None:
     Dump(tmp_path).finish()
     (fault,) = verify(tmp_path).faults
     assert f"{marker['file']}, row 0: position 1: id {grid.ids[8]} appears twice" in fault
+
+
+def test_a_damaged_list_of_files_is_a_fault(tmp_path: Path) -> None:
+    """That of another corpus is never read; gc leaves both."""
+    path = tmp_path / "dump"
+    corpus = {"corpus": {"fingerprint": FINGERPRINT}}
+    dump = make_dump(path, shards=1, rows=2, **corpus)
+    other = "corpus-0123456789abcdef.json"
+    name = list_file(dump.plan)
+    assert name is not None
+    for file in (name, other):
+        (path / file).write_bytes(some_list(3).pack())
+    report = verify(path)
+    assert report.ok
+    assert report.notes == [f"{other}: the files of another plan's corpus; never read"]
+    assert leftovers(path, hours=-1) == []
+    flip_byte(path / name)
+    (fault,) = verify(path).faults
+    assert fault.startswith(name)
