@@ -30,7 +30,7 @@ class Law(NamedTuple):
 
 
 LAWS = {
-    "v3, min_prob 0.0003": Law(48.2, "bytes a token", "storage/BENCHMARKS.md"),
+    "v3, by default": Law(40.2, "bytes a token", "storage/BENCHMARKS.md"),
     "v3": Law(60.7, "bytes a token", "storage/BENCHMARKS.md"),
     "v2": Law(71.9, "bytes a token", "storage/BENCHMARKS.md"),
     "v1": Law(111.8, "bytes a token", "storage/BENCHMARKS.md"),
@@ -163,7 +163,7 @@ def lines_of(rows: Iterable[Iterable[str]]) -> str:
 
 def bytes_of(vocab_size: int) -> float:
     """Bytes a token of version 3 with its cut-off, in a larger vocabulary than that of the law."""
-    law, entries = LAWS["v3, min_prob 0.0003"], LAWS["entries that the cut-off leaves"]
+    law, entries = LAWS["v3, by default"], LAWS["entries that the cut-off leaves"]
     return law.value + entries.value * max(0.0, math.log2(vocab_size / LAW_VOCAB)) / 8
 
 
