@@ -42,6 +42,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> MakeDump
                     output=str(output),
                     k=k,
                     samples=samples,
+                    min_prob=0.0,
                     max_length=100,
                     engine="transformers",
                     shard_tokens=2000,
