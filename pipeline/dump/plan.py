@@ -21,7 +21,7 @@ MIN_PROB = 0.0003
 hardly changes (storage/BENCHMARKS.md, A cut-off)."""
 COARSE = 1 / 125
 """Step of roots of probabilities, by default, where a cut-off of MIN_PROB or more leaves no entry
-under two steps. Students learn the same from it as from 1/416, at a fifth fewer bytes
+under two steps. Students learn the same from it as from 1/416, at a sixth fewer bytes
 (pipeline/study/BYTES.md)."""
 NAMES = (("teacher", "name"), ("teacher", "revision"), ("corpus", "path"))
 """Spellings of what the plan also has the content of, as a fingerprint."""
