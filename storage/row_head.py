@@ -10,9 +10,8 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import zstandard
 
-from storage.codec.frames import HEADER, inflate, split_planes
+from storage.codec.frames import CONTEXTS, HEADER, inflate, split_planes
 from storage.errors import CorruptShard, FormatVersionError
 from storage.targets import Bools, pack_mask, unpack_mask
 from storage.topk import Int32s
@@ -24,9 +23,6 @@ SKIPPABLE = struct.pack("<I", 0x184D2A5D)
 # id, CRC-32 of the samples, start of the plan's sha256
 FIELDS = struct.Struct("<4sBB2xIIIiIII8s")
 END = struct.Struct("<II")  # bytes of the head, CRC-32
-PARAMETERS = zstandard.ZstdCompressionParameters(
-    compression_level=3, write_content_size=True, write_checksum=False
-)
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,9 @@ class RowHead:
 
     def body(self) -> bytes:
         """The head without its checksum, which also covers the payload."""
-        compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
         planes = split_planes(self.input_ids)
         masks = [] if self.targets is None else [pack_mask(self.targets)]
-        frames = [compressor.compress(part) for part in (*planes, *masks)]
+        frames = [CONTEXTS.heads.compress(part) for part in (*planes, *masks)]
         doc_id = self.doc_id.encode()
         partition, shard = map(int, self.shard.split("/"))
         numbers = (partition, shard, self.row, self.chunk, len(self.input_ids), len(doc_id))

@@ -1,6 +1,7 @@
 """The parts of every payload: a header, and byte planes in checksummed zstd frames."""
 
 import struct
+import threading
 import zlib
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ HEADER = struct.Struct("<4sBBBBBBxxdIIQII")
 # Four-byte matches in such planes are chance; they cost more than entropy-coded literals.
 PARAMETERS = zstandard.ZstdCompressionParameters(
     compression_level=1, min_match=7, write_content_size=True, write_checksum=True
+)
+# The same for the input ids of a row, which are few and repeat.
+HEAD_PARAMETERS = zstandard.ZstdCompressionParameters(
+    compression_level=3, write_content_size=True, write_checksum=False
 )
 MAX_POSITIONS, MAX_ENTRIES = 1 << 24, 1 << 31
 MAX_RATIO = 1 << 15  # zstd: a block of four bytes gives at most 128 KiB
@@ -126,6 +131,18 @@ class Header(NamedTuple):
         return cls(version, planes, step, vocab_size, positions, entries, needs)
 
 
+class Contexts(threading.local):
+    """The zstd contexts of a thread. Making one costs more than a frame of a row."""
+
+    def __init__(self) -> None:
+        self.planes = zstandard.ZstdCompressor(compression_params=PARAMETERS)
+        self.heads = zstandard.ZstdCompressor(compression_params=HEAD_PARAMETERS)
+        self.frames = zstandard.ZstdDecompressor()
+
+
+CONTEXTS = Contexts()
+
+
 def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
     """Non-negative integers [n] -> one string of n bytes per significant byte, lowest first."""
     if planes is None:
@@ -136,8 +153,7 @@ def split_planes(values: Integers, planes: int | None = None) -> list[bytes]:
 
 def deflate(groups: list[list[bytes]]) -> list[bytes]:
     """Compress each plane of all groups to a zstd frame."""
-    compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
-    return [compressor.compress(plane) for group in groups for plane in group]
+    return [CONTEXTS.planes.compress(plane) for group in groups for plane in group]
 
 
 def join(header: bytes, parts: list[bytes]) -> bytes:
@@ -198,7 +214,7 @@ def inflate(frame: "bytes | memoryview", size: int) -> bytes:
             raise CorruptPayload(f"{size} bytes expected in a frame, it claims {found}")
         if size > MAX_RATIO * len(frame):
             raise CorruptPayload(f"a frame of {len(frame)} bytes cannot hold {size}")
-        plane = zstandard.ZstdDecompressor().decompress(
+        plane = CONTEXTS.frames.decompress(
             frame,
             max_output_size=size,
             allow_extra_data=True,  # a row head may follow
