@@ -1,6 +1,7 @@
 """TopK: the record that passes between the teacher, the codec and the loss."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -89,15 +90,15 @@ class TopK:
             raise ValueError(
                 f"expected min_prob in [0, 1) and top_p in (0, 1], found {min_prob} and {top_p}"
             )
-        p = np.exp(self.logprobs.astype(np.float64))
         starts = np.cumsum(self.counts, dtype=np.int64) - self.counts
-        keep = p >= min_prob
+        keep = self.logprobs >= least_logprob(min_prob)
         if top_p < 1:
+            p = np.exp(self.logprobs.astype(np.float64))
             sums = np.concatenate([[0.0], np.cumsum(p)])
             before = sums[:-1] - np.repeat(sums[starts], self.counts)  # mass of the better entries
             keep &= before < top_p
         keep[starts[self.counts > 0]] = True
-        return self if keep.all() else self._only(keep, p)
+        return self if keep.all() else self._only(keep)
 
     def fold(self, vocab_size: int) -> "TopK":
         """Move entries with ids of `vocab_size` and above into the tail, with their exact mass.
@@ -111,7 +112,7 @@ class TopK:
         keep = self.ids < vocab_size
         if keep.all():
             return self
-        folded = self._only(keep, np.exp(self.logprobs.astype(np.float64)))
+        folded = self._only(keep)
         full = folded.counts == vocab_size
         if not full.any():
             return folded
@@ -122,17 +123,16 @@ class TopK:
             folded, logprobs=logprobs.astype(np.float32), tail_logprob=tail.astype(np.float32)
         )
 
-    def _only(self, keep: npt.NDArray[np.bool_], p: npt.NDArray[np.float64]) -> "TopK":
-        """The entries [E] to keep; the mass of the others, whose probabilities are p [E], goes to
-        the tail."""
-        ends = np.cumsum(self.counts, dtype=np.int64)
-        kept = np.concatenate([[0], np.cumsum(keep)])
-        counts = (kept[ends] - kept[ends - self.counts]).astype(np.uint16)
+    def _only(self, keep: Bools) -> "TopK":
+        """The entries to keep, bool [E]; the mass of the others goes to the tail."""
+        counts = position_sums(keep.view(np.uint8), self.counts).astype(np.uint16)
         # Dropped entries are small: sum them alone, or rounding loses them.
-        dropped = position_sums(np.where(keep, 0, p), self.counts)
+        p = np.exp(self.logprobs.compress(~keep).astype(np.float64))
+        dropped = position_sums(p, self.counts - counts)
         with np.errstate(divide="ignore", invalid="ignore"):  # NaN of a teacher stays NaN
             tail = np.logaddexp(self.tail_logprob.astype(np.float64), np.log(dropped))
-        return TopK(counts, self.ids[keep], self.logprobs[keep], tail.astype(np.float32))
+        ids, logprobs = self.ids.compress(keep), self.logprobs.compress(keep)
+        return TopK(counts, ids, logprobs, tail.astype(np.float32))
 
     def spread_tail(self) -> "TopK":
         """Move the tail's mass to its sampled ids, tail · times / draws each; no tail is left.
@@ -188,7 +188,20 @@ def within(starts: npt.NDArray[np.int64], counts: UInt16s) -> npt.NDArray[np.int
     return indices
 
 
-def position_sums(values: npt.NDArray[np.floating], counts: UInt16s) -> npt.NDArray[np.float64]:
+@lru_cache
+def least_logprob(p: float) -> np.float32:
+    """The least float32, in nats, whose probability in float64 is at least p."""
+    if p == 0:
+        return np.float32(-np.inf)
+    found, end = np.float32(np.log(p)), np.float32(np.inf)
+    while np.exp(np.float64(found)) < p:
+        found = np.nextafter(found, end)
+    while np.exp(np.float64(np.nextafter(found, -end))) >= p:
+        found = np.nextafter(found, -end)
+    return np.float32(found)
+
+
+def position_sums(values: npt.NDArray[np.number], counts: UInt16s) -> npt.NDArray[np.float64]:
     """Sum ragged values [E] over each position -> [P]; an empty position gives 0."""
     if len(values) and (counts == counts[0]).all():
         rows = values.reshape(len(counts), -1)
@@ -274,7 +287,9 @@ def check_topk(topk: TopK, vocab_size: int) -> None:
         if len(twice):
             fail(int(twice[0, 0]), f"id {rows[tuple(twice[0])]} appears twice")
     else:
-        keys = np.sort(np.repeat(np.arange(len(topk)) * vocab_size, counts) + topk.ids)
+        narrow = len(topk) * vocab_size < 1 << 31  # these are sorted in half the time
+        first_keys = (np.arange(len(topk)) * vocab_size).astype(np.int32 if narrow else np.int64)
+        keys = np.sort(np.repeat(first_keys, counts) + topk.ids)
         again = np.flatnonzero(keys[1:] == keys[:-1])
         if len(again):
             where, token = divmod(int(keys[again[0]]), vocab_size)

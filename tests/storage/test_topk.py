@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import InvalidRecord, Record, TopK, decode, encode
-from storage.topk import check_topk, position_sums
+from storage.topk import check_topk, least_logprob, position_sums
 from tests.helpers.records import VOCAB, random_record, random_topk, sampled_topks, with_samples
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_the_least_logprob_of_a_probability(p: float) -> None:
+    """Comparing with it is comparing the probability itself in float64."""
+    least = least_logprob(p)
+    assert least.dtype == np.float32
+    below = np.nextafter(least, np.float32(-np.inf)).astype(np.float64)
+    assert np.exp(np.float64(least)) >= p
+    assert p == 0 or np.exp(below) < p
 
 
 @given(
