@@ -28,6 +28,7 @@ from storage.targets import pack_mask
 
 LEAVES = ("doc_id", "chunk", "tokens", "input_ids.list.element", "payload", "targets")
 PAYLOADS = ("payload", "samples", "successors")  # already compressed
+ENCODERS = 2  # threads: more of them wait for each other
 
 
 class DataFileWriter:
@@ -71,7 +72,7 @@ class DataFileWriter:
     def write(self, rows: Sequence[PendingRow]) -> None:
         """Encode these rows and write them as one row group."""
         # The slow parts of encoding release the GIL.
-        with ThreadPoolExecutor(thread_name_prefix="encoding") as pool:
+        with ThreadPoolExecutor(ENCODERS, "encoding") as pool:
             payloads = list(pool.map(self.payload, rows, range(self.rows, self.rows + len(rows))))
         columns = [
             pa.array([row.doc_id for row in rows], pa.string()),

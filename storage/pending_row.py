@@ -59,7 +59,8 @@ class Sums:
             self.sampled_ids += len(topk.samples.ids)
             self.sample_bytes += len(row.samples)
         self.mass += float(mass.sum())
-        self.histogram += np.histogram(np.clip(mass, 0, 1), MASS_BINS, (0, 1))[0]
+        bins = np.clip((mass * MASS_BINS).astype(np.int64), 0, MASS_BINS - 1)
+        self.histogram += np.bincount(bins, minlength=MASS_BINS)
         self.kl_sum += float(kl.sum())
         self.kl_max = max(self.kl_max, float(kl.max(initial=0)))
 
