@@ -53,7 +53,7 @@ class ShardWriter:
 
     The plan's `codec` chooses the version of the payloads, "v1" by default. Rows are in memory
     until their tables are chosen: one row group in "v1", the whole shard in "v2" (6 bytes per
-    entry, and about 20 while it writes), a row group or LEARN_POSITIONS in "v3".
+    entry, and about 20 while it writes), a row group or LEARN_POSITIONS in "v3" (shared_tables).
     """
 
     def __init__(self, partition: Partition, index: int | None = None) -> None:

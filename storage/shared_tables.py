@@ -18,21 +18,24 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from storage.codec.v3_learning import learn
-from storage.codec.v3_tables import LEARN_POSITIONS, Tables
+from storage.codec.v3_tables import Tables
 from storage.errors import IncompleteDump
 from storage.manifest import Partition
 from storage.own_tables import Chosen
 from storage.pending_row import PendingRow, learning
 
+# What tables are learnt from: that many positions, or fewer with that many entries, which are in
+# memory until then, in 6 bytes each, and in as many more while they are learnt from.
+LEARN_POSITIONS, LEARN_ENTRIES = 196_608, 1 << 24
 TRIED = 8  # tables of the dump, the newest ones
 # Bits of an entry ÷ those that the tables expect. Measured on six kinds of text (SmolLM2-135M,
 # learnt from 46,000 positions): 0.99 to 1.10 for rows of the same kind, 1.06 to 1.74 for others.
 FITS = 1.05  # up to which tables are taken at once
 SERVES = 1.25  # up to which the best of ENOUGH are taken
 ENOUGH = 4
-FEW = LEARN_POSITIONS // 4  # tables learnt from fewer positions are for short shards
-SHOWN = LEARN_POSITIONS // 8  # positions that show whether tables fit
-LEAST = LEARN_POSITIONS // 64  # positions; learning from fewer costs more than it saves
+FEW = 32_768  # positions; tables learnt from fewer are for short shards
+SHOWN = 16_384  # positions that show whether tables fit
+LEAST = 2_048  # positions; learning from fewer costs more than it saves
 
 
 class SharedTables:
@@ -54,7 +57,7 @@ class SharedTables:
         elif not self.looked:
             self.looked = True
             found = self.fitting(rows)
-        elif size >= LEARN_POSITIONS:
+        elif enough(rows, size):
             found = self.new(rows)
         if found is None:
             return None
@@ -87,7 +90,7 @@ class SharedTables:
 
     def fitting(self, rows: Sequence[PendingRow], positions: int | None = None) -> str | None:
         """The best of the candidates for these rows, if it is good enough."""
-        entries = max(1, sum(len(row.grid.ids) for row in rows))
+        entries = max(1, entries_in(rows))
         for sha256 in self.candidates(positions):
             if sha256 not in self.ratios:
                 tables = self.tables.get(sha256)
@@ -126,6 +129,16 @@ class SharedTables:
     def published(self, tables: Tables) -> str:
         self.partition.dump.check_plan()
         return self.tables.publish(tables)
+
+
+def enough(rows: Sequence[PendingRow], size: int) -> bool:
+    """Whether tables can be learnt from these rows, whose `size` is that of `choose`."""
+    return size >= LEARN_POSITIONS or (size >= FEW and entries_in(rows) >= LEARN_ENTRIES)
+
+
+def entries_in(rows: Iterable[PendingRow]) -> int:
+    """The entries of the distributions of these rows."""
+    return sum(len(row.grid.ids) for row in rows)
 
 
 def positions_in(rows: Iterable[PendingRow]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from storage.codec.grid import Integers, same_levels
+from storage.codec.grid import Integers
 from storage.errors import InvalidRecord
 from storage.topk import Floats, Int32s, TopK, UInt16s, check_topk
 
@@ -51,8 +51,21 @@ class RootGrid:
         return (
             np.array_equal(self.tails, other.tails)
             and np.array_equal(self.roots, other.roots)
-            and same_levels(self.counts, self.roots, self.ids, other.ids)
+            and same_ids(self, other)
         )
+
+
+def same_ids(grid: RootGrid, other: RootGrid) -> bool:
+    """Whether each position of both, whose roots are the same, has the same ids at each root."""
+    from storage.codec.v3_tables import compiled  # which needs this module
+
+    entries = int(grid.counts.sum(dtype=np.int64))
+    if not entries == len(grid.roots) == len(grid.ids) == len(other.ids):
+        return False
+    ids, others = (np.require(each.ids, np.int32, ["C", "W"]) for each in (grid, other))
+    roots = np.require(grid.roots, np.uint16, ["C", "W"])
+    counts = np.require(grid.counts, np.uint16, ["C", "W"])
+    return bool(compiled().same_entries(counts, roots, ids, others, grid.vocab_size))
 
 
 def largest(step: float) -> int:

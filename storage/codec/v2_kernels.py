@@ -369,8 +369,8 @@ def tally(order, tokens, offsets, ids, levels, rank_of, seen, most):
             end += 1
         room, at = room + min(entries // seen, most), end
     sizes = np.zeros(vocab, np.int64)
-    listed, times = np.empty(room, np.int32), np.empty(room, np.int64)
-    means, of = np.empty(room, np.float64), np.empty(room, np.int64)
+    listed, times = np.empty(room, np.int32), np.empty(room, np.int32)
+    means, of = np.empty(room, np.float32), np.empty(room, np.int32)
     often, total = np.zeros(vocab, np.int64), np.zeros(vocab, np.int64)
     touched = np.empty(vocab, np.int32)
     filled, at = 0, 0

@@ -5,7 +5,9 @@ for other text of the same kind. Counted on the rows of the lists themselves, id
 because they stand there would seem sure.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,48 @@ SEEN = 2  # times; a successor seen once is not listed
 FOLDS = 4
 KIND_CHANCES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.9)
 KIND_LEVELS = (0.15, 0.3, 0.42, 0.55, 0.68, 0.8, 0.9)  # quantiles
+ROOT_SHARES = (0.25, 0.5, 0.75, 0.9)  # quantiles, too
 PER_OCTAVE = 64  # of the ratio of a root to the smallest one
 WEIGHT = 4.0  # symbols that the mean over a group of contexts counts for
+
+
+class Text(NamedTuple):
+    """The rows that are learnt from, joined.
+
+    begins   int64 [rows + 1]  where the positions of each row begin
+    tokens   int32 [P]
+    offsets  int64 [P + 1]  where the entries of each position begin
+    ids      int32 [E]
+    levels   uint16 [E]  see octaves
+    """
+
+    begins: Int64s
+    tokens: Int32s
+    offsets: Int64s
+    ids: Int32s
+    levels: UInt16s
+
+
+def joined(rows: Sequence[tuple[Int32s, RootGrid]], masks: Sequence[Bools | None]) -> Text:
+    """The rows, without the tokens whose distributions are not stored."""
+    grids = [grid for _, grid in rows]
+    tokens = [
+        input_ids[positions_of(targets, len(input_ids))]
+        for (input_ids, _), targets in zip(rows, masks, strict=True)
+    ]
+    none = np.zeros(0, np.int32)
+    counts = np.concatenate([none, *(grid.counts for grid in grids)])
+    entries = np.cumsum([0, *(len(grid.ids) for grid in grids)])
+    ids, levels = np.empty(entries[-1], np.int32), np.empty(entries[-1], np.uint16)
+    for grid, begin, end in zip(grids, entries, entries[1:], strict=False):
+        ids[begin:end], levels[begin:end] = grid.ids, octaves(grid)
+    return Text(
+        np.cumsum([0, *map(len, tokens)]),
+        np.concatenate([none, *tokens]),
+        np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        ids,
+        levels,
+    )
 
 
 def learn(
@@ -34,37 +76,38 @@ def learn(
     kernels = compiled()
     masks = [None] * len(rows) if masks is None else masks
     grids = [grid for _, grid in rows]
-    tokens = [
-        input_ids[positions_of(targets, len(input_ids))]
-        for (input_ids, _), targets in zip(rows, masks, strict=True)
-    ]
     ranks, edges = learn_ranks(grids, vocab_size), learn_edges(grids)
     flags = np.zeros((kernels.FLAGS, 2), np.int64)
     numbers = np.zeros((kernels.NUMBERS, kernels.SYMBOLS), np.int64)
     even = to_chances(flags), to_sums(numbers)
-    raw = 0
-    for inside, outside in folds(len(rows)):
-        lists = list_successors([tokens[i] for i in outside], [grids[i] for i in outside], ranks)
+    text, raw = joined(rows, masks), 0
+    level_edges = quantiles(np.array_split(text.levels, len(rows) + 1), KIND_LEVELS)
+    by_token = np.argsort(text.tokens, kind="stable")
+    for begin, end in folds(len(rows)):
+        inside = (by_token >= text.begins[begin]) & (by_token < text.begins[end])
+        outside = by_token if inside.all() else by_token[~inside]
+        lists = list_successors(text, outside, level_edges, ranks)
         plain = Tables(ranks, *lists, *edges, *even, learnt=0, cost=0.0)
-        for i in inside:
+        for i in range(begin, end):
             contexts, symbols = plain.row(rows[i][0], masks[i]).symbols(grids[i])
             kernels.count(contexts, symbols, flags, numbers)
             raw += int((contexts[contexts >= kernels.RAW] - kernels.RAW).sum())
     chances, sums = to_chances(flags), to_sums(numbers)
     bits = raw + information(flags, numbers, chances, sums)
-    entries = sum(len(grid.ids) for grid in grids)
-    learnt = sum(len(grid.counts) for grid in grids)
-    lists = list_successors(tokens, grids, ranks)
-    return Tables(ranks, *lists, *edges, chances, sums, learnt, bits / max(entries, 1))
+    cost = bits / max(len(text.ids), 1)
+    lists = list_successors(text, by_token, level_edges, ranks)
+    return Tables(ranks, *lists, *edges, chances, sums, len(text.tokens), cost)
 
 
-def folds(rows: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """(rows to count, rows to list from): a quarter and the others. Of few rows all are both."""
+def folds(rows: int) -> list[tuple[int, int]]:
+    """The (begin, end) of rows that are counted while their successors are listed from the others.
+
+    Few rows are one part, and are listed from themselves.
+    """
     if rows < 2 * FOLDS:
-        yield range(rows), range(rows)
-        return
-    for part in np.array_split(np.arange(rows), FOLDS):
-        yield part.tolist(), [*range(part[0]), *range(part[-1] + 1, rows)]
+        return [(0, rows)] if rows else []
+    ends = [rows * fold // FOLDS for fold in range(FOLDS + 1)]
+    return list(itertools.pairwise(ends))
 
 
 def information(flags: Integers, numbers: Integers, chances: UInt16s, sums: UInt16s) -> float:
@@ -97,29 +140,36 @@ def octaves(grid: RootGrid) -> Integers:
 
 
 def learn_edges(grids: Sequence[RootGrid]) -> tuple[Int64s, Int64s]:
-    """(scales, roots) of Tables: eight and five classes of equal size."""
+    """(scales, roots) of Tables: eight and five classes of about equal size."""
     none = np.zeros(0, np.int64)
     keys = np.concatenate([none, *((g.counts.astype(np.int64) << 16) + floors(g) for g in grids)])
-    roots = np.concatenate([np.zeros(0, np.uint16), *(grid.roots for grid in grids)])
     scales = np.quantile(keys, np.arange(1, 8) / 8, method="lower") if len(keys) else np.zeros(7)
-    edges = np.quantile(roots, (0.25, 0.5, 0.75, 0.9)) if len(roots) else np.zeros(4)
-    return scales.astype(np.int64) + 1, np.maximum(edges, 1).astype(np.int64)
+    roots = quantiles((grid.roots for grid in grids), ROOT_SHARES)
+    return scales.astype(np.int64) + 1, np.maximum(roots, 1)
+
+
+def quantiles(parts: Iterable[UInt16s], shares: Sequence[float]) -> Int64s:
+    """[len(shares)] quantiles of numbers in many parts, by counting them."""
+    times = np.zeros(1 << 16, np.int64)
+    for part in parts:
+        found = np.bincount(part)
+        times[: len(found)] += found
+    if not times.any():
+        return np.zeros(len(shares), np.int64)
+    places = np.array(shares) * times.sum()
+    return np.asarray(np.searchsorted(np.cumsum(times), places, side="right"), np.int64)
 
 
 def list_successors(
-    of_rows: Sequence[Int32s], grids: Sequence[RootGrid], ranks: Ranks
+    text: Text, order: Int64s, edges: Int64s, ranks: Ranks
 ) -> tuple[Int32s, Int32s, npt.NDArray[np.uint8]]:
-    """(starts, listed, kinds) of Tables, from the tokens [P] and the grid of each row."""
-    none = np.zeros(0, np.int32)
-    tokens = np.concatenate([none, *of_rows])
-    counts = np.concatenate([none, *(grid.counts for grid in grids)])
-    ids = np.concatenate([none, *(grid.ids for grid in grids)])
-    levels = np.concatenate([np.zeros(0, np.uint16), *(octaves(grid) for grid in grids)])
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    edges = np.quantile(levels, KIND_LEVELS) if len(levels) else np.zeros(7)
+    """(starts, listed, kinds) of Tables, from some of the positions, sorted by token.
+
+    edges [7]: of the classes of levels
+    """
     kernels = compiled()
     sizes, listed, times, means, of = kernels.tally(
-        np.argsort(tokens, kind="stable"), tokens, offsets, ids, levels, ranks.rank_of,
+        order, text.tokens, text.offsets, text.ids, text.levels, ranks.rank_of,
         SEEN, kernels.MOST_LISTED,
     )  # fmt: skip
     kinds = np.digitize(times / np.maximum(of, 1), KIND_CHANCES) * 8 + np.digitize(means, edges)

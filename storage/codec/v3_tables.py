@@ -31,7 +31,6 @@ MAGIC, VERSION = b"MoLt", 1
 # magic, version, V, frequent ids, listed, positions learnt from, bits an entry, edges of classes of
 # positions and of roots, bytes of each compressed part
 HEAD = struct.Struct("<4sIIIIQd7Q4Q5I")
-LEARN_POSITIONS = 1 << 17  # positions that tables are learnt from
 MOST_LISTED_PER_BYTE, FREE_LISTED = 64, 1 << 20  # a table's claim; real ones: less than one a byte
 RANK_KINDS = (32, 128, 512, 2048, 8192)
 Integers = npt.NDArray[np.integer]
@@ -170,7 +169,7 @@ class Row:
         place, length = compiled().matches(self.input_ids, self.positions)
         return self.input_ids[self.positions].view(np.uint32), place, length
 
-    def symbols(self, grid: RootGrid) -> tuple[Int32s, Int32s]:
+    def symbols(self, grid: RootGrid) -> tuple[UInt16s, UInt16s]:
         """(contexts, symbols) [n] that encode the grid."""
         tokens, place, length = self._walked()
         offsets = np.concatenate([[0], np.cumsum(grid.counts, dtype=np.int64)])
@@ -179,7 +178,7 @@ class Row:
         asked += counts[:-1].sum() + counts[place[place >= 0]].sum()
         # one for each candidate asked; at most 3 for each number
         room = int(asked) + 6 * len(grid.ids) + 12 * len(counts)
-        contexts, symbols = np.empty((2, room), np.int32)
+        contexts, symbols = np.empty((2, room), np.uint16)
         written = compiled().list_row(
             self.tables.known, tokens, place, length, offsets, grid.ids.astype(np.uint32),
             grid.roots.astype(np.uint16), grid.tails.astype(np.int32), largest(grid.step),

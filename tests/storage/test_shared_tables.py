@@ -134,6 +134,20 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
         writer.commit({})
 
 
+def test_many_entries_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So memory is bounded whatever k is; but not fewer positions than tables are shared from."""
+    monkeypatch.setattr("storage.shared_tables.LEARN_ENTRIES", 4 * GROUP * K)
+    writer = ShardWriter(new(tmp_path).partition(0))
+    found = held(writer, map(record, range(60)))
+    assert 4 * GROUP - 2 * TOKENS < max(found) < 4 * GROUP
+    writer.abort()
+    monkeypatch.setattr("storage.shared_tables.LEARN_ENTRIES", 1)
+    writer = ShardWriter(new(tmp_path / "other").partition(0))
+    found = held(writer, map(record, range(60)))
+    assert LEARN // 4 - 2 * TOKENS < max(found) < LEARN // 4 + TOKENS
+    writer.abort()
+
+
 def test_tables_of_few_positions_serve_short_shards_alone(tmp_path: Path) -> None:
     dump = new(tmp_path)
     few = write(dump, 5)

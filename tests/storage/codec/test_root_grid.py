@@ -191,3 +191,18 @@ def test_levels_are_compared_as_sets(counts: list[int], seed: int) -> None:
         for a, b in itertools.pairwise(ends)
     )
     assert same_levels(topk.counts, levels, topk.ids, others) == expected
+    roots, tails = levels.astype(np.uint16), np.zeros(len(counts), np.int32)
+    grid = RootGrid(STEP, VOCAB, topk.counts, topk.ids, roots, tails)
+    assert grid.same(replace(grid, ids=others)) == expected
+
+
+@pytest.mark.parametrize("wrong", ["negative", "too large", "twice"])
+def test_a_grid_with_impossible_ids_is_another_one(wrong: str) -> None:
+    grid = quantise(random_topk(4, 5), VOCAB, STEP)
+    ids = grid.ids.copy()
+    ids[7] = {"negative": -1, "too large": VOCAB, "twice": ids[6]}[wrong]
+    roots = replace(grid, roots=np.full_like(grid.roots, 9))  # so that any order is the same
+    assert roots.same(replace(roots, ids=grid.ids.copy()))
+    assert not roots.same(replace(roots, ids=ids))
+    assert not replace(roots, ids=ids).same(roots)
+    assert not roots.same(replace(roots, ids=ids[:-1]))

@@ -1,23 +1,37 @@
 """What the tables of version 3 learn, and what they expect of other text."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage import TopK
 from storage.codec.root_grid import quantise
-from storage.codec.v3_learning import FOLDS, folds, learn
+from storage.codec.v3_learning import FOLDS, folds, learn, quantiles
 from tests.helpers.records import VOCAB, random_topk
 from tests.storage.codec.test_v3 import STEP, alike, learnt
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2 * FOLDS - 1, 2 * FOLDS, 101])
-def test_each_row_is_counted_once_and_not_listed_from(rows: int) -> None:
-    counted: list[int] = []
-    for inside, outside in folds(rows):
-        counted += inside
-        if rows >= 2 * FOLDS:
-            assert sorted([*inside, *outside]) == list(range(rows))
-    assert sorted(counted) == list(range(rows))
+def test_each_row_is_counted_once(rows: int) -> None:
+    counted = [row for begin, end in folds(rows) for row in range(begin, end)]
+    assert counted == list(range(rows))
+    assert len(folds(rows)) == (FOLDS if rows >= 2 * FOLDS else min(rows, 1))
+
+
+@given(st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=5))
+def test_quantiles_leave_their_share_below(parts: list[list[int]]) -> None:
+    """Of all numbers, at most that share is below, and more than it is below or equal."""
+    shares = (0.25, 0.5, 0.9)
+    found = quantiles((np.array(part, np.uint16) for part in parts), shares)
+    every = np.array(list(itertools.chain(*parts)))
+    if not len(every):
+        assert found.tolist() == [0, 0, 0]
+        return
+    for share, quantile in zip(shares, found, strict=True):
+        assert (every < quantile).mean() <= share < (every <= quantile).mean()
 
 
 def test_tables_say_what_they_were_learnt_from_and_what_they_expect() -> None:
