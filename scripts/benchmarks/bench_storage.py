@@ -370,6 +370,9 @@ def main() -> None:
     parser.add_argument(
         "--learn", type=int, nargs="+", help="only: rows that tables of version 3 are learnt from"
     )
+    parser.add_argument(
+        "--steps", type=float, nargs="+", help="only: version 3 at these steps, as parts of 1"
+    )
     parser.add_argument("--plot", type=Path, help="write a PNG")
     given = parser.parse_args()
     pa.set_cpu_count(1)
@@ -380,7 +383,12 @@ def main() -> None:
         if given.learn:
             learning(rows, vocab, given.learn)
             continue
-        if rows[0].topk.samples is None:
+        if given.steps:
+            lines = [
+                shard("v3", f"v3, step 1/{parts:g}", rows, vocab, "v3", 1 / parts)
+                for parts in given.steps
+            ]
+        elif rows[0].topk.samples is None:
             lines = found[f"{path.name}, {total_tokens(rows):,} tokens"] = measure(
                 rows, vocab, given.sweep
             )
