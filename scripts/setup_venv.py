@@ -281,6 +281,15 @@ def install_cpu_torch(venv: Path, pin: str) -> None:
     )
 
 
+def empty(folder: Path, kept: Path) -> None:
+    """Remove everything in a folder but one file."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != kept:
+            path.unlink()
+
+
 def set_up(venv: Path, lock: Path, editable: bool) -> None:
     pins = read_lock(lock)
     refused = refusal(
@@ -295,11 +304,25 @@ def set_up(venv: Path, lock: Path, editable: bool) -> None:
         if not missing(found, pins):
             return
         say(f"{venv} lacks {', '.join(missing(found, pins))}: repairing it")
+    ours = venv / ".unfinished"  # until it is ready
+    if (
+        not found
+        and not (ready.exists() or ours.exists())
+        and venv.exists()
+        and any(venv.iterdir())
+    ):
+        give_up(
+            f"{venv} has no Python with pip, and was not made here; nothing in it is changed. Move "
+            "it away, or remove it, and try again"
+        )
+    venv.mkdir(parents=True, exist_ok=True)
+    ours.touch()
     if ready.exists():
         ready.unlink()
     if not found:
         say(f"making {venv}")
-        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)]).returncode:
+        empty(venv, ours)
+        if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
             give_up(
                 f"Python cannot make {venv} (its message is above); on Debian and Ubuntu its venv "
                 "module is a package of its own: apt install python3-venv"
@@ -324,6 +347,7 @@ def set_up(venv: Path, lock: Path, editable: bool) -> None:
     if left:
         give_up(f"{venv} still lacks {', '.join(left)}; remove it and try again")
     ready.write_text(stamp(lock))
+    ours.unlink()
     say(f"{venv} is ready")
 
 

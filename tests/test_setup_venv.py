@@ -108,6 +108,27 @@ def test_an_environment_without_a_working_python_is_made_anew(made: Path) -> Non
     assert read(made, "alpha") == read(made, "beta") == "1.0"
 
 
+def test_a_killed_start_is_made_anew(made: Path) -> None:
+    (made / "venv" / ".ready").rename(made / "venv" / ".unfinished")
+    (made / "venv" / "bin" / "python").unlink()
+    assert run(made).returncode == 0
+    assert read(made, "alpha") == "1.0"
+    assert not (made / "venv" / ".unfinished").exists()
+
+
+def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path: Path) -> None:
+    """Such as an environment without pip, as uv makes them."""
+    (tmp_path / "lock").write_text("alpha==1.0\n")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable + "-none")
+    (tmp_path / "venv" / "mine.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    result = run(tmp_path)
+    assert result.returncode == 1
+    assert "was not made here; nothing in it is changed. Move it away" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_changed_lock_is_followed(made: Path) -> None:
     (made / "lock").write_text("alpha==2.0\nbeta==1.0\n")
     assert run(made).returncode == 0

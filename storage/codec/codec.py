@@ -35,11 +35,12 @@ def encode(
 
     `ranks` chooses the version: nothing or Ranks give version 1, a Row of tables (`tables.row(
     input_ids, targets)`) version 2 or 3. Entries that are equal on the grid come back by ascending
-    id in version 2, and in any order in version 3. `step` is the grid's spacing, by default that of STEPS: nats in version 1 and 2,
-    where decoding is off by at most step / 2 per log-probability before it renormalises; units of
-    √p in version 3, where √p is, and entries that round to 0 are added to the tail. Raises
-    InvalidRecord if `topk` is not a distribution over `vocab_size` ids, or if `ranks` has another
-    vocabulary or number of positions.
+    id in version 2, and in any order in version 3.
+    `step` is the grid's spacing, by default that of STEPS: nats in version 1 and 2, where decoding
+    is off by at most step / 2 per log-probability before it renormalises; units of √p in version 3,
+    where √p is, and entries that round to 0 are added to the tail.
+    Raises InvalidRecord if `topk` is not a distribution over `vocab_size` ids, or if `ranks` has
+    another vocabulary or number of positions.
     """
     codec = "v3" if isinstance(ranks, v3_tables.Row) else "v1"
     step = STEPS[codec] if step is None else step
