@@ -79,8 +79,9 @@ class RowReader:
         self._lock = threading.Lock()
 
     def __del__(self) -> None:
-        for handle, _ in getattr(self, "_files", Kept[int](0)).values.values():
-            os.close(handle)
+        if hasattr(self, "_files"):
+            for handle, _ in self._files.values.values():
+                os.close(handle)
 
     def record(self, number: int, row: int) -> Record:
         """Row `row` of shard `number`."""

@@ -209,3 +209,19 @@ def test_the_top_has_the_files_of_the_root_alone(tmp_path: Path, place: str) -> 
     assert found["plan.json"].bytes == 3
     assert found["plan.json"].age > 3600 > found["tables-0.bin"].age
     assert place == "local" or Counted.requests == {"LIST": 1}
+
+
+def test_what_is_below_no_link_needs_no_look_at_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "dump" / "00000").mkdir(parents=True)
+    file = tmp_path / "dump" / "00000" / "file"
+    file.write_text("x")
+    os.mkfifo(tmp_path / "dump" / "pipe")
+    (tmp_path / "dump" / "link").symlink_to(file)
+    (tmp_path / "dump" / "folder").symlink_to(file.parent)
+    (tmp_path / "root").symlink_to(tmp_path / "dump")
+    for root in ("dump", "root"):
+        store = Store(tmp_path / root)
+        assert store.without_links("00000/file")
+        assert store.regular("00000/file") == f"{tmp_path / root}/00000/file"
+        for name in ("link", "folder/file", "pipe", "00000", "none", "../dump/00000/file"):
+            assert not store.without_links(name)
