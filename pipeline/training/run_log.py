@@ -15,10 +15,12 @@ class RunLog(TrainerCallback):
     """Only rank 0 shows and writes."""
 
     def __init__(self) -> None:
+        self.begun = False  # on every rank: whether a signal has something to save
         self.progress: Progress | None = None
         self.status = "first step"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = True
         if not state.is_world_process_zero:
             return
         # A checkpoint carries the log up to it; the steps after it are done again.

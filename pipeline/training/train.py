@@ -91,7 +91,7 @@ def train(
     trainer: DistillTrainer | None = None
 
     def ask(name: str) -> bool:
-        if trainer is None or trainer.run_log.progress is None:
+        if trainer is None or not trainer.run_log.begun:
             return False  # nothing to save yet
         say(f"{name}: saving a checkpoint after this step")
         trainer.stop_asked = True

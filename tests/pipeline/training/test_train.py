@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from pipeline.models.directory import ModelFolder
 from pipeline.token_sequences import TokenSequences
 from pipeline.training import train
 from pipeline.training.forward import add_distill_forward
+from pipeline.training.output import COMPLETE
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers import scripts
 from tests.helpers.architectures import saved, sharpened, tiny
@@ -49,6 +52,7 @@ from tests.helpers.corpora import some_texts, write_jsonl, write_texts
 from tests.helpers.dumps import dumped, with_rows
 from tests.helpers.masks import some_targets
 from tests.helpers.models import tiny_model
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import SCRIPT, assert_close, script, settings, steps, yaml_of
 
 
@@ -384,6 +388,38 @@ def test_resume_in_the_second_epoch_and_at_another_number_of_ranks(
     assert again.returncode == 0, again.stderr
     assert f"resuming from checkpoint-{stopped}" in again.stderr
     assert_close(steps(ranks.output), expected)
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_ranks_saves_a_checkpoint_that_both_resume(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path
+) -> None:
+    """torchrun passes the signal on to all ranks. Each waits for the step after which all save."""
+    config = settings(tmp_path, model_path, dump_path, domain, training={"max_steps": 200})
+    file, run = yaml_of(tmp_path / "config.yaml", config), Path(config.output)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(SCRIPT), "--config", str(file)]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        give_up = time.monotonic() + 300
+        while not (run / "metrics.jsonl").exists() or not steps(run):
+            assert running.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        running.wait(timeout=300)
+    finally:
+        running.kill()
+    shown = (tmp_path / "log").read_text()
+    assert shown.count("SIGTERM: saving a checkpoint after this step") == 2, shown
+    stopped = len(steps(run))
+    assert 0 < stopped < 200
+    assert [path.parent.name for path in run.glob(f"*/{COMPLETE}")] == [f"checkpoint-{stopped}"]
+    again = script(file, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from checkpoint-{stopped}" in again.stderr
+    assert [line["step"] for line in steps(run)] == list(range(1, 201))
 
 
 def test_an_incomplete_checkpoint_is_not_resumed(
