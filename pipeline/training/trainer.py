@@ -290,6 +290,7 @@ class DistillTrainer(Trainer):
     ) -> dict[str, float]:
         """{"eval_domain_perplexity": and so on for each held-out text, "eval_general_kl": KL to the
         held-out dump, in nats per target}."""
+        began = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metrics = {}
@@ -307,7 +308,7 @@ class DistillTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self.begin_log_interval()  # evaluation is not training time
+        self.logged_at += time.perf_counter() - began  # not training time
         return metrics
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,10 @@ from pipeline.evaluation import evaluate
 from pipeline.losses import sparse_divergence
 from pipeline.models.directory import ModelFolder
 from pipeline.token_sequences import TokenSequences
-from pipeline.training import train
+from pipeline.training import train, trainer
 from pipeline.training.forward import add_distill_forward
 from pipeline.training.output import COMPLETE
+from pipeline.training.trainer import DistillTrainer
 from storage import Dump, LogitDataset, Record, TopK, create_dump
 from tests.helpers import scripts
 from tests.helpers.architectures import saved, sharpened, tiny
@@ -472,6 +474,61 @@ def test_loss_is_ce_plus_alpha_times_kl_per_token_of_the_step(
     assert first[0]["ce"] == pytest.approx(first[1]["ce"])
     assert first[0]["loss"] == pytest.approx(first[0]["ce"])
     assert first[1]["loss"] == pytest.approx(first[1]["ce"] + 3 * first[1]["kl"])
+
+
+@pytest.mark.parametrize(("logging", "evaluation"), [(4, 3), (3, 2)])
+def test_evaluations_leave_the_log_of_training_as_it_is(
+    tmp_path: Path,
+    model_path: Path,
+    dump_path: Path,
+    domain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    logging: int,
+    evaluation: int,
+) -> None:
+    """The losses are means over all steps since the last log, and the speed is that of training."""
+    clock = [0]
+
+    class Timed(DistillTrainer):
+        """A step takes 1 s, and an evaluation 100."""
+
+        def training_step(self, *arguments: Any) -> torch.Tensor:
+            clock[0] += 1
+            return super().training_step(*arguments)
+
+        def mean_kl(self, *arguments: Any) -> float:
+            clock[0] += 100
+            return super().mean_kl(*arguments)
+
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    runs = []
+    for strategy in ("no", "steps"):
+        config = settings(
+            tmp_path,
+            model_path,
+            dump_path,
+            domain,
+            output=str(tmp_path / strategy),
+            loss=LossConfig(alpha=0.5),
+            held_out=HeldOutConfig(dump=str(dump_path), dump_limit=4),
+            training={
+                "max_steps": 12,
+                "logging_steps": logging,
+                "eval_strategy": strategy,
+                "eval_steps": evaluation,
+                "eval_on_start": strategy == "steps",
+            },
+        )
+        train.run(config, Timed)
+        lines = (tmp_path / strategy / "metrics.jsonl").read_text().splitlines()
+        runs.append([json.loads(line) for line in lines])
+    plain, evaluated = runs
+    assert [line["step"] for line in plain] == list(range(logging, 13, logging))
+    assert [line for line in evaluated if "loss" in line] == plain
+    evaluations = [line["step"] for line in evaluated if "eval_general_kl" in line]
+    assert evaluations == list(range(0, 13, evaluation))
+    for line in plain:
+        assert line["loss"] == pytest.approx(line["ce"] + 0.5 * line["kl"], rel=1e-5)
 
 
 # ---- refusals
