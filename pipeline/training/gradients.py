@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.packing import PackedRow, domain_part, general_part
+from pipeline.training.draws import own_draws
 from pipeline.training.fsdp import whole
 
 Backward = Callable[[PackedRow, bool], None]
@@ -23,8 +24,7 @@ def gradient_parts(
     which costs one more forward and backward and the memory of one more set of gradients.
     """
     model.train()
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices):
+    with own_draws(device):
         ce = gradient(model, [domain_part(row) for row in rows], backward)
         kl = gradient(model, [general_part(row) for row in rows], backward)
     ce_norm, kl_norm = (math.sqrt(dot(part, part)) for part in (ce, kl))

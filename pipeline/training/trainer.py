@@ -38,6 +38,7 @@ from pipeline.token_sequences import TokenSequences
 from pipeline.training import fsdp
 from pipeline.training.arguments import GENERAL_KL, items_per_step
 from pipeline.training.disk import reading
+from pipeline.training.draws import own_draws
 from pipeline.training.gradients import gradient_parts
 from pipeline.training.output import COMPLETE, Output
 from pipeline.training.run_log import RunLog
@@ -324,10 +325,11 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def losses_of(self, row: PackedRow) -> Tensor:
-        """float64 [N] on the CPU: the loss of each target of a packed row."""
+        """float64 [N] on the CPU: the loss of each target of a packed row. Draws nothing that a
+        step would draw."""
         weights = torch.ones(len(row["targets"]["rows"]))
         row = send_to_device(with_targets(row, row_weights=weights), self.model.device)
-        with self.accelerator.autocast():
+        with own_draws(self.args.device), self.accelerator.autocast():
             losses: Tensor = self.model(**row)["losses"]
         return losses.double().cpu()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -474,6 +475,35 @@ def test_loss_is_ce_plus_alpha_times_kl_per_token_of_the_step(
     assert first[0]["ce"] == pytest.approx(first[1]["ce"])
     assert first[0]["loss"] == pytest.approx(first[0]["ce"])
     assert first[1]["loss"] == pytest.approx(first[1]["ce"] + 3 * first[1]["kl"])
+
+
+def test_saving_evaluating_and_resuming_leave_dropout_as_it_is(
+    tmp_path: Path, model_path: Path, dump_path: Path, domain: Path, capsys: Any
+) -> None:
+    """What a step draws depends neither on checkpoints and evaluations nor on an interruption."""
+    config = settings(
+        tmp_path,
+        model_path,
+        dump_path,
+        domain,
+        lora={"r": 4, "target_modules": "all-linear", "lora_dropout": 0.3},
+        held_out=HeldOutConfig(dump=str(dump_path), dump_limit=4),
+    )
+    train.run(replace(config, training=config.training | {"eval_strategy": "no"}))
+    expected, run = steps(config.output), Path(config.output)
+    shutil.rmtree(run)
+    config.training |= {"save_strategy": "steps", "save_steps": 3}
+    config.training |= {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    train.run(config)
+    assert steps(run) == expected
+    epoch = len(expected) // 2
+    for stopped in (3, epoch):
+        for step in range(stopped + 3, len(expected) + 1, 3):
+            shutil.rmtree(run / f"checkpoint-{step}")
+        (run / "summary.json").unlink()
+        train.run(config)
+        assert f"resuming from checkpoint-{stopped}" in capsys.readouterr().err
+        assert steps(run) == expected
 
 
 @pytest.mark.parametrize(("logging", "evaluation"), [(4, 3), (3, 2)])
