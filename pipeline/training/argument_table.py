@@ -15,12 +15,14 @@ MEASURES = "evaluation measures perplexities and KL, and makes no predictions to
 HUB = "checkpoints are not uploaded; `hf upload NAME OUTPUT/model` uploads the student"
 ORDER = "each step has its place in a fixed order of sequences, which an exact resume needs"
 LIGER = "it replaces the forward that holds the loss, which is fused with the head already"
+HALF = "its loss gradients underflow; set bf16"
 
 REFUSED = {
     "average_tokens_across_devices": "both losses are always means over the tokens of all ranks",
     "label_smoothing_factor": "the cross-entropy is to the tokens themselves",
+    "fp16": HALF,
     "bf16_full_eval": "evaluation runs in the precision of training; set bf16 for both",
-    "fp16_full_eval": "evaluation runs in the precision of training; set fp16 for both",
+    "fp16_full_eval": HALF,
     "use_liger_kernel": LIGER,
     "liger_kernel_config": LIGER,
     "auto_find_batch_size": "the mix counts on the batch size; set row_tokens to limit memory",
@@ -62,7 +64,7 @@ HONOURED = frozenset(
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon
     max_grad_norm neftune_noise_alpha
-    bf16 fp16 tf32 use_cpu use_cache full_determinism seed data_seed
+    bf16 tf32 use_cpu use_cache full_determinism seed data_seed
     gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps
     torch_compile torch_compile_backend torch_compile_mode
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica

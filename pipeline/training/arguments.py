@@ -49,6 +49,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     except (TypeError, ValueError, ImportError) as error:
         name = blamed(partial(TrainingArguments, **fixed), given)
         raise ConfigError(f"training{name}: {error}") from error
+    take_launched_precision(args)
     check_evaluation(args, metrics_of(config.held_out))
     probes.check(args)
     check_reporters(args)
@@ -123,6 +124,28 @@ def check_reporters(args: TrainingArguments) -> None:
         raise ConfigError(
             f"training.report_to {name}: the package is not installed; `pip install {name}`, or "
             "choose tensorboard or none. metrics.jsonl is written in any case"
+        )
+
+
+def take_launched_precision(args: TrainingArguments) -> None:
+    """bf16 of `accelerate launch --mixed_precision bf16` as if it was set here.
+
+    Raises ConfigError for another precision than that and "no".
+    """
+    if args.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"`accelerate launch --mixed_precision {args.mixed_precision}`: expected bf16 or no; "
+            "the gradients of the loss would underflow"
+        )
+    args.bf16 = args.mixed_precision == "bf16"
+
+
+def check_dtype(args: TrainingArguments, dtype: str) -> None:
+    """ConfigError where a student with weights of `dtype` would compute the loss in float16."""
+    if dtype == "float16" and not args.bf16:
+        raise ConfigError(
+            "dtype auto: the model's own is float16, in which the gradients of the loss underflow; "
+            "set dtype: float32 or training.bf16: true"
         )
 
 

@@ -124,7 +124,7 @@ def computed_in(config: TrainConfig, trainer: DistillTrainer, folder: ModelFolde
     args = trainer.args
     if args.bf16:
         return "bfloat16"
-    return "float16" if args.fp16 or args.tf32 else folder.dtype(config.dtype)
+    return "float16" if args.tf32 else folder.dtype(config.dtype)
 
 
 def plan_engine(general: GeneralStream) -> str:

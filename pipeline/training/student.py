@@ -100,7 +100,7 @@ def save_final(
     Raises RefusedError where the saved model is another one.
     """
     args, output, found = trainer.args, trainer.output, {}
-    exact = not (args.bf16 or args.fp16 or args.tf32)
+    exact = not (args.bf16 or args.tf32)
     probe = torch.from_numpy(trainer.train_dataset[0].domain.input_ids[:TOKENS].astype("int64"))
     with trainer.accelerator.autocast():
         trained = predict(trainer.model, probe)

@@ -24,7 +24,7 @@ from pipeline.places import check_output, inputs_of
 from pipeline.progress import say
 from pipeline.signals import stop_on_signals
 from pipeline.training import memory, quantised
-from pipeline.training.arguments import items_per_step, training_arguments
+from pipeline.training.arguments import check_dtype, items_per_step, training_arguments
 from pipeline.training.disk import writing
 from pipeline.training.identity import make_identity
 from pipeline.training.inputs import Inputs, check
@@ -52,6 +52,8 @@ def run(config: TrainConfig, trainer_class: Callable[..., DistillTrainer] = Dist
     check_output(config.output, {**dict(inputs_of(config)), "model": str(inputs.model.path)})
     args = training_arguments(config)
     quantised.check(config, args, inputs.model)
+    if config.quantization is None:  # what is not quantised becomes float32 there
+        check_dtype(args, inputs.model.dtype(config.dtype))
     with writing(Path(config.output)), hold(Path(config.output)):
         identity = make_identity(inputs, args)
         summary = finished(Path(config.output), identity)

@@ -15,13 +15,13 @@ from pipeline.config import CorpusConfig, HeldOutConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training import arguments
 from pipeline.training.argument_table import FIXED, HONOURED, REFUSED
-from pipeline.training.arguments import training_arguments
+from pipeline.training.arguments import check_dtype, training_arguments
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import settings
 
 PARAMETERS = inspect.signature(TrainingArguments).parameters
 
-HARDWARE = {"fp16", "tf32", "fsdp", "fsdp_config", "ddp_backend"}
+HARDWARE = {"tf32", "fsdp", "fsdp_config", "ddp_backend"}
 """Need a GPU or several processes (test_fsdp.py)."""
 OTHER: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
@@ -184,6 +184,28 @@ def test_the_page_lists_what_is_refused() -> None:
         line = next(line for line in section.splitlines() if f"`{name}`" in line)
         assert line.endswith(f"| {reason} |"), name
     assert not [name for name in HONOURED if f"`{name}`" in section]
+
+
+@pytest.mark.parametrize("launched", ["no", "bf16", "fp16", "fp8"])
+def test_the_launchers_precision_counts_as_a_setting(
+    config_of: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, launched: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)  # as accelerate's launcher does
+    assert training_arguments(config_of(bf16=True)).bf16
+    if launched in ("no", "bf16"):
+        assert training_arguments(config_of()).bf16 == (launched == "bf16")
+        return
+    with pytest.raises(ConfigError, match=f"--mixed_precision {launched}`: expected bf16 or no"):
+        training_arguments(config_of())
+
+
+def test_weights_in_float16_need_bf16(config_of: Callable[..., TrainConfig]) -> None:
+    plain, bf16 = (training_arguments(config_of(bf16=bf16)) for bf16 in (False, True))
+    check_dtype(plain, "float32")
+    check_dtype(plain, "bfloat16")
+    check_dtype(bf16, "float16")
+    with pytest.raises(ConfigError, match=r"dtype auto: the model's own is float16.*set dtype"):
+        check_dtype(plain, "float16")
 
 
 @pytest.mark.parametrize(

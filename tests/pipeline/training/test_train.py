@@ -672,6 +672,17 @@ def test_bad_settings_say_what_to_do(
         train.run(settings(tmp_path, model_path, dump_path, domain, **changes))
 
 
+def test_a_student_in_float16_is_refused(tmp_path: Path, model_path: Path, domain: Path) -> None:
+    model = tmp_path / "half"
+    shutil.copytree(model_path, model)
+    given = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(given | {"dtype": "float16"}))
+    config = settings(tmp_path, model, None, domain, mix=0, max_length=100, dtype="auto")
+    with pytest.raises(ConfigError, match="set dtype: float32"):
+        train.run(config)
+    assert not Path(config.output).exists()
+
+
 def test_an_empty_domain_is_refused(tmp_path: Path, model_path: Path, dump_path: Path) -> None:
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ConfigError, match="none of its 2 documents has a token to learn"):
