@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from pipeline import json_files, script_files
+from pipeline.places import check_output
 from pipeline.progress import say
 from pipeline.recorded import refuse_other_settings
 
@@ -35,6 +36,7 @@ def run(output: str, overrides: dict[str, list[str]]) -> dict[str, Any]:
 
     `overrides` adds options to the scripts, by stage. Returns the content of results.json.
     """
+    check_output(output, {})
     folder = Path(output)
     began = time.monotonic()
     check_same(folder, overrides)

@@ -41,18 +41,39 @@ def named(value: Any, name: str) -> list[str]:
 
 
 def check_output(output: str, inputs: dict[str, str]) -> None:
-    """ConfigError for an output directory that is an input, holds one, or lies in one."""
+    """ConfigError for an output directory that is an input, holds one, or lies in one, and for one
+    that cannot be made because a file is in its place."""
     if "://" in output and not os.path.lexists(output):
         refuse_nested_urls(output, inputs)
         return
     folder = Path(output).expanduser()
     refuse_inputs_inside(folder, inputs)
     refuse_inside_inputs(folder, inputs)
+    refuse_no_directory(folder, "output", output)
 
 
 def check_file(option: str, file: str, inputs: dict[str, str]) -> None:
-    """ConfigError for a file to be written that is an input or lies in one."""
-    refuse_inside_inputs(Path(file).expanduser(), inputs, option)
+    """ConfigError for a file to be written that is an input or lies in one, that is a directory, or
+    whose directory cannot be made because a file is in its place."""
+    path = Path(file).expanduser()
+    refuse_inside_inputs(path, inputs, option)
+    refuse_no_directory(path.parent, option, file)
+    if path.is_dir():
+        raise ConfigError(
+            f"{option} {file}: expected a file, found a directory; choose another {option}"
+        )
+
+
+def refuse_no_directory(folder: Path, option: str, given: str) -> None:
+    """ConfigError where a directory cannot be made: it, or one above it, is something else."""
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if there is None or there.is_dir():
+        return
+    where = "" if there == Path(given).expanduser() else f" at {there}"
+    found = "a file" if there.exists() else "a link that leads nowhere"
+    raise ConfigError(
+        f"{option} {given}: expected a directory{where}, found {found}; choose another {option}"
+    )
 
 
 def refuse_nested_urls(output: str, inputs: dict[str, str]) -> None:

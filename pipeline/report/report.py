@@ -14,8 +14,8 @@ from pipeline.progress import say
 def run(path: str, output: str) -> dict[str, Any]:
     """Write the page. Raises ConfigError if the path holds none of the four."""
     text, kind = make(path)
-    if kind in ("dump", "evaluation"):  # nothing but what its own program wrote
-        check_file("--output", output, {f"the {kind}": path})
+    alone = kind in ("dump", "evaluation")  # nothing but what its own program wrote
+    check_file("--output", output, {f"the {kind}": path} if alone else {})
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

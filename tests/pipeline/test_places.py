@@ -1,18 +1,22 @@
 """Where a run may write."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline import cli, generate
+from pipeline import cli, demo, generate
 from pipeline.config import CorpusConfig, EvalConfig, GenerateConfig, HeldOutConfig
 from pipeline.dump import dump
 from pipeline.errors import ConfigError
 from pipeline.evaluation import evaluate
 from pipeline.places import check_output, inputs_of, refuse_inputs_inside
 from pipeline.report import report
+from pipeline.study import config as study_config
+from pipeline.study import study
+from pipeline.study.config import ArmConfig, StudyConfig
 from pipeline.training import train
 from tests.helpers import dumps
 from tests.helpers.corpora import some_texts, write_texts
@@ -170,3 +174,50 @@ def test_a_page_keeps_out_of_its_dump(dump_path: Path) -> None:
     for name in ("plan.json", "page.html"):
         refused(lambda name=name: report.run(str(dump_path), str(dump_path / name)), dump_path)
     assert (dump_path / "plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/run/one", "lost", "lost/run"])
+def test_a_file_in_the_way_of_an_output_is_named(
+    tmp_path: Path, model_path: Path, corpus: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "lost").symlink_to("nowhere")
+    there, output = place.split("/")[0], str(tmp_path / place)
+    where = "" if place == there else f" at {tmp_path / there}"
+    found = "a file" if there == "file" else "a link that leads nowhere"
+    expected = f"output {output}: expected a directory{where}, found {found}; choose another output"
+
+    base, source = str(model_path), CorpusConfig(str(corpus))
+    held_out = study_config.HeldOutConfig(domain=source, general=source)
+    arms = {"ce": ArmConfig(train={"mix": 0})}
+    config = settings(tmp_path, model_path, None, corpus, mix=0, max_length=64, output=output)
+    works: list[Callable[[], object]] = [
+        lambda: train.run(config),
+        lambda: dump.run(dumps.settings(tmp_path, model_path, corpus, output=output)),
+        lambda: study.run(StudyConfig(base, source, source, held_out, output, arms)),
+        lambda: generate.run(GenerateConfig(base, output, 10, prompts=source)),
+        lambda: demo.run(output, {}),
+    ]
+    for work in works:
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            work()
+    assert (tmp_path / "file").read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_in_the_way_of_a_written_file_is_named(
+    tmp_path: Path, model: Path, corpus: Path, dump_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for output, message in [
+        (tmp_path / "file" / "a", f"expected a directory at {tmp_path / 'file'}, found a file"),
+        (tmp_path, "expected a file, found a directory"),
+    ]:
+        config = EvalConfig({"base": str(model)}, CorpusConfig(str(corpus)), output=str(output))
+        for work in (
+            lambda config=config: evaluate.run(config),
+            lambda output=output: report.run(str(dump_path), str(output)),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(f"output {output}: {message}")):
+                work()
+    assert (tmp_path / "file").read_text() == "kept"
