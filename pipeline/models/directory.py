@@ -46,6 +46,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "tekken.json", "vocab.*", "*.model")
+"""Files that transformers makes the vocabulary of any tokenizer from; some classes have others."""
 # Seconds for which transformers would ask on the terminal whether to run a model's own code, where
 # something calls it without saying so. 0: it refuses.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -147,6 +149,8 @@ class ModelFolder:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=False
             )
+            if not self.has_vocabulary(tokenizer):  # transformers makes an empty one
+                raise ValueError("no file of its vocabulary is there")
         except Exception as error:  # the tokenizers library raises Exception itself
             files = ", ".join(file.name for file in there)
             raise ConfigError(
@@ -155,6 +159,12 @@ class ModelFolder:
                 + "Put the base model's tokenizer.json and tokenizer_config.json into the directory"
             ) from None
         return tokenizer
+
+    def has_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether there is a file of the tokenizer's vocabulary, or it needs none, as of bytes."""
+        own = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"}
+        patterns = {*VOCABULARIES, *own}
+        return not own or any(file for each in patterns for file in self.path.glob(each))
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files that a dump carries so that its ids can be read as text."""

@@ -76,6 +76,57 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         _ = ModelFolder(tmp_path / "empty").tokenizer
 
 
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({"tokenizer.json"}, "Qwen2Tokenizer"),
+        ({"vocab.json", "merges.txt"}, "Qwen2Tokenizer"),
+        ({"vocab.json", "merges.txt"}, "GPT2Tokenizer"),
+        ({"tokenizer.json"}, "GPT2Tokenizer"),
+        ({"tokenizer.json"}, "PreTrainedTokenizerFast"),
+        ({"vocab.txt"}, "BertTokenizer"),
+        (set(), "ByT5Tokenizer"),
+    ],
+)
+def test_a_tokenizer_is_made_from_what_its_class_reads(
+    tmp_path: Path, files: set[str], kind: str
+) -> None:
+    folder = only(tmp_path, files)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert len(folder.tokenizer) > 256
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "gpt_neox"])
+def test_files_without_a_vocabulary_are_no_tokenizer(tmp_path: Path, name: str, kind: str) -> None:
+    """transformers makes one of them that has special tokens alone, and reads text as nothing."""
+    folder = only(tmp_path, set())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"no tokenizer \(.*Found {name}\. Put the base model's"):
+        _ = folder.tokenizer
+
+
+def only(tmp_path: Path, files: set[str]) -> ModelFolder:
+    """A model directory with these files of a tokenizer and no others."""
+    tiny_model(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *model["vocab"]]
+    texts = {
+        "vocab.json": json.dumps(model["vocab"]),
+        "vocab.txt": "\n".join(words),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]),
+        "tokenizer.json": (tmp_path / "tokenizer.json").read_text(),
+    }
+    for path in [*tmp_path.glob("tokenizer*"), *tmp_path.glob("*.jinja")]:
+        path.unlink()
+    for name in files:
+        (tmp_path / name).write_text(texts[name])
+    return ModelFolder(tmp_path)
+
+
 EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nraise SystemExit\n"
 
 
