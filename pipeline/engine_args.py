@@ -26,6 +26,24 @@ READ_HERE = {
 
 HUGGING_FACE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 
+ANSWERS_THE_SAME = frozenset((
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+    "enable_expert_parallel", "distributed_executor_backend", "max_parallel_loading_workers",
+    "disable_custom_all_reduce", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "num_gpu_blocks_override", "swap_space", "cpu_offload_gb", "block_size",
+    "enable_prefix_caching", "enable_chunked_prefill", "max_num_seqs", "max_num_batched_tokens",
+    "scheduling_policy", "async_scheduling", "enforce_eager", "compilation_config",
+    "attention_backend", "load_format", "download_dir", "safetensors_load_strategy",
+    "use_tqdm_on_load", "disable_log_stats", "limit_mm_per_prompt",
+))  # fmt: skip
+"""Arguments that change where and how fast the engine works, and no answer beyond rounding."""
+
+
+def changing_answers(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that may change what the model answers: all that are not known not to."""
+    named = {str(name).replace("-", "_"): value for name, value in given.items()}
+    return {name: named[name] for name in sorted(named.keys() - ANSWERS_THE_SAME)}
+
 
 def check_engine_args(given: dict[str, Any]) -> None:
     """ConfigError for arguments of vLLM that run code, or that make plan and weights differ."""

@@ -14,6 +14,7 @@ from storage.topk import Record
 
 BAR = 40
 SHOWN = 200  # tokens of a row
+MOST_SHOWN = 12  # settings of one part of the plan; the config of a model has more
 
 
 def describe(dataset: LogitDataset) -> Iterator[str]:
@@ -73,9 +74,10 @@ def tables_of(dataset: LogitDataset) -> Iterator[str]:
 
 def flatten(value: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, inner in value.items():
-        if isinstance(inner, dict):
+        many = isinstance(inner, dict | list) and len(inner) > MOST_SHOWN
+        if isinstance(inner, dict) and not many:
             yield from flatten(inner, f"{prefix}{key}.")
-        elif isinstance(inner, list) and len(inner) > 3:
+        elif many or (isinstance(inner, list) and len(inner) > 3):
             yield f"{prefix}{key}", f"{len(inner)} entries"
         else:
             yield f"{prefix}{key}", inner

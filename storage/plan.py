@@ -78,6 +78,7 @@ FIELDS = {
     "teacher.revision": TEXT.or_null(),
     "teacher.architectures": TEXTS,
     "teacher.fingerprint": TEXT,
+    "teacher.config": OBJECT,
     "teacher.dtype": DTYPE,
     "tokenizer": OBJECT,
     "tokenizer.fingerprint": TEXT,
@@ -93,6 +94,7 @@ FIELDS = {
     "engine": OBJECT,
     "engine.name": TEXT,
     "engine.version": TEXT,
+    "engine.args": OBJECT,
 }
 """A dot leads into an object. All but `ALWAYS` may be absent: a dump need not be the pipeline's."""
 

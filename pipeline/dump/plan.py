@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pipeline.config import DumpConfig
 from pipeline.corpus import Corpus
-from pipeline.engine_args import reads_hugging_face
+from pipeline.engine_args import changing_answers, reads_hugging_face
 from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder, tokenizer_fingerprint
 from pipeline.models.vocabulary import check_ids
@@ -14,7 +14,7 @@ from pipeline.types import Json
 from storage.codec.codec import STEPS
 from storage.errors import IncompleteDump
 from storage.manifest import Dump, differences
-from storage.plan import TARGETS_VERSION
+from storage.plan import TARGETS_VERSION, look_up
 
 MIN_PROB = 0.0003
 """Least probability of an entry, by default: a third less on disk, and the gradient of the student
@@ -75,12 +75,14 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
     """
     check_fits(config, corpus, model)
     tokenizer = corpus.tokenizer
+    args = changing_answers(config.engine_args) if config.engine == "vllm" else {}
     return {
         "teacher": {
             "name": config.model,
             "revision": config.revision,
             "architectures": model.architectures,
             "fingerprint": model.weights_fingerprint,
+            "config": model.stated,
             "dtype": config.dtype,
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
@@ -110,7 +112,7 @@ def make_plan(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> Json:
         },
         "partitions": config.partitions,
         "shard_tokens": config.shard_tokens,
-        "engine": engine_version(config.engine),
+        "engine": {**engine_version(config.engine), **({"args": args} if args else {})},
     }
 
 
@@ -124,10 +126,12 @@ def plan_differences(there: Json, here: Json) -> list[str]:
     """Why a dump of the plan `there` cannot be resumed by the plan `here`; a line for each reason.
 
     Another spelling of the same content is none. Plans of earlier releases do not say how documents
-    were rendered.
+    were rendered, nor what config.json and the arguments of the engine were.
     """
-    if "rendering" not in there.get("corpus", {}):
+    if not look_up(there, "corpus.rendering")[1]:
         here = without(here, "corpus", "rendering")
+    if not look_up(there, "teacher.config")[1]:
+        here = without(without(here, "teacher", "config"), "engine", "args")
     one, other = there, here
     for part, name in NAMES:
         one, other = without(one, part, name), without(other, part, name)

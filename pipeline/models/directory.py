@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,8 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "tekken.json", "vocab.*", 
 # something calls it without saying so. 0: it refuses.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 MOST_LAYERS = 10_000
+# What config.json says of how it was saved and is used, and not of what the model computes.
+SAVING = ("_name_or_path", "transformers_version", "use_cache", "auto_map")
 # Its encoding differs between tokenizers that share a vocabulary and differ in their rules.
 PROBE = "The 12 cafés' naïve  test:\n\tdef f(x): return x**2  # 测试 🙂\r\n\n<s>[INST]<|im_end|>"
 
@@ -111,6 +114,11 @@ class ModelFolder:
                 f"{file}: cannot be used (model_type {kind!r}): {reason(error)}"
             ) from error
         return found
+
+    @cached_property
+    def stated(self) -> dict[str, str]:
+        """What config.json itself says of the model: JSON texts by dotted name, no defaults."""
+        return dict(sorted(leaves(read_json(self.path / "config.json"))))
 
     @property
     def architectures(self) -> list[str]:
@@ -291,6 +299,18 @@ def check_values(given: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: expected 0 to {most}, found {value}")
             if "attn_implementation" in name and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code from the hub, which is never run")
+
+
+def leaves(given: Json, above: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, JSON text) of every value in a config.json, but for those in `SAVING`."""
+    for name, value in given.items():
+        if name in SAVING:
+            continue
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            name = "dtype" if name == "torch_dtype" else name  # as transformers 4 spelled it
+            yield f"{above}{name}", json.dumps(value, sort_keys=True)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

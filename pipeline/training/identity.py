@@ -21,7 +21,7 @@ FREE = (
     "run_name",
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-LATER = ("domain_rendering",)  # what runs of earlier releases did not record
+LATER = ("model_config", "domain_rendering")  # what runs of earlier releases did not record
 
 
 def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
@@ -32,6 +32,7 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
         del loss["targets"]
     identity = {
         "model": inputs.model.weights_fingerprint,
+        "model_config": inputs.model.stated,
         "dump": ", ".join(f"{d.fingerprint} × {weight:g}" for d, weight in inputs.dumps.items()),
         "domain": inputs.corpus.fingerprint(),
         "domain_rendering": inputs.corpus.rendering(),

@@ -12,9 +12,11 @@ from pipeline.models.directory import ModelFolder
 from pipeline.models.vocabulary import check_ids, difference_from_dump
 from pipeline.progress import say
 from pipeline.token_sequences import TokenSequences, read_tokens
+from pipeline.types import Json
 from storage import LogitDataset
 from storage.cache import too_small
-from storage.plan import needed
+from storage.manifest import differences
+from storage.plan import look_up, needed
 
 
 class Inputs:
@@ -134,16 +136,33 @@ def check(inputs: Inputs) -> None:
     shares_of(list(inputs.dumps), list(inputs.dumps.values()))
     check_targets(inputs.config, list(inputs.dumps))
     plans = [dump.plan for dump in inputs.all_dumps]
+    check_one_teacher(plans)
+    remote = [dump for dump in inputs.dumps if not dump.dump.store.local]
+    advice = too_small(sum(dump.manifest.bytes for dump in remote))
+    if advice:
+        say(advice)
+
+
+def check_one_teacher(plans: list[Json]) -> None:
+    """RefusedError for dumps of models with other weights, or of one that computed otherwise."""
     teachers = {needed(p, "teacher.fingerprint"): needed(p, "teacher.name") for p in plans}
     if len(teachers) > 1:
         raise RefusedError(
             f"the dumps are of different teachers ({', '.join(teachers.values())}): a student is "
             "held to one base model"
         )
-    remote = [dump for dump in inputs.dumps if not dump.dump.store.local]
-    advice = too_small(sum(dump.manifest.bytes for dump in remote))
-    if advice:
-        say(advice)
+    known = [
+        {"config.json": config, "engine_args": look_up(plan, "engine.args")[0]}
+        for plan in plans
+        if (config := look_up(plan, "teacher.config")[0]) is not None  # dumps of before
+    ]
+    for other in known[1:]:
+        lines = differences(known[0], other, place="first dump")
+        if lines:
+            raise RefusedError(
+                "the dumps are of one model that was run in different ways, and a student is held "
+                "to one:\n" + "\n".join(f"  {line}" for line in lines)
+            )
 
 
 def check_student(inputs: Inputs, dump: LogitDataset) -> None:

@@ -30,6 +30,7 @@ PIPELINE: dict[str, Any] = {
         "revision": None,
         "architectures": ["Qwen3ForCausalLM"],
         "fingerprint": "f0",
+        "config": {"rms_norm_eps": "1e-06"},
         "dtype": "bfloat16",
     },
     "tokenizer": {"fingerprint": "f1"},
@@ -41,7 +42,7 @@ PIPELINE: dict[str, Any] = {
         "special_tokens": "split",
         "rendering": {"sample": "f3", "chat_template": {"fingerprint": "f4"}},
     },
-    "engine": {"name": "vllm", "version": "0.32.0"},
+    "engine": {"name": "vllm", "version": "0.32.0", "args": {"quantization": "fp8"}},
 }
 NULLS = ("bos_token_id", "eos_token_id", "teacher.revision")
 ODD: list[Any] = [None, True, -5, 2**40, 10**30, 1.5, -1.0, 9e99, "", [1], {"x": []}]

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump.plan import COARSE, MIN_PROB, make_plan, open_corpus, plan_differences, settled
 from pipeline.errors import ConfigError
-from pipeline.models.directory import ModelFolder
+from pipeline.models.directory import ModelFolder, leaves
 from pipeline.types import Json
 from storage.codec.codec import STEPS
 from tests.helpers.corpora import some_texts, write_jsonl, write_texts
@@ -65,6 +65,60 @@ def test_another_chat_template_is_another_plan(model: Path, chats: Path) -> None
     lines = plan_differences(there, plan_of(model, chats, messages_column="messages"))
     assert any(line.startswith("corpus.rendering.chat_template.fingerprint") for line in lines)
     assert any(line.startswith("corpus.rendering.sample") for line in lines)
+
+
+def test_a_model_that_computes_otherwise_is_another_plan(model: Path, tmp_path: Path) -> None:
+    """Its weights are the same; config.json says how they are used."""
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    there = plan_of(model, corpus)
+    content = json.loads((model / "config.json").read_text())
+    saved = {**content, "transformers_version": "4.1", "use_cache": False, "_name_or_path": "x"}
+    (model / "config.json").write_text(json.dumps(dict(reversed(saved.items()))))
+    assert plan_of(model, corpus) == there
+    (model / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.1}))
+    (line,) = plan_differences(there, plan_of(model, corpus))
+    assert line.startswith("teacher.config.rms_norm_eps: ")
+    assert line.endswith("in the dump, '0.1' asked for")
+
+
+def test_settings_within_others_are_told_apart() -> None:
+    given = {
+        "text_config": {"rope_parameters": {"factor": 4.0, "b": [1, 2]}, "use_cache": True},
+        "torch_dtype": "bfloat16",
+        "quantization_config": {},
+        "limit": float("inf"),
+    }
+    assert dict(leaves(given)) == {
+        "text_config.rope_parameters.factor": "4.0",
+        "text_config.rope_parameters.b": "[1, 2]",
+        "dtype": '"bfloat16"',
+        "quantization_config": "{}",
+        "limit": "Infinity",
+    }
+
+
+def test_arguments_that_change_answers_are_in_the_plan(model: Path, tmp_path: Path) -> None:
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    plain = plan_of(model, corpus)
+    assert "args" not in plain["engine"]
+    fast = {"tensor-parallel-size": 2, "gpu_memory_utilization": 0.5, "max_num_seqs": 8}
+    assert plan_of(model, corpus, {"engine_args": fast}) == plain
+    other = plan_of(model, corpus, {"engine_args": {**fast, "kv-cache-dtype": "fp8", "new": 1}})
+    assert other["engine"]["args"] == {"kv_cache_dtype": "fp8", "new": 1}
+    assert plan_differences(plain, other) == [
+        "engine.args: None in the dump, {'kv_cache_dtype': 'fp8', 'new': 1} asked for"
+    ]
+    assert plan_differences(other, plain)
+    unread = {"engine_args": {"kv_cache_dtype": "fp8"}, "engine": "transformers"}
+    assert "args" not in plan_of(model, corpus, unread)["engine"]
+
+
+def test_a_plan_of_before_does_not_say_how_the_model_computed(model: Path, tmp_path: Path) -> None:
+    corpus = write_texts(tmp_path / "c.jsonl", some_texts(4))
+    here = plan_of(model, corpus, {"engine_args": {"quantization": "fp8"}})
+    there = {**here, "engine": {**here["engine"]}, "teacher": {**here["teacher"]}}
+    del there["teacher"]["config"], there["engine"]["args"]
+    assert plan_differences(there, here) == []
 
 
 def test_another_tokenizer_setting_is_another_plan(model: Path, tmp_path: Path) -> None:

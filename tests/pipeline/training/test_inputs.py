@@ -7,11 +7,12 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import CorpusConfig, HeldOutConfig
-from pipeline.errors import DAMAGED, ConfigError
+from pipeline.errors import DAMAGED, ConfigError, RefusedError
 from pipeline.training.arguments import training_arguments
 from pipeline.training.identity import make_identity
-from pipeline.training.inputs import Inputs, check
+from pipeline.training.inputs import Inputs, check, check_one_teacher
 from pipeline.training.train import describe, mixed_dataset
+from pipeline.types import Json
 from storage import LogitDataset
 from storage.plan import ALWAYS, FIELDS, look_up
 from tests.helpers.corpora import no_document, some_texts, write_texts
@@ -154,3 +155,25 @@ def test_masks_are_told_and_counted(
         longest, mean = inputs.domain.lengths.max(), inputs.domain.lengths.mean()
         found = inputs.row_tokens(args, mixed_dataset(inputs, args).rows_an_item)
         assert found == int(2 * (longest + beside * mean))
+
+
+def test_dumps_of_one_model_that_was_run_in_two_ways_are_refused() -> None:
+    """Those of before do not say how it was run."""
+
+    def of(config: Json | None, args: Json | None = None, weights: str = "a") -> Json:
+        teacher = {"name": weights, "fingerprint": weights}
+        engine = {"name": "vllm"} if args is None else {"name": "vllm", "args": args}
+        return {
+            "teacher": teacher if config is None else {**teacher, "config": config},
+            "engine": engine,
+        }
+
+    one, other = {"eps": "1"}, {"eps": "2"}
+    check_one_teacher([of(one), of(None), of(one)])
+    check_one_teacher([of(None), of(None, {"quantization": "fp8"})])
+    with pytest.raises(RefusedError, match=r"config\.json\.eps: '1' in the first dump, '2'"):
+        check_one_teacher([of(None), of(one), of(other)])
+    with pytest.raises(RefusedError, match="engine_args: None in the first dump"):
+        check_one_teacher([of(one), of(one, {"quantization": "fp8"})])
+    with pytest.raises(RefusedError, match=r"different teachers \(a, b\)"):
+        check_one_teacher([of(one), of(one, weights="b")])
