@@ -16,6 +16,7 @@ from pipeline.config import (
     require,
 )
 from pipeline.ranges import Range, check_ranges
+from pipeline.study.train_settings import check_train, refuse_two_places
 
 
 @dataclass
@@ -33,7 +34,9 @@ class ArmConfig:
     domain: bool = True
     """false trains on the general text alone."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of scripts/train_student.py that override the study's, e.g. {loss: {alpha: 0.5}}."""
+    """Settings of scripts/train_student.py that override the study's, e.g. {loss: {alpha: 0.5}}.
+    The study itself sets output, training.seed and training.learning_rate (seeds, learning_rates),
+    and dump where it has dumps."""
     interpolate: str | None = None
     """Do not train: interpolate the weights of the base and of that arm's student."""
     weight: Annotated[float, Range(0, 1)] = 0.5
@@ -83,7 +86,7 @@ class StudyConfig:
     """The arms by name, e.g. {mol: {}, ce: {train: {mix: 0}}}. The base is always measured."""
     dumps: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     """The dumps by name: the path of one, or settings of scripts/dump_logits.py to make one, e.g.
-    {main: {k: 64}}."""
+    {main: {k: 64}}. The study sets their output."""
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
     """Each decides the order of the sequences and the random numbers."""
     learning_rates: Annotated[list[float], Range(0)] = field(default_factory=lambda: [1e-4])
@@ -91,9 +94,12 @@ class StudyConfig:
     max_length: Length = 2048
     """Longest sequence in tokens."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of scripts/train_student.py for all arms."""
+    """Settings of scripts/train_student.py for all arms. The study itself sets output,
+    training.seed and training.learning_rate (seeds, learning_rates), and dump where it has
+    dumps."""
     training: dict[str, Any] = field(default_factory=dict)
-    """transformers.TrainingArguments for all arms."""
+    """transformers.TrainingArguments for all arms, but seed and learning_rate: set seeds and
+    learning_rates."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Questions to answer, by a name for each task, e.g. {capitals: {path: capitals.jsonl}}. Shows
@@ -115,6 +121,7 @@ class StudyConfig:
             require(
                 name in self.arms, f"only: {name!r} is not one of {', '.join(map(str, self.arms))}"
             )
+        self.refuse_overridden()
         for name, arm in self.arms.items():
             require(
                 arm.dump is None or arm.dump in self.dumps,
@@ -124,4 +131,18 @@ class StudyConfig:
             require(
                 other is None or (other in self.arms and not self.arms[other].interpolate),
                 f"arms.{name}.interpolate: {other!r} is not an arm that is trained",
+            )
+
+    def refuse_overridden(self) -> None:
+        """ConfigError for settings of runs and dumps that the study would override."""
+        check_train({"training": self.training}, "")
+        check_train(self.train, "train.", bool(self.dumps))
+        refuse_two_places(self.train, self.training)
+        for name, arm in self.arms.items():
+            check_train(arm.train, f"arms.{name}.train.", bool(self.dumps))
+        for name, dump in self.dumps.items():
+            require(
+                isinstance(dump, str) or "output" not in dump,
+                f"dumps.{name}.output: the study makes it in dumps/ of its own output. For a dump "
+                f"that exists, give its path instead: dumps: {{{name}: PATH}}",
             )
