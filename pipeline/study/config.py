@@ -1,5 +1,6 @@
 """The settings of a study: arms × learning rates × seeds."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,8 +16,10 @@ from pipeline.config import (
     check_names,
     require,
 )
+from pipeline.errors import ConfigError
 from pipeline.ranges import Range, check_ranges
-from pipeline.study.train_settings import check_train, refuse_two_places
+from pipeline.study.train_settings import check_train, flat, merged, refuse_two_places
+from pipeline.types import Json
 
 
 @dataclass
@@ -45,6 +48,37 @@ class ArmConfig:
     """Seeds to use instead of the study's."""
     learning_rates: Annotated[list[float] | None, Range(0)] = None
     """Learning rates to use instead of the study's."""
+
+
+def idle(arm: ArmConfig, train: Json) -> Iterator[tuple[str, str]]:
+    """(setting, what to do) of each setting of an arm that would change nothing.
+
+    `train` are the arm's own over the study's.
+    """
+    whole: Json = {"targets": "stored", "dump": None, "k": None, "domain": True, "train": {}}
+    given = [name for name, absent in whole.items() if getattr(arm, name) != absent]
+    loss = [f"train.{name}" for name, _ in flat(arm.train) if name.startswith("loss.")]
+    general = [name for name in given if name != "train"] + loss
+    k = [name for name in given if name == "k"]
+    if arm.interpolate is not None:
+        rules = [(given, "the arm interpolates and is not trained; leave it out")]
+    else:
+        weight = ["weight"] * (arm.weight != ArmConfig.weight)
+        rules = [(weight, "weighs an interpolation; set interpolate, or leave it out")]
+        if train.get("mix", 1) == 0:
+            rules += [(general, "mix: 0 reads no general text; set a mix above 0, or leave it out")]
+        elif arm.targets == "labels":
+            cosine = ["train.gradient_cosine_steps"] * bool(train.get("gradient_cosine_steps"))
+            rules += [
+                (k, "labels use no stored entries; leave it out, or set targets: stored"),
+                (loss, "labels have cross-entropy alone and no KL; leave it out"),
+                (cosine, "labels have no KL whose gradient could be compared; set 0 in this arm"),
+            ]
+        elif arm.targets == "live":
+            stored = [*k, *(name for name in loss if name == "train.loss.targets")]
+            rules += [(stored, "live uses no stored entries; leave it out, or set targets: stored")]
+    for names, instead in rules:
+        yield from ((name, instead) for name in names)
 
 
 @dataclass
@@ -123,6 +157,8 @@ class StudyConfig:
             )
         self.refuse_overridden()
         for name, arm in self.arms.items():
+            for setting, instead in idle(arm, merged(self.train, arm.train)):
+                raise ConfigError(f"arms.{name}.{setting}: has no effect: {instead}")
             require(
                 arm.dump is None or arm.dump in self.dumps,
                 f"arms.{name}.dump: {arm.dump!r} is not one of {', '.join(self.dumps)}",

@@ -105,3 +105,59 @@ def test_an_argument_for_all_arms_has_one_place() -> None:
 def test_settings_that_cannot_be_merged_are_refused(train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         study(train=train)
+
+
+REVERSE = {"loss": {"direction": "reverse"}}
+
+
+@pytest.mark.parametrize(
+    ("arm", "setting", "message"),
+    [
+        (ArmConfig(targets="labels", k=1), "k", "labels use no stored entries"),
+        (ArmConfig(targets="labels", train=REVERSE), "train.loss.direction", "no KL"),
+        (ArmConfig(targets="live", k=1), "k", "live uses no stored entries"),
+        (
+            ArmConfig(targets="live", train={"loss.targets": "topk"}),
+            "train.loss.targets",
+            "live uses no stored entries",
+        ),
+        (ArmConfig(train={"mix": 0, "loss": {"alpha": 2}}), "train.loss.alpha", "mix: 0 reads"),
+        (ArmConfig(train={"mix": 0}, targets="live"), "targets", "mix: 0 reads no general"),
+        (ArmConfig(train={"mix": 0.0}, dump="main"), "dump", "mix: 0 reads no general"),
+        (ArmConfig(train={"mix": 0}, k=3), "k", "mix: 0 reads no general"),
+        (ArmConfig(train={"mix": 0}, domain=False), "domain", "mix: 0 reads no general"),
+        (ArmConfig(weight=0.25), "weight", "set interpolate"),
+        (ArmConfig(interpolate="ce", targets="labels"), "targets", "the arm interpolates"),
+        (ArmConfig(interpolate="ce", domain=False), "domain", "the arm interpolates"),
+        (ArmConfig(interpolate="ce", train={"mix": 0}), "train", "the arm interpolates"),
+    ],
+)
+def test_settings_of_an_arm_without_effect_are_refused(
+    arm: ArmConfig, setting: str, message: str
+) -> None:
+    arms = {"ce": ArmConfig(train={"mix": 0}), "mine": arm}
+    with pytest.raises(ConfigError, match=rf"^arms\.mine\.{setting}: has no effect: .*{message}"):
+        study(arms=arms)
+
+
+def test_settings_of_all_arms_need_not_matter_to_each() -> None:
+    """Only an arm's own are its mistakes; but the mix of all is the mix of each."""
+    arms = {
+        "ce": ArmConfig(train={"mix": 0}),
+        "ce-both": ArmConfig(targets="labels"),
+        "live": ArmConfig(targets="live", train={"loss": {"alpha": 2}}),
+        "half": ArmConfig(interpolate="ce", weight=0.25),
+    }
+    study(arms=arms, train=REVERSE)
+    with pytest.raises(ConfigError, match=r"^arms\.mine\.k: has no effect: mix: 0"):
+        study(arms={"mine": ArmConfig(k=1)}, train={"mix": 0})
+    study(arms={"mine": ArmConfig(k=1, train={"mix": 1})}, train={"mix": 0})
+
+
+def test_labels_have_no_gradient_of_a_kl() -> None:
+    every = {"gradient_cosine_steps": 5}
+    both = {"mol": ArmConfig(k=8), "ce-both": ArmConfig(targets="labels")}
+    with pytest.raises(ConfigError, match=r"ce-both\.train\.gradient_cosine_steps: .*set 0 in"):
+        study(arms=both, train=every)
+    both["ce-both"] = ArmConfig(targets="labels", train={"gradient_cosine_steps": 0})
+    study(arms=both, train=every)
