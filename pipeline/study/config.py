@@ -1,5 +1,6 @@
 """The settings of a study: arms × learning rates × seeds."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +16,10 @@ from pipeline.config import (
     check_names,
     require,
 )
+from pipeline.errors import ConfigError
 from pipeline.ranges import Range, check_ranges
+from pipeline.study.train_settings import check_train, flat, merged, refuse_two_places
+from pipeline.types import Json
 
 
 @dataclass
@@ -33,7 +37,9 @@ class ArmConfig:
     domain: bool = True
     """false trains on the general text alone."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of scripts/train_student.py that override the study's, e.g. {loss: {alpha: 0.5}}."""
+    """Settings of scripts/train_student.py that override the study's, e.g. {loss: {alpha: 0.5}}.
+    The study itself sets output, training.seed and training.learning_rate (seeds, learning_rates),
+    and dump where it has dumps."""
     interpolate: str | None = None
     """Do not train: interpolate the weights of the base and of that arm's student."""
     weight: Annotated[float, Range(0, 1)] = 0.5
@@ -42,6 +48,37 @@ class ArmConfig:
     """Seeds to use instead of the study's."""
     learning_rates: Annotated[list[float] | None, Range(0)] = None
     """Learning rates to use instead of the study's."""
+
+
+def idle(arm: ArmConfig, train: Json) -> Iterator[tuple[str, str]]:
+    """(setting, what to do) of each setting of an arm that would change nothing.
+
+    `train` are the arm's own over the study's.
+    """
+    whole: Json = {"targets": "stored", "dump": None, "k": None, "domain": True, "train": {}}
+    given = [name for name, absent in whole.items() if getattr(arm, name) != absent]
+    loss = [f"train.{name}" for name, _ in flat(arm.train) if name.startswith("loss.")]
+    general = [name for name in given if name != "train"] + loss
+    k = [name for name in given if name == "k"]
+    if arm.interpolate is not None:
+        rules = [(given, "the arm interpolates and is not trained; leave it out")]
+    else:
+        weight = ["weight"] * (arm.weight != ArmConfig.weight)
+        rules = [(weight, "weighs an interpolation; set interpolate, or leave it out")]
+        if train.get("mix", 1) == 0:
+            rules += [(general, "mix: 0 reads no general text; set a mix above 0, or leave it out")]
+        elif arm.targets == "labels":
+            cosine = ["train.gradient_cosine_steps"] * bool(train.get("gradient_cosine_steps"))
+            rules += [
+                (k, "labels use no stored entries; leave it out, or set targets: stored"),
+                (loss, "labels have cross-entropy alone and no KL; leave it out"),
+                (cosine, "labels have no KL whose gradient could be compared; set 0 in this arm"),
+            ]
+        elif arm.targets == "live":
+            stored = [*k, *(name for name in loss if name == "train.loss.targets")]
+            rules += [(stored, "live uses no stored entries; leave it out, or set targets: stored")]
+    for names, instead in rules:
+        yield from ((name, instead) for name in names)
 
 
 @dataclass
@@ -83,7 +120,7 @@ class StudyConfig:
     """The arms by name, e.g. {mol: {}, ce: {train: {mix: 0}}}. The base is always measured."""
     dumps: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     """The dumps by name: the path of one, or settings of scripts/dump_logits.py to make one, e.g.
-    {main: {k: 64}}."""
+    {main: {k: 64}}. The study sets their output."""
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
     """Each decides the order of the sequences and the random numbers."""
     learning_rates: Annotated[list[float], Range(0)] = field(default_factory=lambda: [1e-4])
@@ -91,9 +128,12 @@ class StudyConfig:
     max_length: Length = 2048
     """Longest sequence in tokens."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of scripts/train_student.py for all arms."""
+    """Settings of scripts/train_student.py for all arms. The study itself sets output,
+    training.seed and training.learning_rate (seeds, learning_rates), and dump where it has
+    dumps."""
     training: dict[str, Any] = field(default_factory=dict)
-    """transformers.TrainingArguments for all arms."""
+    """transformers.TrainingArguments for all arms, but seed and learning_rate: set seeds and
+    learning_rates."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Questions to answer, by a name for each task, e.g. {capitals: {path: capitals.jsonl}}. Shows
@@ -115,7 +155,10 @@ class StudyConfig:
             require(
                 name in self.arms, f"only: {name!r} is not one of {', '.join(map(str, self.arms))}"
             )
+        self.refuse_overridden()
         for name, arm in self.arms.items():
+            for setting, instead in idle(arm, merged(self.train, arm.train)):
+                raise ConfigError(f"arms.{name}.{setting}: has no effect: {instead}")
             require(
                 arm.dump is None or arm.dump in self.dumps,
                 f"arms.{name}.dump: {arm.dump!r} is not one of {', '.join(self.dumps)}",
@@ -124,4 +167,18 @@ class StudyConfig:
             require(
                 other is None or (other in self.arms and not self.arms[other].interpolate),
                 f"arms.{name}.interpolate: {other!r} is not an arm that is trained",
+            )
+
+    def refuse_overridden(self) -> None:
+        """ConfigError for settings of runs and dumps that the study would override."""
+        check_train({"training": self.training}, "")
+        check_train(self.train, "train.", bool(self.dumps))
+        refuse_two_places(self.train, self.training)
+        for name, arm in self.arms.items():
+            check_train(arm.train, f"arms.{name}.train.", bool(self.dumps))
+        for name, dump in self.dumps.items():
+            require(
+                isinstance(dump, str) or "output" not in dump,
+                f"dumps.{name}.output: the study makes it in dumps/ of its own output. For a dump "
+                f"that exists, give its path instead: dumps: {{{name}: PATH}}",
             )

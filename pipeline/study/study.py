@@ -25,6 +25,7 @@ from pipeline.study import arms
 from pipeline.study.config import StudyConfig
 from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.study.task_answers import StudyAnswers
+from pipeline.study.train_settings import merged
 from pipeline.training import train
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, Output
@@ -113,15 +114,6 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
     if config.dumps and settings.get("mix", 1) > 0:
         settings["dump"] = dump_path(config, arm.dump or next(iter(config.dumps)))
     return Run(full, name, rate, seed, folder, settings)
-
-
-def merged(one: Json, other: Json) -> Json:
-    """Both, merged at every level; `other` wins."""
-    found = dict(one)
-    for name, value in other.items():
-        both = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = merged(found[name], value) if both else value
-    return found
 
 
 def needed_dumps(config: StudyConfig, runs: list[Run]) -> list[str]:

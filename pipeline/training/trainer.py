@@ -182,12 +182,17 @@ class DistillTrainer(Trainer):
         return total
 
     def backward(self, counts: Tensor, row: PackedRow, last: bool) -> None:
-        """Forward and backward of a row outside a training step; adds the gradients to `.grad`."""
+        """Forward and backward of a row outside a training step; adds the gradients to `.grad`.
+
+        The loss is that of training, also in a class that changes it; it is not logged.
+        """
+        logged = self.sums.clone()
         with self.synchronised(self.model_wrapped, last):
             inputs = self._prepare_inputs(row)
             with self.compute_loss_context_manager():
-                loss = self.row_losses(self.model_wrapped, inputs, counts)["loss"]
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+                loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=counts)
+            self.accelerator.backward(loss)
+        self.sums = logged
 
     def synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Delay gradient synchronisation until the last row of a batch.
