@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.codec.grid import Integers
+from storage.codec.v2_tables import compiled
 from storage.errors import InvalidRecord
 from storage.topk import Floats, Int32s, TopK, UInt16s, check_topk
 
@@ -57,8 +58,6 @@ class RootGrid:
 
 def same_ids(grid: RootGrid, other: RootGrid) -> bool:
     """Whether each position of both, whose roots are the same, has the same ids at each root."""
-    from storage.codec.v3_tables import compiled  # which needs this module
-
     entries = int(grid.counts.sum(dtype=np.int64))
     if not entries == len(grid.roots) == len(grid.ids) == len(other.ids):
         return False

@@ -602,30 +602,3 @@ def read_row(known, tokens, place, length, words, one, most, counts, ids, roots,
     if stream.place[0] != len(words) or (stream.states != LOW).any():
         return LEFT_OVER, 0
     return 0, offsets[len(tokens)]
-
-
-# Comparing
-
-
-@njit(cache=True, nogil=True)
-def same_entries(counts, roots, ids, others, vocab):
-    """Whether each position has the same ids [E] at each of its roots [E], in any order.
-
-    Ids are different within a position of `ids`.
-    """
-    places, begin = np.zeros(vocab, np.int32), np.int64(0)  # 1 + where `ids` has an id; 0: nowhere
-    for position in range(len(counts)):
-        end = begin + counts[position]
-        for e in range(begin, end):
-            if not 0 <= ids[e] < vocab:
-                return False
-            places[ids[e]] = e + 1
-        for e in range(begin, end):
-            if not 0 <= others[e] < vocab:
-                return False
-            place = np.int64(places[others[e]]) - 1
-            if place < begin or roots[place] != roots[e]:
-                return False
-            places[others[e]] = 0  # none of `others` may come twice
-        begin = end
-    return True
