@@ -46,12 +46,35 @@ MOST_VALUES = 100_000  # in a config file, once its aliases are written out
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it; YAMLError where aliases make too much of a small file."""
-    if "*" in text and written_out(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
-        raise yaml.YAMLError(
-            f"its aliases (*name) expand to more than {MOST_VALUES:,} values; write them out"
-        )
+    """YAML as jsonargparse reads it; YAMLError for a key that is there twice, and where aliases
+    make too much of a small file."""
+    if ":" in text:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if "*" in text and written_out(tree, {}) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases (*name) expand to more than {MOST_VALUES:,} values; write them out"
+            )
+        refuse_twice(tree, set())
     return plain_yaml(text)
+
+
+def refuse_twice(node: Any, seen: set[int]) -> None:
+    """YAMLError for a mapping with a key twice: YAML would take the last one in silence."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[tuple[str, str], int] = {}
+    for part in node.value:
+        key, value = part if type(part) is tuple else (None, part)
+        if isinstance(key, yaml.ScalarNode):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(
+                    f"{key.value}: is in line {lines[name]} and again in line {line}, and only one "
+                    "of them would count; rename one, or leave it out"
+                )
+            lines[name] = line
+        refuse_twice(value, seen)
 
 
 def written_out(node: Any, known: dict[int, float]) -> float:

@@ -81,6 +81,17 @@ def idle(arm: ArmConfig, train: Json) -> Iterator[tuple[str, str]]:
         yield from ((name, instead) for name in names)
 
 
+def check_list(name: str, values: list[int] | list[float] | None) -> None:
+    """ConfigError for seeds or rates that are none, or two of which would name one run."""
+    require(values != [], f"{name}: expected at least one, found none")
+    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values or []]
+    for at, one in enumerate(names):
+        require(
+            one not in names[:at],
+            f"{name}: {one} is there twice, as a run's name has it; leave one of them out",
+        )
+
+
 @dataclass
 class MeasureConfig:
     """How each student is measured on the held-out text."""
@@ -151,6 +162,11 @@ class StudyConfig:
             held.domain is not None and held.general is not None,
             "held_out: both held_out.domain.path and held_out.general.path are needed",
         )
+        check_list("seeds", self.seeds)
+        check_list("learning_rates", self.learning_rates)
+        for name, arm in self.arms.items():
+            check_list(f"arms.{name}.seeds", arm.seeds)
+            check_list(f"arms.{name}.learning_rates", arm.learning_rates)
         for name in self.only or []:
             require(
                 name in self.arms, f"only: {name!r} is not one of {', '.join(map(str, self.arms))}"

@@ -27,6 +27,7 @@ from pipeline.study.results import BASE, RESULTS, collect, of_run, table
 from pipeline.study.task_answers import StudyAnswers
 from pipeline.study.train_settings import merged
 from pipeline.training import train
+from pipeline.training.arguments import training_arguments
 from pipeline.training.lock import hold
 from pipeline.training.output import FINAL, Output
 from pipeline.types import Json
@@ -59,9 +60,7 @@ def run(config: StudyConfig) -> Json:
     todo = [one for one in runs if config.only is None or one.arm in config.only]
     check_output(config.output, {**dict(inputs_of(config)), "model": str(study.folder.path)})
     with stop_on_signals(), hold(output):
-        for one in todo:  # find mistakes before hours of work
-            check_same(one.folder, study.settings(one))
-            parse_training(one)
+        study.check(runs, todo)  # find mistakes before hours of work
         for name in needed_dumps(config, todo):
             parse_dump(config, name)
         for name in needed_dumps(config, todo):
@@ -117,7 +116,8 @@ def make_run(config: StudyConfig, name: str, rate: float, seed: int) -> Run:
 
 
 def needed_dumps(config: StudyConfig, runs: list[Run]) -> list[str]:
-    used = {one.settings.get("dump") for one in runs}
+    trained = [one for one in runs if not config.arms[one.arm].interpolate]
+    used = {one.settings.get("dump") for one in trained}
     return [name for name in config.dumps if dump_path(config, name) in used]
 
 
@@ -172,6 +172,28 @@ class Study:
         tasks = Tasks(config.tasks, config.measure.batch_tokens)
         self.answers = StudyAnswers(tasks, self.folder, config.measure.dtype)
         self._comparison: Comparison | None = None
+
+    def check(self, runs: list[Run], todo: list[Run]) -> None:
+        """Find mistakes in what is to be done, and other settings in all that is there.
+
+        Raises ConfigError and RefusedError.
+        """
+        check_same(Path(self.config.output) / BASE, self.measuring())
+        for one in runs:  # the results hold finished runs of all arms
+            check_same(one.folder, self.settings(one))
+        for one in todo:
+            between = self.between(one)
+            if between is None:
+                settings = parse_training(one)
+                if not (one.folder / MEASURES).exists():
+                    training_arguments(settings)
+            elif between.name not in {other.name for other in todo}:
+                refuse_unfinished(one, between)
+
+    def between(self, one: Run) -> Run | None:
+        """The run between which and the base a run interpolates; None for one that is trained."""
+        other = self.config.arms[one.arm].interpolate
+        return None if other is None else make_run(self.config, other, one.learning_rate, one.seed)
 
     def gather(self, runs: list[Run]) -> Json:
         """Write results.json and table.md of the finished runs, and return the results."""
@@ -237,10 +259,9 @@ class Study:
         student = one.folder / FINAL
         if not (one.folder / MEASURES).exists():
             write_json(one.folder / RUN, self.settings(one))
-            if arm.interpolate:
-                between = make_run(self.config, arm.interpolate, one.learning_rate, one.seed)
-                if not (between.folder / FINAL).exists():
-                    raise ConfigError(f"{one.name}: {between.name} is not finished; run it first")
+            between = self.between(one)
+            if between is not None:
+                refuse_unfinished(one, between)
                 other = between.folder / FINAL
                 output = Output(one.folder, json.loads(json.dumps(self.settings(one))))
                 arms.interpolate(self.folder, ModelFolder(other), arm.weight, output)
@@ -264,6 +285,15 @@ def check_same(folder: Path, settings: Json) -> None:
     """Raises RefusedError if the folder holds a run that was begun with other settings."""
     if (folder / RUN).exists():
         refuse_other_settings(folder, read_json(folder / RUN), json.loads(json.dumps(settings)))
+
+
+def refuse_unfinished(one: Run, between: Run) -> None:
+    """ConfigError where the student that a run interpolates is not there."""
+    if not (between.folder / FINAL).exists():
+        raise ConfigError(
+            f"{one.name}: {between.name} is not finished; run it first. Both arms need the same "
+            "seed and learning rate"
+        )
 
 
 def parse_training(one: Run) -> TrainConfig:

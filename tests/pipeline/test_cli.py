@@ -58,6 +58,37 @@ def test_a_small_file_of_many_values_is_refused(
     assert "bomb.yaml" in found
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k: 8\nmodel: m\nk: 16\n", "k: is in line 1 and again in line 3"),
+        ("corpus:\n  path: a\n  path: b\n", "path: is in line 2 and again in line 3"),
+        ("engine_args: {a: [{b: 1, 'b': 1}]}\n", "b: is in line 1 and again in line 1"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YAML would take the last one, such as the second of two arms of one name."""
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    parser = cli.script_parser(DumpConfig, "test")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
+    assert stopped.value.code == BAD_INPUT
+    found = capsys.readouterr().err
+    assert message in found
+    assert "twice.yaml" in found
+
+
+def test_merged_keys_are_not_twice(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text("engine_args: {a: &a {x: 1, y: 2}, b: {<<: *a, x: 3}}\n")
+    parser = cli.script_parser(DumpConfig, "test")
+    config, _ = cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
+    assert config.engine_args["b"] == {"x": 3, "y": 2}
+
+
 def test_aliases_are_read(tmp_path: Path) -> None:
     file = tmp_path / "fine.yaml"
     file.write_text(bomb(2) + "corpus: &c {path: '*.txt', limit: 3}\n")

@@ -161,3 +161,21 @@ def test_labels_have_no_gradient_of_a_kl() -> None:
         study(arms=both, train=every)
     both["ce-both"] = ArmConfig(targets="labels", train={"gradient_cosine_steps": 0})
     study(arms=both, train=every)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": []}, "seeds: expected at least one"),
+        ({"learning_rates": []}, "learning_rates: expected at least one"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 is there twice"),
+        ({"learning_rates": [1e-3, 1.0000001e-3]}, "learning_rates: 0.001 is there twice"),
+    ],
+)
+def test_each_seed_and_rate_names_a_run(given: dict[str, Any], message: str) -> None:
+    """Of two rates with one name only the first would be trained."""
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        study(**given)
+    with pytest.raises(ConfigError, match=rf"^arms\.mol\.{message}"):
+        study(arms={"mol": ArmConfig(**given)})
+    study(seeds=[1234567, 1234568], learning_rates=[1e-3, 1.1e-3])

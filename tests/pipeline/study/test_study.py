@@ -214,6 +214,52 @@ def test_only_a_run_that_was_begun_keeps_its_settings(tmp_path: Path) -> None:
         study.check_same(tmp_path / "run", {"steps": 2})
 
 
+def refused_before_work(tmp_path: Path, model_path: Path, **changes: Any) -> str:
+    """Why a study is refused before anything is measured or trained."""
+    given = {"model": str(model_path), "output": str(tmp_path / "o"), "dumps": {}, "seeds": [0]}
+    with pytest.raises((ConfigError, RefusedError)) as refused:
+        study.run(config(**given | changes))
+    assert not (tmp_path / "o" / "base" / "measures.json").exists()
+    assert not list((tmp_path / "o" / "runs").glob("*/metrics.jsonl"))
+    return str(refused.value)
+
+
+CE = ArmConfig(train={"mix": 0})
+
+
+def test_mistakes_in_later_runs_are_found_before_work(tmp_path: Path, model_path: Path) -> None:
+    typo = ArmConfig(train={"mix": 0, "training": {"max_step": 5}})
+    found = refused_before_work(tmp_path, model_path, arms={"ce": CE, "typo": typo})
+    assert "training.max_step: no such argument" in found
+    half = ArmConfig(interpolate="ce", seeds=[1])
+    found = refused_before_work(tmp_path, model_path, arms={"ce": CE, "half": half})
+    assert "half-lr0.001-seed1: ce-lr0.001-seed1 is not finished" in found
+
+
+def test_an_interpolation_needs_no_dump(tmp_path: Path, model_path: Path) -> None:
+    """Neither to be checked, nor to be made."""
+    half = ArmConfig(interpolate="ce")
+    found = config(model=str(model_path), output=str(tmp_path), arms={"ce": CE, "half": half})
+    assert study.needed_dumps(found, list(study.plan(found))) == []
+    without = config(
+        model=str(model_path), output=str(tmp_path), dumps={}, arms={"ce": CE, "half": half}
+    )
+    runs = list(study.plan(without))
+    study.Study(without).check(runs, runs)
+
+
+def test_finished_runs_of_other_arms_are_in_the_results_too(
+    tmp_path: Path, model_path: Path
+) -> None:
+    """So `only` does not hide that they were made with other settings."""
+    other = tmp_path / "o" / "runs" / "ce-lr0.001-seed0"
+    other.mkdir(parents=True)
+    (other / study.RUN).write_text('{"steps": 1}')
+    arms = {"ce": CE, "new": CE}
+    found = refused_before_work(tmp_path, model_path, arms=arms, only=["new"])
+    assert "ce-lr0.001-seed0 holds a run with other settings" in found
+
+
 @pytest.mark.slow
 def test_tasks_are_added_to_a_finished_study(
     tmp_path: Path, settings: dict[str, Any], model_path: Path
