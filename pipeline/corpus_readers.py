@@ -301,10 +301,12 @@ def parsed(source: Source, text: str, place: str) -> Any:
 def read_parquet(source: Source) -> Iterator[Document]:
     """The rows of the columns, and of `id` where there is one."""
     try:
-        columns = columns_of(source, schema_of(source))
+        schema = schema_of(source)
+        columns = columns_of(source, schema)
         # As a dictionary, a text that is there a thousand times is in memory once.
         shared = [name for name, kind in source.fields.items() if kind == pa.string()]
-        shared = [] if source.chat else shared
+        nested = [each.name for each in schema if pa.types.is_nested(each.type)]
+        shared = [] if source.chat else [name for name in shared if name not in nested]
         row = 0
         with pq.ParquetFile(source.path, read_dictionary=shared, buffer_size=MIB) as file:
             check_footer(source, file.metadata)

@@ -301,6 +301,8 @@ def test_joined_compressed_files_are_read_to_the_end(tmp_path: Path, pack: Any) 
         (pa.table({"body": ["a"]}), "no column 'text'; it has body"),
         (pa.table({"text": [b"a"]}), "row 0: expected text in column 'text', found bytes"),
         (pa.table({"text": [1]}), "row 0: expected text in column 'text', found int"),
+        (pa.table({"text": [["a"]]}), "row 0: expected text in column 'text', found list"),
+        (pa.table({"text": [{"a": "b"}]}), "row 0: expected text in column 'text', found dict"),
         (
             pa.table({"text": pa.array([b"a", b"\xff"]).view(pa.string())}),
             "row 1: cannot be read: .*utf-8",
