@@ -24,7 +24,7 @@ from pipeline.corpus_readers import MIB, Document, Source
 from pipeline.errors import FailedError
 from pipeline.outside import failure
 
-READERS = 1  # raise it where a reader gives other documents for the same bytes
+READERS = 2  # raise it where a reader gives other documents for the same bytes, or refuses them
 LAYOUT = 2  # raise it where the Arrow file holds them in another way
 BATCH_DOCUMENTS, BATCH_BYTES = 1000, 16 * MIB
 ROWS = b"documents"  # metadata of the last batch: the documents of each file, as a JSON list

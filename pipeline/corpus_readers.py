@@ -301,10 +301,12 @@ def parsed(source: Source, text: str, place: str) -> Any:
 def read_parquet(source: Source) -> Iterator[Document]:
     """The rows of the columns, and of `id` where there is one."""
     try:
-        columns = columns_of(source, schema_of(source))
+        schema = schema_of(source)
+        columns = columns_of(source, schema)
         # As a dictionary, a text that is there a thousand times is in memory once.
         shared = [name for name, kind in source.fields.items() if kind == pa.string()]
-        shared = [] if source.chat else shared
+        nested = [each.name for each in schema if pa.types.is_nested(each.type)]
+        shared = [] if source.chat else [name for name in shared if name not in nested]
         row = 0
         with pq.ParquetFile(source.path, read_dictionary=shared, buffer_size=MIB) as file:
             check_footer(source, file.metadata)
@@ -320,7 +322,7 @@ def read_arrow(source: Source) -> Iterator[Document]:
     try:
         with pa.memory_map(source.path) as file:
             row = 0
-            for whole in arrow_batches(file):
+            for whole in arrow_batches(source, file):
                 batch = whole.select(columns_of(source, whole.schema))
                 for column in batch.columns:  # offsets of a damaged file may lead out of it
                     column.validate(full=True)
@@ -343,15 +345,40 @@ def schema_of(source: Source) -> pa.Schema:
         raise source.wrong(f"cannot be read: {error}") from None
 
 
-def arrow_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+def arrow_batches(source: Source, file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     reader = arrow_reader(file)
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
         yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
     else:
-        yield from reader
+        check_end(source, file)
+        yield from arrow_reader(file)
+
+
+def check_end(source: Source, file: pa.NativeFile) -> None:
+    """Refuse a stream without the mark that ends it, and one with more bytes behind the mark.
+
+    pyarrow takes the end of the file for the mark, and reads no further than the first one.
+    https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
+    """
+    file.seek(0)
+    end = 0
+    for _ in pa.ipc.MessageReader.open_stream(file):  # what they hold is not read
+        end = file.tell()
+    found, size = file.tell(), file.size()
+    if found == end:
+        raise source.wrong(
+            f"is cut short: expected the mark that ends an Arrow stream at byte {end:,}, found the "
+            "end of the file. Copy the file again, or wait until it is written"
+        )
+    if found < size:
+        raise source.wrong(
+            f"the Arrow stream ends at byte {found:,}, but the file has {size:,} bytes: the rest "
+            "would not be read. Copy the file again; write streams into files of their own"
+        )
 
 
 def arrow_reader(file: pa.NativeFile) -> Any:
+    file.seek(0)
     has_footer = file.read(len(ARROW_FILE)) == ARROW_FILE
     file.seek(0)
     return pa.ipc.open_file(file) if has_footer else pa.ipc.open_stream(file)

@@ -63,7 +63,8 @@ def verify_command(args: argparse.Namespace) -> int:
     learnt = f", {report.targets:,} of them targets," if report.targets else ""
     good = f"{report.rows:,} rows and {report.tokens:,} tokens{learnt} in {report.shards:,} shards"
     if report.ok:
-        say(f"ok     {args.dump}: {good}, every byte read and every row decoded")
+        others = " of the other files" if report.notes else ""
+        say(f"ok     {args.dump}: {good}, every byte{others} read and every row decoded")
         return 0
     say(f"{args.dump}: {len(report.faults)} faults; {good} were read", file=sys.stderr)
     return DAMAGED
@@ -155,7 +156,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "verify",
         verify_command,
-        "read every byte and decode every row; exit code 4 if a fault is found",
+        "read every byte and decode every row, but for files that notes name; exit code 4 if a "
+        "fault is found",
     )
     jobs(sub)
     sub.add_argument(

@@ -67,12 +67,22 @@ def usable(
 ) -> list[Part] | None:
     """The parts of an index of so many shards; None for one that cannot be used."""
     try:
-        index = Index(data, name, key, plan_sha256) if data is not None else None
-        if index is None or len(index.shards) != shards or index.masked != masked:
+        if data is None:
             return None
-        return parts_of(index)
+        return parts_of(checked(data, name, key, plan_sha256, masked, shards))
     except StorageError:  # derived data: the shards say it all
         return None
+
+
+def checked(data: bytes, name: str, key: str, plan_sha256: str, masked: bool, shards: int) -> Index:
+    """An index of so many shards. Raises CorruptIndex and FormatVersionError."""
+    index = Index(data, name, key, plan_sha256)
+    if len(index.shards) != shards:
+        raise index.damaged(f"{len(index.shards)} shards, expected {shards}")
+    if index.masked != masked:
+        words = ("without targets", "with targets")
+        raise index.damaged(f"{words[index.masked]}, the plan is {words[masked]}")
+    return index
 
 
 def joined(

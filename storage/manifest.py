@@ -17,9 +17,10 @@ The indexes beside them are derived data, see index_files.py.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage.committed import Committed, Shard, Totals, complete, shard_of, summary_of
@@ -38,23 +39,28 @@ from storage.parsing import (
     matched,
     objects,
     to_json,
+    wrong,
 )
-from storage.plan import check_readable, format_version, masked
+from storage.plan import check_readable, check_version, format_version, masked
 from storage.store import Store
 
 __all__ = ["Dump", "Manifest", "Partition", "Shard", "Totals", "create_dump", "differences"]
 
+TOKENIZER, TOKENIZER_BYTES = "tokenizer/", 256 << 20  # most that is read of a file
+TOKENIZER_FILE = re.compile(r"tokenizer/(?!\.)[^/\x00]+")  # others are those of writers
 BLOCK, BLOCKS = 100, 1024  # shards whose names begin alike; blocks that most partitions stay under
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished dump: plan, shards and partition summaries in order, sha256 of manifest.json."""
+    """A finished dump: plan, shards and partition summaries in order, sha256 of manifest.json, and
+    sha256 of the tokenizer's files by their names; none where an earlier release finished it."""
 
     plan: Json
     shards: tuple[Shard, ...]
     partitions: tuple[Json, ...]
     fingerprint: str
+    tokenizer: Json = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -228,6 +234,8 @@ class Dump:
             )
         shards = committed.shards()
         check_numbers(shards, summaries)
+        there = "manifest.json" in committed.names  # perhaps of a release that wrote fewer keys
+        tokenizer = {} if there else self.tokenizer_sha256(committed.names)
         body = {
             "format_version": format_version(self.plan),
             "plan_sha256": self.plan_sha256,
@@ -235,8 +243,9 @@ class Dump:
             "shards": [{"name": shard.name, **shard.marker} for shard in shards],
             "rows": sum(shard.rows for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
+            **({"tokenizer_sha256": tokenizer} if tokenizer else {}),
         }
-        data = to_json(body)
+        data = self.manifest_bytes() if there else to_json(body)
         fingerprint = hashlib.sha256(data).hexdigest()
         if dump_index(fingerprint) not in committed.names:
             index = self.joined(shards, committed.names, fingerprint)
@@ -244,6 +253,19 @@ class Dump:
                 self.store.create(dump_index(fingerprint), index)
         self.store.create("manifest.json", data)
         return self.manifest()
+
+    def tokenizer_sha256(self, names: Iterable[str]) -> Json:
+        """The sha256 of the tokenizer's files, as far as they are among the `names` of the store.
+
+        Raises CorruptShard for a file of more than TOKENIZER_BYTES.
+        """
+        files = [name for name in names if TOKENIZER_FILE.fullmatch(name)]
+        found = self.store.read_many(sorted(files), TOKENIZER_BYTES)
+        return {
+            name.removeprefix(TOKENIZER): hashlib.sha256(data).hexdigest()
+            for name, data in found.items()
+            if data is not None
+        }
 
     def joined(self, shards: Sequence[Shard], names: Set[str], key: str) -> bytes | None:
         """The index over these shards, see `index_files.joined`."""
@@ -271,20 +293,26 @@ class Dump:
     def parsed(self, data: bytes) -> Manifest:
         """The manifest with these bytes; raises as `manifest`."""
         body = from_json(data, "manifest.json")
+        version = check_version(body, "manifest.json")
         plan = matched(body, "plan_sha256", "manifest.json", SHA256, "64 hexadecimal digits")
         if plan[0] != self.plan_sha256:
             raise PlanMismatch(
                 f"{self.store.path}: manifest.json belongs to another plan.json; restore the file "
                 "that was replaced"
             )
+        if version != format_version(self.plan):
+            expected = f"{format_version(self.plan)}, as in plan.json"
+            raise wrong("manifest.json", "format_version", expected, version)
         entries = objects(body, "shards", "manifest.json")
         check_names([entry.get("name") for entry in entries], self.plan["partitions"])
         shards = tuple(self.committed(entry.pop("name"), entry) for entry in entries)
         summaries = objects(body, "partitions", "manifest.json")
         for summary in summaries:
             check_summary(summary, "manifest.json")
+        tokenizer = body.get("tokenizer_sha256", {})
+        check_tokenizer(tokenizer)
         fingerprint = hashlib.sha256(data).hexdigest()
-        return Manifest(self.plan, shards, tuple(summaries), fingerprint)
+        return Manifest(self.plan, shards, tuple(summaries), fingerprint, tokenizer)
 
 
 def create_dump(
@@ -315,11 +343,24 @@ def create_dump(
             + "\n".join(f"  {line}" for line in lines)
             + "\nUse the old settings to resume it, or choose another output directory."
         )
-    there = store.names("tokenizer/") if tokenizer_files else []
+    there = store.names(TOKENIZER) if tokenizer_files else []
     for name, data in (tokenizer_files or {}).items():
-        if f"tokenizer/{name}" not in there:
-            store.create(f"tokenizer/{name}", data)
+        if TOKENIZER + name not in there:
+            store.create(TOKENIZER + name, data)
     return dump
+
+
+def check_tokenizer(found: Any) -> None:
+    """Raise CorruptShard unless these are sha256s by names of files of the tokenizer."""
+    good = isinstance(found, dict) and all(
+        TOKENIZER_FILE.fullmatch(TOKENIZER + name)
+        and isinstance(sha256, str)
+        and SHA256.fullmatch(sha256)
+        for name, sha256 in found.items()
+    )
+    if not good:
+        expected = "the sha256 of each file of the tokenizer, by its name"
+        raise wrong("manifest.json", "tokenizer_sha256", expected, found)
 
 
 def check_numbers(shards: Sequence[Shard], summaries: Sequence[Json | None]) -> None:

@@ -128,12 +128,7 @@ def format_version(plan: Json) -> int:
 def check_readable(plan: Json, place: str) -> None:
     """As check_plan; raise FormatVersionError for the plan of a dump of a later release at
     `place`."""
-    found = plan.get("format_version")
-    if found not in (1, 2):
-        raise FormatVersionError(
-            f"{place}: format version {found}, this release reads versions 1 and 2; use the "
-            "release that wrote the dump"
-        )
+    found = check_version(plan, place)
     check_plan(plan)
     if found != format_version(plan):
         expected = "2 in a plan with targets, 1 without"
@@ -146,6 +141,17 @@ def check_readable(plan: Json, place: str) -> None:
             f"{place}: targets of version {version}, this release reads version "
             f"{TARGETS_VERSION}; use the release that wrote the dump"
         )
+
+
+def check_version(values: Json, place: str) -> Any:
+    """The `format_version` of a plan or manifest. Raises FormatVersionError for a later one."""
+    found = values.get("format_version")
+    if found not in (1, 2):
+        raise FormatVersionError(
+            f"{place}: format version {found}, this release reads versions 1 and 2; use the "
+            "release that wrote the dump"
+        )
+    return found
 
 
 def needed(plan: Json, name: str) -> Any:

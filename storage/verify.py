@@ -19,8 +19,15 @@ from storage.errors import (
 )
 from storage.gc import MARKER
 from storage.index import Index, agrees
-from storage.index_files import DUMP_INDEX, SHARD_INDEX, index_in_dump, shard_index
-from storage.manifest import Dump, Manifest, Shard
+from storage.index_files import (
+    DUMP_INDEX,
+    SHARD_INDEX,
+    SHARD_INDEX_BYTES,
+    checked,
+    index_in_dump,
+    shard_index,
+)
+from storage.manifest import TOKENIZER, TOKENIZER_FILE, Dump, Manifest, Shard
 from storage.parallel import in_order
 from storage.parsing import MARKER_BYTES, to_json
 from storage.row_keys import RowKeys, key_of
@@ -28,6 +35,7 @@ from storage.scan import file_bytes, scan
 from storage.shard_reader import ShardReader
 from storage.store import Store
 from storage.topk import check_topk
+from storage.verify_small import small_faults
 
 
 @dataclass
@@ -68,9 +76,11 @@ def verify(
 ) -> Report:
     """Read a finished dump again; check hashes, plan, every row, duplicate rows and stray files.
 
-    `partial=True` checks the shards committed so far of an unfinished dump. `jobs` processes check
-    the shards, each of which is downloaded once. Memory does not grow with the dump; temporary
-    files take 24 bytes a row, and a remote shard for each process.
+    Every file that FORMAT.md describes is read; those of the tokenizer are compared with the
+    manifest's sha256 of them, where it has any. `partial=True` checks the shards committed so far
+    of an unfinished dump. `jobs` processes check the shards, each of which is downloaded once.
+    Memory does not grow with the dump; temporary files take 24 bytes a row, and a remote shard for
+    each process.
 
     Damage raises nothing: each fault is one line of the report, which names the file and, if known,
     the row. Raises IncompleteDump if the dump is missing or not finished, and StoreError.
@@ -78,7 +88,8 @@ def verify(
     report = Report()
     try:
         dump = Dump(path)
-        manifest = None if partial else dump.manifest()
+        data = None if partial else dump.manifest_bytes()
+        manifest = None if data is None else dump.parsed(data)
         shards = list(manifest.shards) if manifest else dump.shards()
     except (IncompleteDump, StoreError):
         raise
@@ -86,12 +97,16 @@ def verify(
         report.faults.append(str(error))
         return report
     files = {name: entry.bytes for name, entry in dump.store.entries().items()}
+    report.faults += small_faults(dump, data, manifest, shards, files.keys())
     index = checked_index(dump, manifest, report) if manifest else None
     check = ShardCheck(dump, index, damaged_tables(dump, shards, report))
-    items = [(number, shard, files.get(shard.file)) for number, shard in enumerate(shards)]
+    items = [
+        (number, shard, files.get(shard.file), shard_index(shard.file) in files)
+        for number, shard in enumerate(shards)
+    ]
     faults: dict[int, str | None] = {}
     with RowKeys() as keys, contextlib.closing(in_order(check, items, jobs)) as results:
-        for (number, shard, _), (fault, hashes) in zip(items, results, strict=True):
+        for (number, shard, *_), (fault, hashes) in zip(items, results, strict=True):
             faults[number] = fault
             keys.add(number, hashes)
             if progress:
@@ -104,6 +119,7 @@ def verify(
     markers = {f"{shard.name}.json" for shard in shards}
     tables = {tables_file(shard.tables) for shard in shards if shard.tables}
     indexes = set(map(shard_index, named))
+    tokenizer = {TOKENIZER + name for name in manifest.tokenizer} if manifest else set()
     if list_file(dump.plan) in files:
         check_list(dump, report)
     for name, size in sorted(files.items()):
@@ -121,6 +137,8 @@ def verify(
             report.notes.append(f"{name}: no marker names these tables; never read")
         elif LIST_FILE.fullmatch(name) and name != list_file(dump.plan):
             report.notes.append(f"{name}: the files of another plan's corpus; never read")
+        elif TOKENIZER_FILE.fullmatch(name) and name not in tokenizer:
+            report.notes.append(f"{name}: no manifest.json has its sha256; not checked")
         elif "/.writing-" in name or "/.creating-" in name:
             report.notes.append(f"{name}: temporary file of a writer; never read")
     return report
@@ -128,8 +146,8 @@ def verify(
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """Checks one shard, given with its number and the bytes of its file in the listing, None where
-    it has none.
+    """Checks one shard, given with its number, the bytes of its file in the listing, None where it
+    has none, and whether it has an index beside it.
 
     Returns one line that says what is wrong with it, or None, and the keys of its rows up to there.
     """
@@ -138,15 +156,18 @@ class ShardCheck:
     index: Index | None
     damaged: set[str | None]
 
-    def __call__(self, item: tuple[int, Shard, int | None]) -> tuple[str | None, bytes]:
-        number, shard, size = item
+    def __call__(self, item: tuple[int, Shard, int | None, bool]) -> tuple[str | None, bytes]:
+        number, shard, size, has_index = item
         keys: list[bytes] = []
         try:
             fault = missing(self.dump.store, shard, size)
             if fault is None and shard.tables not in self.damaged:
                 with file_bytes(self.dump, shard, use_cache=False) as data:
                     fault = check_rows(self.dump, shard, data, keys)
-                    fault = fault or check_places(self.dump, shard, data, self.index, number)
+                    indexes = [(self.index, number)] if self.index is not None else []
+                    if has_index and fault is None:
+                        indexes += own_index(self.dump, shard)
+                    fault = fault or check_places(self.dump, shard, data, indexes)
         except StoreError:
             raise
         except StorageError as error:
@@ -209,18 +230,34 @@ def check_list(dump: Dump, report: Report) -> None:
         report.faults.append(str(error))
 
 
+def own_index(dump: Dump, shard: Shard) -> list[tuple[Index, int]]:
+    """The index beside a shard, where it is still there, with the shard's number in it.
+
+    Raises CorruptShard, CorruptIndex, FormatVersionError and StoreError.
+    """
+    name = shard_index(shard.file)
+    data = dump.store.read(name, SHARD_INDEX_BYTES)
+    if data is None:
+        return []
+    sha256 = str(shard.marker["sha256"])
+    return [(checked(data, name, sha256, dump.plan_sha256, shard.masked, 1), 0)]
+
+
 def check_places(
-    dump: Dump, shard: Shard, data: bytes | mmap.mmap, index: Index | None, number: int
+    dump: Dump, shard: Shard, data: bytes | mmap.mmap, indexes: list[tuple[Index, int]]
 ) -> str | None:
-    """What is wrong with the heads of a good shard's rows, or with the index, or None."""
+    """What is wrong with the heads of a good shard's rows, or with an index, or None.
+
+    `indexes` are given with the shard's number in each.
+    """
     try:
         found = scan(dump, shard, data)
-        if index is not None:
+        for index, number in indexes:
             index.check_shard(number, *shard.counts)
             if not agrees(index, number, found):
                 return f"{index.name}: other places than the rows of {shard.file} have"
     except Unindexable as error:
-        return f"{shard.file}: {error}" if index is not None else None
+        return f"{shard.file}: {error}" if indexes else None
     return None
 
 

@@ -45,6 +45,8 @@ def seal(
         whole["shards"][number] = {"name": name, **found}
     whole["plan_sha256"] = hashlib.sha256(to_json(there)).hexdigest()
     (path / "manifest.json").write_bytes(to_json({**whole, **(manifest or {})}))
+    for file in path.glob("*/*.index"):  # derived, and of what was there before
+        file.unlink()
 
 
 def strip(payload: bytes) -> bytes:

@@ -301,6 +301,8 @@ def test_joined_compressed_files_are_read_to_the_end(tmp_path: Path, pack: Any) 
         (pa.table({"body": ["a"]}), "no column 'text'; it has body"),
         (pa.table({"text": [b"a"]}), "row 0: expected text in column 'text', found bytes"),
         (pa.table({"text": [1]}), "row 0: expected text in column 'text', found int"),
+        (pa.table({"text": [["a"]]}), "row 0: expected text in column 'text', found list"),
+        (pa.table({"text": [{"a": "b"}]}), "row 0: expected text in column 'text', found dict"),
         (
             pa.table({"text": pa.array([b"a", b"\xff"]).view(pa.string())}),
             "row 1: cannot be read: .*utf-8",
@@ -365,6 +367,39 @@ def test_a_cut_arrow_file_is_refused(tmp_path: Path, kept: int, footer: bool) ->
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ConfigError, match=r"a\.arrow: cannot be read"):
         read(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_arrow_stream_is_read_whole_or_not_at_all(tmp_path: Path, legacy: bool) -> None:
+    """Wherever it is cut, also at the end of a batch; and with more behind it."""
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["a b c"] * 12, "kind": pa.array(["x"] * 12).dictionary_encode()})
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=legacy)
+    with pa.ipc.new_stream(str(path), table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=5)
+    data = path.read_bytes()
+    assert len(read(path)) == 12
+    at_a_boundary = 0
+    for kept in range(1, len(data)):
+        path.write_bytes(data[:kept])
+        with pytest.raises(ConfigError, match=r"a\.arrow: (cannot be read|is cut short)") as error:
+            read(path)
+        at_a_boundary += "is cut short: expected the mark" in str(error.value)
+    assert at_a_boundary == 1 + 1 + 3  # the schema, the dictionary, three batches
+    for more in (data, bytes(8)):
+        path.write_bytes(data + more)
+        with pytest.raises(ConfigError, match=rf"ends at byte .* has {len(data + more):,} bytes"):
+            read(path)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_stream_of_an_older_writer_is_whole(tmp_path: Path, rows: int) -> None:
+    """Its mark has four bytes."""
+    path = write_arrow(tmp_path / "a.arrow", pa.table({"text": pa.array(["a"] * rows, "string")}))
+    data = path.read_bytes()
+    assert data.endswith(b"\xff\xff\xff\xff\0\0\0\0")
+    path.write_bytes(data[:-8] + bytes(4))
+    assert len(read(path)) == rows
 
 
 def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path: Path) -> None:

@@ -175,5 +175,8 @@ def test_targets_cannot_be_taken_out_of_a_plan(tmp_path: Path) -> None:
     with pytest.raises(CorruptShard, match=r"format_version: expected 2 .*, 1 without, found 2"):
         LogitDataset(tmp_path / "dump")
     replan(tmp_path / "dump", {**there, "format_version": 1})
+    with pytest.raises(CorruptShard, match=r"manifest\.json: format_version: expected 1"):
+        LogitDataset(tmp_path / "dump")
+    seal(tmp_path / "dump", manifest={"format_version": 1})
     with pytest.raises(CorruptShard, match=r"00000\.json: positions: expected 19, the tokens"):
         LogitDataset(tmp_path / "dump")[0]

@@ -181,14 +181,15 @@ def test_a_row_that_came_before_is_named_with_both_files(tmp_path: Path, jobs: i
 
 
 def test_a_remote_shard_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a marker, and besides plan, manifest, index and listing. Not from the cache."""
+    """With its marker and index, and besides the plan (twice), the manifest, the index of all, what
+    completes the partition, and a listing. Not from the cache."""
     dump = make_dump(tmp_path / "dump", shards=5)
     monkeypatch.setenv("MOL_CACHE", str(tmp_path / "cache"))
     address = counted(tmp_path / "dump")
     list(LogitDataset(address))
     Counted.reset()
     assert verify(address).ok
-    assert Counted.requests == {"GET": 2 * 5 + 3, "LIST": 1}
+    assert Counted.requests == {"GET": 3 * 5 + 5, "LIST": 1}
     size = sum(file.stat().st_size for file in (tmp_path / "dump").rglob("*.parquet"))
     assert size < Counted.bytes < 2 * size
     flip_byte(tmp_path / "dump" / dump.shards()[2].file)
