@@ -67,6 +67,8 @@ class ChatTemplate:
     def identity(self) -> Json:
         """What decides the text beside the messages: the template, and the date if it asks."""
         found = {"fingerprint": hashlib.sha256(self.source.encode()).hexdigest()}
+        if self.with_tools != self.source:  # of chats that have tools
+            found["with_tools"] = hashlib.sha256(self.with_tools.encode()).hexdigest()
         return found | ({"date": f"{TODAY:%Y-%m-%d}"} if asks_time(self.source) else {})
 
     def render(

@@ -82,13 +82,14 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
     model = ModelFolder.find(config.model, config.revision)
     corpus = open_corpus(config, model)
     tokens, error, targets = count(corpus)
-    limit = min(documents, len(corpus))
+    start = first_to_store(corpus, documents)
+    limit = min(documents, len(corpus) - start)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as sample:
         done = dump.run(
             replace(
                 config,
-                corpus=replace(config.corpus, limit=limit),
+                corpus=replace(config.corpus, skip=config.corpus.skip + start, limit=limit),
                 output=str(Path(sample) / "dump"),
                 partitions=1,
                 workers=1,
@@ -116,10 +117,28 @@ def measure(config: DumpConfig, documents: int) -> Estimate:
     )
 
 
+def counted(corpus: Corpus) -> list[int]:
+    """The numbers of COUNTED documents, which are spread over the corpus."""
+    number = min(COUNTED, len(corpus))
+    return (np.arange(number) * len(corpus) // number).tolist()
+
+
+def first_to_store(corpus: Corpus, documents: int) -> int:
+    """Where the documents that are measured begin: 0, or where the first so many have nothing to
+    store, at the first of the counted ones that has."""
+
+    def has(begin: int, end: int) -> bool:
+        return any(True for _ in corpus.sequences(begin, min(end, len(corpus))))
+
+    if has(0, documents):
+        return 0
+    return next((at for at in counted(corpus) if has(at, at + 1)), 0)
+
+
 def count(corpus: Corpus) -> tuple[float, float, float]:
     """(tokens of the whole corpus, their standard error, targets), from COUNTED documents."""
-    number = min(COUNTED, len(corpus))
-    chosen = (np.arange(number) * len(corpus) // number).tolist()
+    chosen = counted(corpus)
+    number = len(chosen)
     found = np.zeros((number, 2))
     for row, at in enumerate(chosen):
         for sequence in corpus.sequences(at, at + 1):

@@ -126,12 +126,14 @@ def plan_differences(there: Json, here: Json) -> list[str]:
     """Why a dump of the plan `there` cannot be resumed by the plan `here`; a line for each reason.
 
     Another spelling of the same content is none. Plans of earlier releases do not say how documents
-    were rendered, nor what config.json and the arguments of the engine were.
+    were rendered, nor what config.json, the arguments of the engine and the template of chats with
+    tools were.
     """
     if not look_up(there, "corpus.rendering")[1]:
         here = without(here, "corpus", "rendering")
     if not look_up(there, "teacher.config")[1]:
         here = without(without(here, "teacher", "config"), "engine", "args")
+        here = without(here, "corpus.rendering.chat_template", "with_tools")
     one, other = there, here
     for part, name in NAMES:
         one, other = without(one, part, name), without(other, part, name)
@@ -139,10 +141,13 @@ def plan_differences(there: Json, here: Json) -> list[str]:
 
 
 def without(plan: Json, part: str, name: str) -> Json:
-    own = plan.get(part)
+    """The plan without a name of its `part`, which may have dots."""
+    first, _, rest = part.partition(".")
+    own = plan.get(first)
     if not isinstance(own, dict):
         return plan
-    return {**plan, part: {key: value for key, value in own.items() if key != name}}
+    kept = without(own, rest, name) if rest else {k: v for k, v in own.items() if k != name}
+    return {**plan, first: kept}
 
 
 def check_fits(config: DumpConfig, corpus: Corpus, model: ModelFolder) -> None:

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from pipeline.training.arguments import items_per_step
 from pipeline.training.inputs import Inputs
 from pipeline.types import Json
+from storage.plan import look_up
 
 # Training arguments that do not change what is learnt: a run may resume with others.
 FREE = (
@@ -21,6 +22,7 @@ FREE = (
     "run_name",
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+TEMPLATE = "domain_rendering.chat_template"
 LATER = ("model_config", "domain_rendering")  # what runs of earlier releases did not record
 
 
@@ -59,4 +61,9 @@ def make_identity(inputs: Inputs, args: TrainingArguments) -> Json:
 
 def completed(there: Json, here: Json) -> Json:
     """The identity of a run, with what an earlier release did not record taken to be the same."""
-    return {**{name: here[name] for name in LATER if name in here}, **there}
+    found = {**{name: here[name] for name in LATER if name in here}, **there}
+    mine, ours = (look_up(each, TEMPLATE)[0] for each in (found, here))
+    if "model_config" not in there and mine is not None and "with_tools" in (ours or {}):
+        template = {"with_tools": ours["with_tools"], **mine}
+        found["domain_rendering"] = {**found["domain_rendering"], "chat_template": template}
+    return found

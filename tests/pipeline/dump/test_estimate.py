@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import CorpusConfig, DumpConfig
 from pipeline.dump import dump, estimate
 from pipeline.dump.sizing import Size
+from pipeline.errors import ConfigError
 from pipeline.models.directory import ModelFolder
 from tests.helpers import scripts
 from tests.helpers.corpora import some_texts, write_texts
@@ -76,6 +77,20 @@ def test_flops_count_the_weights_that_are_multiplied(tmp_path: Path, tie: bool) 
     norms = sum(w.numel() for name, w in model.named_parameters() if "norm" in name)
     assert found.body + found.head == sum(linear) + norms
     assert found.head == model.get_output_embeddings().weight.numel()
+
+
+def test_what_is_measured_begins_where_there_is_something_to_store(
+    tmp_path: Path, model_path: Path
+) -> None:
+    texts = [""] * 40 + some_texts(20)
+    corpus = write_texts(tmp_path / "c.jsonl", texts)
+    settings = replace(config(tmp_path, model_path), corpus=CorpusConfig(str(corpus), skip=5))
+    found = estimate.measure(settings, 10)
+    assert found.documents == 55
+    assert found.sample_tokens > 0
+    empty = CorpusConfig(str(corpus), limit=40)
+    with pytest.raises(ConfigError, match="no document has two tokens or more"):
+        estimate.measure(replace(settings, corpus=empty), 10)
 
 
 def test_script_prints_the_estimate_and_writes_nothing(tmp_path: Path, model_path: Path) -> None:

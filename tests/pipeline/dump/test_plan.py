@@ -121,6 +121,22 @@ def test_a_plan_of_before_does_not_say_how_the_model_computed(model: Path, tmp_p
     assert plan_differences(there, here) == []
 
 
+def test_another_template_of_chats_with_tools_is_another_plan() -> None:
+    """Plans of before do not have it."""
+
+    def of(tools: str | None, config: Json | None) -> Json:
+        template = {"fingerprint": "f"} | ({"with_tools": tools} if tools else {})
+        rendering = {"sample": "s", "chat_template": template}
+        teacher = {"name": "a"} if config is None else {"name": "a", "config": config}
+        return {"teacher": teacher, "corpus": {"rendering": rendering}}
+
+    assert plan_differences(of(None, None), of("t", {})) == []
+    assert plan_differences(of("t", {}), of("t", {})) == []
+    for there in ("u", None):
+        (line,) = plan_differences(of(there, {}), of("t", {}))
+        assert line.startswith("corpus.rendering.chat_template.with_tools: ")
+
+
 def test_another_tokenizer_setting_is_another_plan(model: Path, tmp_path: Path) -> None:
     """The probe of tokenizer_fingerprint has no ß; the corpus has."""
     corpus = write_texts(tmp_path / "c.jsonl", ["a small thing", "straße"])
