@@ -186,7 +186,7 @@ class Uncounted(Meter):
 class Inline:
     """In place of the pool that encodes rows: tiny ones need none."""
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         pass
 
     def __enter__(self) -> "Inline":
