@@ -48,7 +48,7 @@ MOST_VALUES = 100_000  # in a config file, once its aliases are written out
 def load_yaml(text: str) -> Any:
     """YAML as jsonargparse reads it; YAMLError for a key that is there twice, and where aliases
     make too much of a small file."""
-    if ":" in text:
+    if ":" in text or "*" in text:  # else no key, and no alias
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if "*" in text and written_out(tree, {}) > MOST_VALUES:
             raise yaml.YAMLError(

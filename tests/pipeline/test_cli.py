@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline import cli
 from pipeline.config import DumpConfig, TrainConfig
@@ -56,6 +57,13 @@ def test_a_small_file_of_many_values_is_refused(
     found = capsys.readouterr().err
     assert "aliases (*name) expand" in found
     assert "bomb.yaml" in found
+
+
+def test_a_list_of_many_values_is_refused() -> None:
+    """It has no key."""
+    levels = [f"&a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
+    with pytest.raises(yaml.YAMLError, match=r"aliases \(\*name\) expand"):
+        cli.load_yaml(f"[&a0 [x], {', '.join(levels)}]")
 
 
 @pytest.mark.parametrize(
