@@ -35,7 +35,7 @@ LAWS = {
     "v2": Law(71.9, "bytes a token", "storage/BENCHMARKS.md"),
     "v1": Law(111.8, "bytes a token", "storage/BENCHMARKS.md"),
     "entries that the cut-off leaves": Law(43, "a token", "pipeline/dump/README.md"),
-    "CPU beside the engine": Law(17.0, "µs a token", "pipeline/dump/README.md"),
+    "CPU beside the engine": Law(18.8, "µs a token", "pipeline/dump/README.md"),
     "requests, v3": Law(11, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests, v1 and v2": Law(7, "a shard", "tests/pipeline/dump/test_sizing.py"),
     "requests of starts and ends": Law(23, "a partition", "tests/pipeline/dump/test_sizing.py"),

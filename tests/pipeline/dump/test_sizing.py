@@ -106,6 +106,6 @@ def test_a_known_size() -> None:
     assert size.shards == 16 * 65
     assert size.disk == 62.4e9
     assert size.staging == 2 * 8 * 60e6
-    assert size.cores == pytest.approx(8 * 26_000 * 17e-6)
+    assert size.cores == pytest.approx(8 * 26_000 * 18.8e-6)
     assert size.requests_per_s == pytest.approx((11 * 1040 + 23 * 16) / 5200)
     assert size.manifest_requests == 1040 + 2 * 16
