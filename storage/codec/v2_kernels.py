@@ -9,6 +9,8 @@ CPU reads the same.
 
 A writing walk lists the symbols and their contexts. A reading walk takes them from a rANS stream
 (Duda, arXiv 1311.2540): 32-bit state, 16-bit words, probabilities in 1/32768.
+
+`matches` and `tally` also serve version 3, and `same_entries` does alone.
 """
 
 import numpy as np

@@ -35,6 +35,16 @@ def test_a_summary_that_cannot_be_written_is_refused_at_once(
     assert "error: --summary" in capsys.readouterr().err
 
 
+def refused(file: Path, text: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a config file with this text, which is bad input."""
+    file.write_text(text)
+    parser = cli.script_parser(DumpConfig, "test")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
+    assert stopped.value.code == BAD_INPUT
+    return capsys.readouterr().err
+
+
 def bomb(levels: int) -> str:
     lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
     for level in range(1, levels):
@@ -48,13 +58,7 @@ def bomb(levels: int) -> str:
 def test_a_small_file_of_many_values_is_refused(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "bomb.yaml"
-    file.write_text(text)
-    parser = cli.script_parser(DumpConfig, "test")
-    with pytest.raises(SystemExit) as stopped:
-        cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
-    assert stopped.value.code == 2
-    found = capsys.readouterr().err
+    found = refused(tmp_path / "bomb.yaml", text, capsys)
     assert "aliases (*name) expand" in found
     assert "bomb.yaml" in found
 
@@ -78,13 +82,7 @@ def test_a_key_that_is_there_twice_is_refused(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """YAML would take the last one, such as the second of two arms of one name."""
-    file = tmp_path / "twice.yaml"
-    file.write_text(text)
-    parser = cli.script_parser(DumpConfig, "test")
-    with pytest.raises(SystemExit) as stopped:
-        cli.parse(parser, DumpConfig, ["--config", str(file), *WORDS])
-    assert stopped.value.code == BAD_INPUT
-    found = capsys.readouterr().err
+    found = refused(tmp_path / "twice.yaml", text, capsys)
     assert message in found
     assert "twice.yaml" in found
 
